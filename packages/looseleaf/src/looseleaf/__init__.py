@@ -1,0 +1,77 @@
+"""Looseleaf: research papers as plugins for your own PyTorch models.
+
+Names are loaded when first used, so that ``import looseleaf`` costs milliseconds and never imports torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AttentionBackend": "attention.call", "AttentionCall": "attention.call",
+    "Attached": "attention.attach", "attach": "attention.attach", "SlidingWindow": "attention.window",
+    "Pruner": "pruning.pruner", "Masks": "pruning.masks", "Unstructured": "pruning.selection",
+    "NM": "pruning.selection", "Structured": "pruning.selection", "Selection": "pruning.selection",
+    "prunable_parameters": "pruning.targets",
+    "PromptOptimizer": "prompts.optimizer", "Prompt": "prompts.prompt", "Budget": "prompts.budget",
+    "Example": "prompts.task", "Task": "prompts.task", "LanguageModel": "prompts.model",
+    "LocalModel": "prompts.local", "EndpointModel": "prompts.endpoint",
+    "Probe": "probes.probe", "capture": "probes.hooks", "intervene": "probes.hooks",
+    "Plugin": "plugin", "Paper": "paper", "Claim": "report", "Report": "report", "Table": "report",
+    "Figure": "report", "Series": "report",
+    "get": "discovery", "plugins": "discovery", "load": "discovery",
+    "LooseleafError": "errors", "PluginError": "errors", "UnknownPluginError": "errors",
+    "BrokenPluginError": "errors", "AmbiguousPluginError": "errors", "UnsupportedModelError": "errors",
+    "BudgetExhausted": "errors", "EndpointError": "errors",
+}
+
+__all__ = ["__version__", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'looseleaf' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"looseleaf.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:
+    from looseleaf.attention.attach import Attached, attach
+    from looseleaf.attention.call import AttentionBackend, AttentionCall
+    from looseleaf.attention.window import SlidingWindow
+    from looseleaf.discovery import get, load, plugins
+    from looseleaf.errors import (
+        AmbiguousPluginError,
+        BrokenPluginError,
+        BudgetExhausted,
+        EndpointError,
+        LooseleafError,
+        PluginError,
+        UnknownPluginError,
+        UnsupportedModelError,
+    )
+    from looseleaf.paper import Paper
+    from looseleaf.plugin import Plugin
+    from looseleaf.probes.hooks import capture, intervene
+    from looseleaf.probes.probe import Probe
+    from looseleaf.prompts.budget import Budget
+    from looseleaf.prompts.endpoint import EndpointModel
+    from looseleaf.prompts.local import LocalModel
+    from looseleaf.prompts.model import LanguageModel
+    from looseleaf.prompts.optimizer import PromptOptimizer
+    from looseleaf.prompts.prompt import Prompt
+    from looseleaf.prompts.task import Example, Task
+    from looseleaf.pruning.masks import Masks
+    from looseleaf.pruning.pruner import Pruner
+    from looseleaf.pruning.selection import NM, Selection, Structured, Unstructured
+    from looseleaf.pruning.targets import prunable_parameters
+    from looseleaf.report import Claim, Figure, Report, Series, Table

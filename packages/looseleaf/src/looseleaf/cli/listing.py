@@ -1,0 +1,75 @@
+"""``looseleaf list`` and ``looseleaf info``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from looseleaf import discovery
+from looseleaf.report import Table, table_text
+
+
+def list_plugins(arguments: argparse.Namespace) -> int:
+    """All installed plugins; new ones are tried once so that broken ones can be named."""
+    found = discovery.check_imports(discovery.plugins(arguments.kind), say=lambda line: print(line, file=sys.stderr))
+    if arguments.json:
+        keep = ("name", "kind", "version", "dist", "paper", "summary", "broken")
+        print(json.dumps([{k: v for k, v in asdict(p).items() if k in keep} for p in found], indent=1))
+        return 0
+    if not found:
+        print("no plugin is installed: pip install looseleaf-flexprefill, for one")
+        return 0
+    table = Table("", ["name", "kind", "version", "paper"])
+    for plugin in found:
+        table.add(plugin.name, plugin.kind, plugin.version, plugin.paper)
+    print(table_text(table).strip())
+    for plugin in found:
+        if plugin.broken:
+            print(f"\nbroken: {plugin.qualified} ({plugin.kind}): {plugin.broken}")
+    names = [(p.kind, p.name) for p in found]
+    for kind, name in sorted({n for n in names if names.count(n) > 1}):
+        dists = ", ".join(p.qualified for p in found if (p.kind, p.name) == (kind, name))
+        print(f"\nambiguous: {name} ({kind}): say one of {dists}")
+    return 0
+
+
+def info(arguments: argparse.Namespace) -> int:
+    """The paper behind a plugin, its parameters and its citation."""
+    entry = discovery.find(arguments.name, arguments.kind)
+    cls = discovery.load(entry)
+    paper = cls.paper
+    if arguments.bibtex and not arguments.json:
+        print(paper.bibtex())
+        return 0
+    parameters = [{"name": p.name, "type": p.type_name, "default": _plain(p.default), "help": p.help}
+                  for p in cls.parameter_info()]
+    can_reproduce = any(r.name == entry.name for r in discovery.reproductions())
+    if arguments.json:
+        print(json.dumps({
+            "name": entry.name, "kind": entry.kind, "dist": entry.dist, "version": entry.version,
+            "class": f"{cls.__module__}.{cls.__qualname__}", "paper": asdict(paper), "parameters": parameters,
+            "bibtex": paper.bibtex(), "reproduction": can_reproduce}, indent=1))
+        return 0
+    lines = [f"{entry.name} {entry.version} ({entry.kind}, from {entry.dist})", "", paper.title,
+             ", ".join(paper.authors), " ".join(str(x) for x in (paper.venue or paper.year, paper.url or "")).strip()]
+    if paper.code:
+        lines.append(f"authors' code: {paper.code}")
+    if paper.summary:
+        lines += ["", paper.summary]
+    lines += ["", "parameters"]
+    for p in parameters:
+        lines.append(f"  {p['name']}: {p['type']} = {p['default']!r}")
+        if p["help"]:
+            lines.append(f"      {p['help']}")
+    if can_reproduce:
+        lines += ["", f"claims: `looseleaf reproduce {entry.name}` measures them"]
+    lines += ["", paper.bibtex()]
+    print("\n".join(lines))
+    return 0
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)

@@ -1,0 +1,89 @@
+"""``looseleaf new`` and ``looseleaf check``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import string
+from importlib import resources
+from pathlib import Path
+
+from looseleaf import discovery
+from looseleaf.cli.main import EXIT
+
+WORDS = {  # kind -> (base class, file of the method, word in a sentence)
+    "attention": ("AttentionBackend", "backend", "attention backend"),
+    "pruners": ("Pruner", "pruner", "pruner"),
+    "prompts": ("PromptOptimizer", "optimizer", "prompt optimizer"),
+    "probes": ("Probe", "probe", "probe"),
+}
+
+
+def new(arguments: argparse.Namespace) -> int:
+    """Write the package and say what to do next."""
+    folder = write_package(arguments.kind, arguments.name, Path(arguments.into))
+    files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    if arguments.json:
+        print(json.dumps({"folder": str(folder), "files": files}, indent=1))
+    else:
+        print(f"wrote {folder}:\n  " + "\n  ".join(files))
+        print(f"next:\n  pip install -e {folder}\n  looseleaf list\n  looseleaf check {arguments.name}")
+    return 0
+
+
+def write_package(kind: str, name: str, into: Path) -> Path:
+    """Write the third-party package ``looseleaf-<name>`` into a new folder of ``into``.
+
+    Raises:
+        ValueError: the name is not lower case letters, digits and dashes, or the folder exists.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
+        raise ValueError(f"name={name!r}: allowed are lower-case letters, digits and single dashes, "
+                         "beginning with a letter, such as 'my-method'")
+    folder = into / f"looseleaf-{name}"
+    if folder.exists():
+        raise ValueError(f"{folder} exists already: remove it, or choose another name or --into")
+    base, module, word = WORDS[kind]
+    values = {
+        "name": name, "package": "looseleaf_" + name.replace("-", "_"), "kind": kind, "module": module,
+        "base": base, "word": word, "cls": "".join(part.capitalize() for part in name.split("-")),
+        "core": discovery.core_version(), "next_major": str(int(discovery.core_version().split(".")[0]) + 1),
+        "check": {"attention": "check_attention_backend", "pruners": "check_pruner",
+                  "prompts": "check_prompt_optimizer", "probes": "check_probe"}[kind],
+    }
+    root = resources.files("looseleaf") / "templates"
+    targets = {
+        "pyproject.toml": "pyproject.toml", "README.md": "README.md", "CHANGELOG.md": "CHANGELOG.md",
+        "init.py": f"src/{values['package']}/__init__.py", "test.py": f"tests/test_{values['package']}.py",
+        f"{kind}.py": f"src/{values['package']}/{module}.py",
+        "reproduction.py": f"src/{values['package']}/reproduction.py",
+    }
+    for source, target in targets.items():
+        text = (root / f"{source}.txt").read_text(encoding="utf-8")
+        path = folder / target
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(string.Template(text).substitute(values), encoding="utf-8")
+    (folder / "src" / values["package"] / "py.typed").touch()
+    return folder
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Run the kit and print what failed."""
+    from looseleaf.testing import check as run_kit
+
+    entry = discovery.find(arguments.name, arguments.kind)
+    cls = discovery.load(entry)
+    problem: str | None = None
+    try:
+        run_kit(cls)
+    except AssertionError as error:
+        problem = str(error)
+    if arguments.json:
+        print(json.dumps({"name": entry.name, "kind": entry.kind, "version": entry.version,
+                          "passes": problem is None, "problem": problem}, indent=1))
+    elif problem is None:
+        print(f"{entry.name} {entry.version} ({entry.kind}) passes the conformance kit")
+    else:
+        print(f"{entry.name} {entry.version} ({entry.kind}) fails the conformance kit:\n{problem}")
+    return 0 if problem is None else EXIT["no"]

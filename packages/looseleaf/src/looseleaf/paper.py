@@ -1,0 +1,60 @@
+"""What is known about the paper behind a plugin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A paper, as a plugin declares it.
+
+    Attributes:
+        title: full title.
+        authors: family and given names, in the order of the paper.
+        year: year of the version cited.
+        arxiv: arXiv identifier such as ``"2502.20766"``, or None.
+        venue: conference or journal, such as ``"ICLR 2025"``, or None.
+        code: URL of the authors' own code, or None.
+        summary: one line, in the user's words: what is it good for.
+    """
+
+    title: str
+    authors: tuple[str, ...]
+    year: int
+    arxiv: str | None = None
+    venue: str | None = None
+    code: str | None = None
+    summary: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.title or not self.authors:
+            raise ValueError("Paper needs a title and at least one author")
+        if not 1900 <= self.year <= 2100:
+            raise ValueError(f"Paper.year={self.year!r}: allowed is 1900 to 2100")
+
+    @property
+    def url(self) -> str | None:
+        """Where to read the paper."""
+        return f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else None
+
+    @property
+    def key(self) -> str:
+        """Citation key: first author's family name, year and first word of the title."""
+        family = self.authors[0].split()[-1].lower()
+        word = next((w for w in self.title.lower().split() if len(w) > 3), "paper")
+        return f"{family}{self.year}{''.join(c for c in word if c.isalnum())}"
+
+    def bibtex(self) -> str:
+        """The BibTeX entry."""
+        fields = {"title": f"{{{self.title}}}", "author": " and ".join(self.authors), "year": str(self.year)}
+        if self.venue:
+            fields["booktitle"] = self.venue
+        if self.arxiv:
+            fields["eprint"] = self.arxiv
+            fields["archivePrefix"] = "arXiv"
+        if self.url:
+            fields["url"] = self.url
+        kind = "inproceedings" if self.venue else "misc"
+        body = ",\n".join(f"  {name} = {{{value}}}" for name, value in fields.items())
+        return f"@{kind}{{{self.key},\n{body}\n}}"

@@ -1,0 +1,32 @@
+"""The interface of a method that observes a model or intervenes in it, and says what it measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from looseleaf.plugin import Plugin
+
+if TYPE_CHECKING:
+    from looseleaf.report import Report
+
+
+@dataclasses.dataclass
+class Probe(Plugin):
+    """Observes, or intervenes, and always says what it measured."""
+
+    kind: ClassVar[str] = "probes"
+
+    @abstractmethod
+    def run(self, model: Any, data: Any = None, *, tokenizer: Any = None, seed: int = 0,
+            progress: bool | None = None) -> Report:
+        """The measurement. The model is left as it was found, also after an exception.
+
+        Args:
+            model: a torch module, most often a transformers model.
+            data: what the probe's own documentation says; None: the probe's built-in example data.
+            tokenizer: the model's tokenizer, where text is involved.
+            seed: the only source of randomness.
+            progress: show a progress bar; None: only on a terminal.
+        """

@@ -1,0 +1,32 @@
+"""Progress bars: on a terminal yes, in a log no."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def track(items: Iterable[T], label: str, total: int | None = None, show: bool | None = None) -> Iterator[T]:
+    """Iterate over ``items`` under a progress bar; ``show=None`` shows it only where stderr is a terminal."""
+    with bar(label, total if total is not None else _length(items), show) as moving:
+        for item in items:
+            yield item
+            moving.update()
+
+
+def bar(label: str, total: int | None = None, show: bool | None = None) -> Any:
+    """A tqdm bar (use it as a context manager), disabled where ``show`` or the terminal says so."""
+    from tqdm.auto import tqdm
+
+    shown = sys.stderr.isatty() if show is None else show
+    return tqdm(total=total, desc=label, disable=not shown, leave=False, dynamic_ncols=True)
+
+
+def _length(items: Iterable[Any]) -> int | None:
+    try:
+        return len(items)  # type: ignore[arg-type]
+    except TypeError:
+        return None
