@@ -86,18 +86,19 @@ def check(package: Path, wheels: Path, site: Path, work: Path) -> None:
     sh(python, "-m", "pip", "install", "-q", "--find-links", str(wheels), name)
     module = name.replace("-", "_")
     sh(python, "-c", f"import {module}")
-    others = [p.name.replace("-", "_") for p in PACKAGES if p.parent.parent.name == "plugins" and p != package]
+    others = ["looseleaf_" + p.name.replace("-", "_") for p in PACKAGES if p.parent.parent.name == "plugins" and p != package]
+    absent = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is not None)"
     for other in others:
-        sh(python, "-c", f"import importlib.util, sys; sys.exit(importlib.util.find_spec('looseleaf_{other}') is not None)")
+        sh(python, "-c", absent, other)
     listed = sh(python, "-m", "looseleaf.cli.main", "list", "--json", LOOSELEAF_CACHE=str(work / "cache")) \
         if "kernels" not in str(package) else "[]"
     for other in others:
-        if f'"looseleaf-{other.replace("_", "-")}"' in listed:
+        if f'"{other.replace("_", "-")}"' in listed:
             raise SystemExit(f"{name}: the plugin {other} is listed in its clean layer")
     unasked = [m for m in ("transformers", "diffusers", "ray", "sklearn", "matplotlib")
                if not _asked_for(project, m)]
     for extra in unasked:
-        sh(python, "-c", f"import importlib.util, sys; sys.exit(importlib.util.find_spec({extra!r}) is not None)")
+        sh(python, "-c", absent, extra)
     if "kernels" not in str(package):
         # The user's own model brings transformers; from here on it is there.
         sh(python, "-m", "pip", "install", "-q", "transformers")

@@ -7,6 +7,7 @@ can be imported at all is tried once per installed version, in a process of its 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata as metadata
 import json
 import os
@@ -271,10 +272,8 @@ def _read_verdicts() -> dict[str, str]:
 def _remember(verdicts: dict[str, str]) -> None:
     from looseleaf.report import write_text
 
-    try:
+    with contextlib.suppress(OSError):  # an unwritable cache only costs the next listing its speed
         write_text(cache_dir() / "imports.json", json.dumps({**_read_verdicts(), **verdicts}))
-    except OSError:
-        pass  # an unwritable cache only costs the next listing its speed
 
 
 _TRY = """

@@ -52,9 +52,9 @@ class Plugin:
         for f in dataclasses.fields(cls):
             if not f.init:
                 continue
-            default: Any = f.default
-            if default is dataclasses.MISSING:
-                default = f.default_factory() if f.default_factory is not dataclasses.MISSING else None
+            default: Any = None if f.default is dataclasses.MISSING else f.default
+            if f.default_factory is not dataclasses.MISSING:
+                default = f.default_factory()
             out.append(ParameterInfo(f.name, hints.get(f.name, Any), default, helps.get(f.name, "")))
         return out
 
