@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from looseleaf.attention.mask import LazyMask
+
 Phase = Literal["prefill", "decode", "encode"]
 
 
@@ -34,7 +36,8 @@ class AttentionCall:
         query_lengths, key_lengths: (B,) int64 on the tensors' device, or None where every row is valid.
             What lies beyond may be anything, NaN too; the output rows there are ignored.
         mask: what neither causality nor lengths say: None, bool (True: attend) or additive,
-            broadcastable to (B, Hq, Lq, Lk). A backend that cannot honour a mask must use :meth:`dense`.
+            broadcastable to (B, Hq, Lq, Lk), or a :class:`~looseleaf.attention.mask.LazyMask` that makes rows of it.
+            A backend that cannot honour a mask must use :meth:`fall_back`.
         layer: index of the layer in its model.
         step: denoising step for diffusion models, else None.
         phase: ``prefill`` (causal, Lq > 1), ``decode`` (Lq == 1 with a longer cache) or ``encode``.
@@ -50,7 +53,7 @@ class AttentionCall:
     is_causal: bool = True
     query_lengths: Tensor | None = None
     key_lengths: Tensor | None = None
-    mask: Tensor | None = None
+    mask: Tensor | LazyMask | None = None
     layer: int = 0
     step: int | None = None
     phase: Phase = "prefill"
