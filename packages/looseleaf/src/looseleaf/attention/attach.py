@@ -54,8 +54,12 @@ class Attached:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """One dictionary for each call: ``layer``, ``phase``, ``seconds``, and what the backend recorded."""
-        return [{**values, "seconds": seconds()} for values, seconds in self._calls]
+        """One dictionary for each call: ``layer``, ``phase``, ``seconds``, and what the backend recorded.
+
+        Tensors that were recorded become numbers and lists here, not before: a backend need not wait for the device.
+        """
+        return [{**{k: v.tolist() if isinstance(v, Tensor) else v for k, v in values.items()}, "seconds": seconds()}
+                for values, seconds in self._calls]
 
     def compute(self, call: AttentionCall, layer: int) -> Tensor:
         """Send one call to the backend, timed and recorded."""
@@ -96,6 +100,11 @@ class Attached:
                 row.append(", ".join(f"{found.count(t)} x {t}" if len(found) > 1 else t
                                      for t in dict.fromkeys(found)) or None)
             table.add(*row)
+        for key in dict.fromkeys(k for r in records for k, v in r.items() if isinstance(v, list)):
+            rows = [[r[key] for r in records if r["layer"] == layer and key in r] for layer in range(len(self.layers))]
+            means = [[sum(column) / len(column) for column in zip(*of_layer)] for of_layer in rows if of_layer]
+            report.figure(key.replace("_", " "), x_label="head", y_label="layer", image=means,
+                          note=f"layers {', '.join(str(i) for i, of_layer in enumerate(rows) if of_layer)}")
         reasons = [r["fallback"] for r in records if "fallback" in r]
         if reasons:
             report.table("Fallbacks to exact attention", ["reason", "calls"],
