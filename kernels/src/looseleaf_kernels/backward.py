@@ -9,7 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from looseleaf_kernels.cpu import CHUNK_SCORES, _blocks
+from looseleaf_kernels.cpu import _blocks
+
+CHUNK_SCORES = 1 << 19
+"""Scores per chunk: 2 MiB of fp32, about one core's cache."""
 
 
 def block_sparse_attention_backward(

@@ -1,17 +1,21 @@
 """The operations on a few CPU cores.
 
-Block-sparse attention groups the query blocks by how many key blocks they attend to, gathers the key and value blocks
-of many of them at once, and runs each group as two batched matrix products with a softmax in place between them. A
-chunk holds few enough scores to stay in the cache, so that memory beyond inputs and output does not grow with L.
+Block-sparse attention splits the blocks of each query block into those that need no mask and the few at the diagonal
+or at the end that do. Query blocks with equally many blocks are computed together: their keys and values are gathered
+a few megabytes at a time, and torch's own fused attention gives output and log-sum-exp. The two parts of a row are put
+together by their log-sum-exps. Memory beyond inputs and output does not grow with L.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-CHUNK_SCORES = 1 << 19
-"""Scores per chunk: 2 MiB of fp32, about one core's cache."""
+CHUNK_BYTES = 1 << 22
+"""Keys and values gathered at a time: what two cores keep in their second-level caches."""
 
 
 def block_sparse_attention(query: Tensor, key: Tensor, value: Tensor, row_ptr: Tensor, col: Tensor, scale: float,
@@ -22,41 +26,105 @@ def block_sparse_attention(query: Tensor, key: Tensor, value: Tensor, row_ptr: T
     kv_heads, lk = key.shape[1], key.shape[2]
     nq, nk = -(-lq // block_q), -(-lk // block_k)
     wide = torch.promote_types(query.dtype, torch.float32)
-    q_blocks = _blocks(query, nq, block_q, query_lengths, wide) * scale
-    k_blocks = _blocks(key, nk, block_k, key_lengths, wide)
-    v_blocks = _blocks(value, nk, block_k, key_lengths, wide)
-    out = torch.zeros(batch * heads * nq, block_q, width, dtype=wide)
-    lse = torch.full((batch * heads * nq, block_q), -torch.inf, dtype=wide)
+    parts = _Parts(
+        _blocks(query, nq, block_q, query_lengths, wide), _blocks(key, nk, block_k, key_lengths, wide),
+        _blocks(value, nk, block_k, key_lengths, wide), col.long(), scale)
+    row = torch.arange(batch * heads * nq)
+    item = row // (heads * nq)
+    parts.base = (item * kv_heads + row // nq % heads // (heads // kv_heads)) * nk
 
-    counts = (row_ptr[..., 1:] - row_ptr[..., :-1]).flatten().long()
-    starts = row_ptr[..., :-1].reshape(-1).long()
-    order = torch.argsort(counts)
-    sorted_counts = counts[order]
-    shape = _Shape(heads, heads // kv_heads, nq, nk, block_q, block_k, causal, lk)
-    begin = int(torch.searchsorted(sorted_counts, torch.tensor(1)))
-    total = order.numel()
-    while begin < total:
-        n = int(sorted_counts[begin])
-        same = int(torch.searchsorted(sorted_counts, torch.tensor(n), right=True))
-        size = max(1, CHUNK_SCORES // (n * block_q * block_k))
-        end = min(same, begin + size)
-        rows = order[begin:end]
-        begin = end
-        columns = col[starts[rows, None] + torch.arange(n)].long()
-        _attend(rows, columns, q_blocks, k_blocks, v_blocks, out, lse, shape, query_lengths, key_lengths)
+    # A block needs a mask if its last key lies behind the row's first query, or behind the last valid key.
+    first_query = row % nq * block_q + (key_lengths - query_lengths)[item]
+    last_key = key_lengths[item] - 1
+    bound = torch.minimum(last_key, first_query) if causal else last_key
+    starts, ends = row_ptr[..., :-1].reshape(-1).long(), row_ptr[..., 1:].reshape(-1).long()
+    owner = torch.repeat_interleave(row, ends - starts)
+    clear = (parts.col + 1) * block_k - 1 <= bound[owner]
+    middle = starts + torch.zeros_like(starts).index_add_(0, owner, clear.long())
 
+    # Most often the one block to mask is the square on the diagonal, which torch masks without a tensor.
+    square = torch.zeros_like(row, dtype=torch.bool)
+    if causal and block_q == block_k and parts.col.numel():
+        only = parts.col[middle.clamp(max=parts.col.numel() - 1)]
+        square = (ends - middle == 1) & (only * block_k == first_query) & ((only + 1) * block_k - 1 <= last_key)
+    parts.run(middle, torch.where(square, ends, middle), "diagonal")
+    positions, keys = torch.arange(block_q), torch.arange(block_k)
+
+    def hidden(rows: Tensor, columns: Tensor) -> Tensor:
+        """(R, block_q, n * block_k): keys behind a query or behind the end."""
+        last = last_key[rows, None].expand(-1, block_q)
+        if causal:
+            last = torch.minimum(last, first_query[rows, None] + positions)
+        at = (columns[:, :, None] * block_k + keys).flatten(1)
+        return at[:, None] > last[:, :, None]
+
+    parts.run(torch.where(square, ends, middle), ends, hidden)
+    parts.run(starts, middle, None)
+    out, lse = parts.out, parts.lse
+    beyond = (row % nq)[:, None] * block_q + positions >= query_lengths[item][:, None]
+    if bool(beyond.any()):
+        out.masked_fill_(beyond[..., None], 0.0)
+        lse.masked_fill_(beyond, -torch.inf)
     out = out.view(batch, heads, nq * block_q, width)[:, :, :lq]
-    lse = lse.view(batch, heads, nq * block_q)[:, :, :lq].contiguous()
-    return out.to(query.dtype).contiguous(), lse.to(torch.float64 if wide == torch.float64 else torch.float32)
+    lse = lse.view(batch, heads, nq * block_q)[:, :, :lq]
+    return out.to(query.dtype).contiguous(), lse.contiguous()
 
 
-class _Shape:
-    """Sizes that every chunk needs."""
+Hidden = Callable[[Tensor, Tensor], Tensor]
 
-    def __init__(self, heads: int, group: int, nq: int, nk: int, block_q: int, block_k: int, causal: bool,
-                 lk: int) -> None:
-        self.heads, self.group, self.nq, self.nk = heads, group, nq, nk
-        self.block_q, self.block_k, self.causal, self.lk = block_q, block_k, causal, lk
+
+class _Parts:
+    """Output and log-sum-exp of each query block: first the part with a mask, then the one without.
+
+    Attributes:
+        base: (rows,) where the key blocks of a row's batch item and head begin in ``k``.
+        out: (rows, block_q, D). lse: (rows, block_q), -inf where nothing was attended to.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, col: Tensor, scale: float) -> None:
+        self.q, self.k, self.v, self.col, self.scale = q, k, v, col, scale
+        self.base = torch.zeros(len(q), dtype=torch.long)
+        self.out = torch.zeros_like(q)
+        self.lse = q.new_full(q.shape[:2], -torch.inf)
+
+    def run(self, starts: Tensor, ends: Tensor, masked: Hidden | Literal["diagonal"] | None) -> None:
+        """Attend to ``col[starts:ends]`` of each row.
+
+        ``masked``: a function (rows, columns) that says which keys to leave out; or ``"diagonal"``; or None.
+        """
+        counts = ends - starts
+        order = torch.argsort(counts, stable=True)
+        numbers, sizes = torch.unique_consecutive(counts[order], return_counts=True)
+        block_bytes = 2 * self.k.shape[1] * self.k.shape[2] * self.k.element_size()
+        begin = 0
+        for n, size in zip(numbers.tolist(), sizes.tolist(), strict=True):
+            rows_of_n = order[begin:begin + size]
+            begin += size
+            if n == 0:
+                continue
+            for rows in rows_of_n.split(max(1, CHUNK_BYTES // (n * block_bytes))):
+                self._attend(rows, self.col[starts[rows, None] + torch.arange(n)], masked)
+
+    def _attend(self, rows: Tensor, columns: Tensor, masked: Hidden | Literal["diagonal"] | None) -> None:
+        gather = (self.base[rows, None] + columns).flatten()
+        shape = (len(rows), 1, columns.shape[1] * self.k.shape[1], self.k.shape[2])
+        k, v = self.k.index_select(0, gather).view(shape), self.v.index_select(0, gather).view(shape)
+        mask = hidden = None
+        if callable(masked):
+            hidden = masked(rows, columns)
+            mask = torch.zeros(hidden.shape, dtype=k.dtype).masked_fill_(hidden, -torch.inf)[:, None]
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            self.q.index_select(0, rows)[:, None], k, v, 0.0, masked == "diagonal", attn_mask=mask, scale=self.scale)
+        out, lse = out[:, 0], lse[:, 0].to(self.lse.dtype)
+        if masked is None:
+            former = self.lse.index_select(0, rows)
+            out = torch.lerp(self.out.index_select(0, rows), out, torch.sigmoid(lse - former)[..., None])
+            lse = torch.logaddexp(former, lse)
+        elif hidden is not None:
+            empty = hidden.all(-1)
+            out, lse = out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, -torch.inf)
+        self.out.index_copy_(0, rows, out)
+        self.lse.index_copy_(0, rows, lse)
 
 
 def _blocks(x: Tensor, count: int, block: int, lengths: Tensor, wide: torch.dtype) -> Tensor:
@@ -69,52 +137,6 @@ def _blocks(x: Tensor, count: int, block: int, lengths: Tensor, wide: torch.dtyp
     for b, n in enumerate(lengths.tolist()):
         out[b, :, :n] = x[b, :, :n]
     return out.view(batch * heads * count, block, width)
-
-
-def _attend(rows: Tensor, columns: Tensor, q_blocks: Tensor, k_blocks: Tensor, v_blocks: Tensor, out: Tensor,
-            lse: Tensor, s: _Shape, query_lengths: Tensor, key_lengths: Tensor) -> None:
-    """One chunk: ``rows`` (R,) flat query blocks, ``columns`` (R, n) their key blocks."""
-    item = rows // (s.heads * s.nq)
-    kv_head = (rows // s.nq % s.heads) // s.group
-    base = (item * (k_blocks.shape[0] // s.nk // (query_lengths.numel())) + kv_head) * s.nk
-    n = columns.shape[1]
-    gather = (base[:, None] + columns).flatten()
-    width = k_blocks.shape[2]
-    k = k_blocks.index_select(0, gather).view(len(rows), n * s.block_k, width)
-    scores = torch.bmm(q_blocks.index_select(0, rows), k.transpose(1, 2))
-    offset = (key_lengths - query_lengths)[item]
-    first_query = (rows % s.nq) * s.block_q + offset
-    last_key = (columns.max(1).values + 1) * s.block_k - 1
-    ragged = last_key >= key_lengths[item]
-    diagonal = last_key > first_query if s.causal else torch.zeros_like(ragged)
-    masked = (ragged | diagonal).nonzero().flatten()
-    empty: Tensor | None = None
-    if masked.numel():
-        # Only the last blocks of a row can be cut by causality or by the end: mask from there on.
-        keys = (columns[masked, :, None] * s.block_k + torch.arange(s.block_k)).flatten(1)
-        bound = (key_lengths[item[masked]] - 1)[:, None].expand(-1, s.block_q)
-        if s.causal:
-            bound = torch.minimum(bound, first_query[masked, None] + torch.arange(s.block_q))
-        cut = int((keys > bound.min(1).values[:, None]).any(0).nonzero()[0])
-        hidden = keys[:, None, cut:] > bound[:, :, None]
-        part = scores[masked, :, cut:].masked_fill_(hidden, -torch.inf)
-        scores[masked, :, cut:] = part
-        if cut == 0:
-            empty = torch.isneginf(scores.amax(-1))
-    top = scores.amax(-1, keepdim=True)
-    if empty is not None:
-        top = top.masked_fill(empty[..., None], 0.0)
-    scores.sub_(top).exp_()
-    total = scores.sum(-1, keepdim=True)
-    v = v_blocks.index_select(0, gather).view(len(rows), n * s.block_k, width)
-    result = torch.bmm(scores, v).div_(total.clamp(min=torch.finfo(total.dtype).tiny))
-    row_lse = (top + total.log()).squeeze(-1)
-    beyond = (rows % s.nq)[:, None] * s.block_q + torch.arange(s.block_q) >= query_lengths[item][:, None]
-    if bool(beyond.any()):
-        result.masked_fill_(beyond[..., None], 0.0)
-        row_lse.masked_fill_(beyond, -torch.inf)
-    out[rows] = result
-    lse[rows] = row_lse
 
 
 def block_mean(x: Tensor, block: int, lengths: Tensor) -> Tensor:
