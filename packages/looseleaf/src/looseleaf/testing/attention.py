@@ -170,13 +170,13 @@ def _models(findings: Findings, make: Callable[[], AttentionBackend], length: in
         assert out.shape == (2, 43)
 
 
-def tiny_llama(seed: int = 0) -> Any:
-    """A small Llama with random weights: 2 layers, 4 query heads, 2 key heads, vocabulary 64."""
+def tiny_llama(seed: int = 0, vocabulary: int = 64) -> Any:
+    """A small Llama with random weights: 2 layers, 4 query heads, 2 key heads."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        config = LlamaConfig(vocab_size=vocabulary, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
                              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
                              initializer_range=0.2)
         return LlamaForCausalLM(config).eval()
