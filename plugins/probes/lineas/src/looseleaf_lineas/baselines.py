@@ -1,0 +1,53 @@
+"""What LinEAS is compared with: a shift by the difference in means, and affine transport layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from looseleaf.probes.hooks import matching_modules
+from looseleaf_lineas.activations import encode, frozen, pooled
+from looseleaf_lineas.steering import Steering
+
+
+def difference_in_means(model: nn.Module, source: Sequence[str], target: Sequence[str], tokenizer: Any, *,
+                        modules: str = "*layernorm", skip_first: bool = True) -> Steering:
+    """Add the mean target activation less the mean source activation (ActAdd, CAA), at every steered module."""
+    device = next(model.parameters()).device
+    with frozen(model):
+        x = pooled(model, modules, encode(tokenizer, source, device), skip_first)
+        y = pooled(model, modules, encode(tokenizer, target, device), skip_first)
+    return Steering({n: torch.ones_like(x[n][0]) for n in x}, {n: y[n].mean(0) - x[n].mean(0) for n in x},
+                    {"method": "difference in means"})
+
+
+def lin_act(model: nn.Module, source: Sequence[str], target: Sequence[str], tokenizer: Any, *,
+            modules: str = "*layernorm", skip_first: bool = True) -> Steering:
+    """Lin-AcT: closed-form affine transport of every neuron, each layer seeing the layers before it steered.
+
+    With both sides sorted, ``omega`` is the slope of the least-squares line through the matched quantiles.
+    Needs equally many source and target sentences.
+
+    Raises:
+        ValueError: not equally many.
+    """
+    if len(source) != len(target):
+        raise ValueError(f"{len(source)} source and {len(target)} target sentences: allowed is equally many of both")
+    device = next(model.parameters()).device
+    batch = encode(tokenizer, source, device)
+    made = Steering({}, {}, {"method": "Lin-AcT"})
+    with frozen(model):
+        goal = pooled(model, modules, encode(tokenizer, target, device), skip_first)
+        for name in matching_modules(model, modules):
+            with made.apply(model):
+                x = pooled(model, name, batch, skip_first)[name].sort(0).values
+            y = goal[name].sort(0).values
+            middle_x, middle_y = x.mean(0), y.mean(0)
+            spread = (x - middle_x).square().sum(0)
+            omega = ((x - middle_x) * (y - middle_y)).sum(0) / spread.clamp(min=1e-12)
+            omega = torch.where(spread > 1e-12, omega, torch.ones_like(omega))
+            made.omega[name], made.bias[name] = omega.cpu(), (middle_y - omega * middle_x).cpu()
+    return made

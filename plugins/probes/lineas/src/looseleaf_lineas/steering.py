@@ -1,0 +1,233 @@
+"""A learned steering: one element-wise affine map for each steered module."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from looseleaf import intervene
+
+FORMAT = "looseleaf.steering/1"
+
+
+class Steering:
+    """``T(z) = omega * z + bias`` for each module; the identity at omega 1 and bias 0.
+
+    Attributes:
+        omega, bias: module name -> (d,) fp32.
+        info: how it was made.
+    """
+
+    def __init__(self, omega: Mapping[str, Tensor], bias: Mapping[str, Tensor], info: dict[str, Any] | None = None,
+                 ) -> None:
+        if set(omega) != set(bias):
+            raise ValueError(f"omega names {sorted(omega)[:3]}, bias {sorted(bias)[:3]}: allowed is the same modules")
+        self.omega = {name: t.detach().float().cpu() for name, t in omega.items()}
+        self.bias = {name: t.detach().float().cpu() for name, t in bias.items()}
+        self.info = dict(info or {})
+
+    def sparsity(self) -> float:
+        """Share of coordinates, of omega and bias, that are exactly at the identity."""
+        at = sum(int((self.omega[n] == 1).sum() + (self.bias[n] == 0).sum()) for n in self.omega)
+        return at / max(1, sum(2 * t.numel() for t in self.omega.values()))
+
+    @contextmanager
+    def apply(self, model: nn.Module, strength: float = 1.0) -> Iterator[None]:
+        """Steer ``model`` while the ``with`` block runs: ``(1 - strength) z + strength T(z)`` (section 3.4).
+
+        Args:
+            strength: 0 changes nothing, 1 is what was learned; beyond them with a warning.
+
+        Raises:
+            ValueError: the model has no such modules, or of another width.
+        """
+        _check_strength(strength)
+        if strength == 0:
+            yield
+            return
+        self._check_model(model)
+        with intervene(model, {name: self._map(name, strength) for name in self.omega}):
+            yield
+
+    def _map(self, name: str, strength: float) -> Callable[[Tensor], Tensor]:
+        omega, bias = 1 + strength * (self.omega[name] - 1), strength * self.bias[name]
+        moved: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+        def function(z: Tensor) -> Tensor:
+            key = (z.device, z.dtype)
+            if key not in moved:
+                moved[key] = (omega.to(*key), bias.to(*key))
+            return z * moved[key][0] + moved[key][1]
+
+        return function
+
+    def _check_model(self, model: nn.Module) -> None:
+        modules = dict(model.named_modules())
+        missing = [name for name in self.omega if name not in modules]
+        if missing:
+            raise ValueError(f"this steering was made for another model: {type(model).__name__} has no module "
+                             f"{missing[0]!r} (nor {len(missing) - 1} more of {len(self.omega)})")
+        for name, omega in self.omega.items():
+            weight = getattr(modules[name], "weight", None)
+            if isinstance(weight, Tensor) and weight.dim() == 1 and weight.numel() != omega.numel():
+                raise ValueError(f"this steering was made for another model: {name} has width {weight.numel()}, the "
+                                 f"map {omega.numel()}")
+
+    def scaled(self, strength: float) -> Steering:
+        """The maps at a strength, as a steering of its own."""
+        _check_strength(strength)
+        return Steering({n: 1 + strength * (t - 1) for n, t in self.omega.items()},
+                        {n: strength * t for n, t in self.bias.items()}, {**self.info, "strength": strength})
+
+    @staticmethod
+    def mean(parts: Sequence[Steering]) -> Steering:
+        """Several behaviours at once: the mean of their displacements; a module that a part lacks stays put there."""
+        if not parts:
+            raise ValueError("no steering given: allowed is one or more")
+        names = list(dict.fromkeys(n for part in parts for n in part.omega))
+        width = {n: part.omega[n].numel() for part in parts for n in part.omega}
+        omega = {n: torch.stack([p.omega.get(n, torch.ones(width[n])) for p in parts]).mean(0) for n in names}
+        bias = {n: torch.stack([p.bias.get(n, torch.zeros(width[n])) for p in parts]).mean(0) for n in names}
+        return Steering(omega, bias, {"mean of": len(parts)})
+
+    def then(self, later: Steering) -> Steering:
+        """Two behaviours in sequence: ``later`` after this one, in every module."""
+        names = list(dict.fromkeys([*self.omega, *later.omega]))
+        omega, bias = {}, {}
+        for n in names:
+            width = (self.omega.get(n) if n in self.omega else later.omega[n]).numel()  # type: ignore[union-attr]
+            one, zero = torch.ones(width), torch.zeros(width)
+            omega[n] = later.omega.get(n, one) * self.omega.get(n, one)
+            bias[n] = later.omega.get(n, one) * self.bias.get(n, zero) + later.bias.get(n, zero)
+        return Steering(omega, bias, {"sequence": 2})
+
+    def merge(self, model: nn.Module, example: Mapping[str, Tensor], strength: float = 1.0) -> None:
+        """Fold the maps into the linear layers that read the steered outputs: steering at no cost, for good.
+
+        ``W (omega z + b) + c = (W diag(omega)) z + (W b + c)``. Layers without a bias get one; a checkpoint of the
+        model then has biases that its class, as configured, does not expect.
+
+        Args:
+            model: changed in place.
+            example: model inputs, to see which layers read a steered output.
+            strength: as in :meth:`apply`.
+
+        Raises:
+            ValueError: a steered output is read by something else than linear layers; nothing is changed then.
+        """
+        _check_strength(strength)
+        self._check_model(model)
+        readers = _readers(model, list(self.omega), example)
+        with torch.no_grad():
+            with self.apply(model, strength):
+                wanted = _output(model, example)
+            before = [(m, m.weight.detach().clone(), m.bias) for linears in readers.values() for m in linears]
+            for name, linears in readers.items():
+                for linear in linears:
+                    omega = (1 + strength * (self.omega[name] - 1)).to(linear.weight)
+                    bias = (strength * self.bias[name]).to(linear.weight)
+                    shift = linear.weight @ bias
+                    linear.bias = nn.Parameter(shift if linear.bias is None else linear.bias + shift)
+                    linear.weight.mul_(omega)
+            if not torch.allclose(_output(model, example), wanted, atol=1e-2, rtol=1e-2):
+                for module, weight, bias_before in before:
+                    module.weight.copy_(weight)
+                    module.bias = bias_before
+                raise ValueError("the steered outputs are read by more than linear layers, so folding would change the "
+                                 "result: use apply()")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to a safetensors file, whole or not at all."""
+        from safetensors.torch import save_file
+
+        tensors = {f"{kind}.{n}": t.contiguous() for kind, maps in (("omega", self.omega), ("bias", self.bias))
+                   for n, t in maps.items()}
+        target = Path(path)
+        if not target.resolve().parent.is_dir():
+            raise ValueError(f"cannot write {path}: the folder {target.resolve().parent} does not exist")
+        handle, temporary = tempfile.mkstemp(dir=target.resolve().parent, suffix=".part")
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, {"format": FORMAT, "info": json.dumps(self.info, default=str)})
+            os.replace(temporary, target)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Steering:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: not such a file, or a truncated one.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is no readable safetensors file ({error}); Steering.save writes one") from error
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path} has format {metadata.get('format')!r}: allowed is {FORMAT!r}")
+        maps: dict[str, dict[str, Tensor]] = {"omega": {}, "bias": {}}
+        for name, tensor in tensors.items():
+            kind, _, module = name.partition(".")
+            maps[kind][module] = tensor
+        return cls(maps["omega"], maps["bias"], json.loads(metadata.get("info", "{}")))
+
+
+def _check_strength(strength: float) -> None:
+    if not isinstance(strength, (int, float)) or not math.isfinite(strength):
+        raise ValueError(f"strength={strength!r}: allowed is a number, 0 (nothing) to 1 (what was learned)")
+    if not 0 <= strength <= 1:
+        warnings.warn(f"strength={strength} lies outside 0 to 1, where nothing was learned", stacklevel=3)
+
+
+def _readers(model: nn.Module, names: list[str], example: Mapping[str, Tensor]) -> dict[str, list[nn.Linear]]:
+    """Steered module -> the linear layers whose input is its very output."""
+    made: dict[int, str] = {}
+    keep: list[Tensor] = []
+    readers: dict[str, list[nn.Linear]] = {name: [] for name in names}
+    modules = dict(model.named_modules())
+
+    def wrote(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            made[id(output)] = name
+            keep.append(output)  # alive, so that no other tensor gets its id
+
+        return hook
+
+    def read(module: nn.Module, args: tuple[Any, ...]) -> None:
+        name = made.get(id(args[0])) if args else None
+        if name is not None and isinstance(module, nn.Linear):
+            readers[name].append(module)
+
+    handles = [modules[name].register_forward_hook(wrote(name)) for name in names]
+    handles += [m.register_forward_pre_hook(read) for m in model.modules() if isinstance(m, nn.Linear)]
+    try:
+        with torch.no_grad():
+            model(**example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    unread = [name for name, found in readers.items() if not found]
+    if unread:
+        raise ValueError(f"no linear layer reads the output of {unread[0]}, so nothing can be folded: use apply()")
+    return readers
+
+
+def _output(model: nn.Module, example: Mapping[str, Tensor]) -> Tensor:
+    from looseleaf.probes.hooks import first_tensor
+
+    return first_tensor(model(**example))

@@ -1,0 +1,230 @@
+"""The parts of LinEAS against closed forms, and what steering must guarantee."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linprog, minimize
+
+from looseleaf.testing.probes import tiny_text_llama, tiny_tokenizer
+from looseleaf_lineas import LinEAS, Steering, difference_in_means, examples, lin_act, squared_w2
+from looseleaf_lineas.activations import encode, pooled
+from looseleaf_lineas.probe import shrink
+
+SOURCE, TARGET = examples.SOURCE[:6], examples.TARGET[:6]
+
+
+@pytest.mark.parametrize(("n", "m"), [(5, 5), (4, 6), (3, 7), (1, 4)])
+def test_w2_is_optimal_transport(n: int, m: int) -> None:
+    g = torch.Generator().manual_seed(n * m)
+    x, y = torch.randn(n, 3, generator=g), torch.randn(m, 3, generator=g)
+    for k in range(3):
+        cost = (x[:, None, k] - y[None, :, k]).square().numpy().ravel()
+        rows = np.kron(np.eye(n), np.ones(m))
+        columns = np.kron(np.ones(n), np.eye(m))
+        best = linprog(cost, A_eq=np.vstack([rows, columns]), b_eq=np.r_[np.full(n, 1 / n), np.full(m, 1 / m)])
+        assert float(squared_w2(x, y)[k]) == pytest.approx(best.fun, abs=1e-5)
+
+
+def test_w2_of_shifted_samples_is_the_shift_squared() -> None:
+    x = torch.randn(50, 4)
+    torch.testing.assert_close(squared_w2(x, x[torch.randperm(50)] + 1.5), torch.full((4,), 2.25))
+
+
+@pytest.mark.parametrize(("one", "group"), [(0.0, 0.0), (0.7, 0.0), (0.0, 0.4), (0.5, 0.3), (5.0, 0.0), (0.0, 5.0)])
+def test_shrink_is_the_proximal_operator(one: float, group: float) -> None:
+    x = torch.tensor([1.5, -0.8, 0.1, 2.0], dtype=torch.float64)
+    rate = 0.5
+
+    def objective(u: np.ndarray) -> float:
+        return float(0.5 * ((u - x.numpy()) ** 2).sum()
+                     + rate * (one * np.abs(u).sum() + group * 2.0 * np.sqrt((u ** 2).sum())))
+
+    found = shrink(x, rate, one, group)
+    value = objective(found.numpy())
+    for start in (x.numpy(), np.zeros(4), found.numpy() + 0.05):
+        assert value <= minimize(objective, start, method="Nelder-Mead", options={"maxiter": 4000}).fun + 1e-6
+
+
+def test_loss_falls_and_distances_shrink() -> None:
+    model, tokenizer = tiny_text_llama(), tiny_tokenizer()
+    steering = LinEAS(steps=150, lr=2.0).fit(model, SOURCE, TARGET, tokenizer)
+    losses, w2 = steering.info["loss"], steering.info["w2"]
+    assert losses[-1] < 0.5 * losses[0]  # random weights leave more than a trained model does; see reproduction.py
+    assert sum(after < before for before, after in w2.values()) >= 0.9 * len(w2)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_later_layers_see_earlier_maps() -> None:
+    model, tokenizer = tiny_text_llama(), tiny_tokenizer()
+    plugin = LinEAS(steps=3, lr=1.0)
+    steering = plugin.fit(model, SOURCE, TARGET, tokenizer)
+    goal = pooled(model, "*layernorm", encode(tokenizer, TARGET, torch.device("cpu")), True)
+    with steering.apply(model):
+        seen = pooled(model, "*layernorm", encode(tokenizer, SOURCE, torch.device("cpu")), True)
+    total = sum(float(squared_w2(seen[n], goal[n]).mean()) for n in seen)
+    assert total == pytest.approx(steering.info["loss"][-1], rel=1e-4)
+
+
+def test_gradient_of_the_loss() -> None:
+    from looseleaf_lineas.activations import weights
+    from looseleaf_lineas.probe import _layer_losses
+
+    model, tokenizer = tiny_text_llama().double(), tiny_tokenizer()
+    batch = encode(tokenizer, SOURCE[:3], torch.device("cpu"))
+    goal = {n: v.double() for n, v in pooled(model, "*layernorm", encode(tokenizer, TARGET[:3], torch.device("cpu")),
+                                             True).items()}
+    share = weights(batch["attention_mask"], True).double()
+    names = list(goal)
+
+    def loss(scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        omega = {n: torch.ones(64, dtype=torch.float64) * scale[i] for i, n in enumerate(names)}
+        bias = {n: torch.ones(64, dtype=torch.float64) * shift[i] for i, n in enumerate(names)}
+        return torch.stack(list(_layer_losses(model, batch, share, goal, omega, bias).values())).sum()
+
+    scale = torch.tensor([1.1, 0.9, 1.05, 1.0], dtype=torch.float64, requires_grad=True)
+    shift = torch.tensor([0.1, -0.1, 0.0, 0.05], dtype=torch.float64, requires_grad=True)
+    gradient = torch.autograd.grad(loss(scale, shift), [scale, shift])
+    with torch.no_grad():
+        for which, at in ((0, 0), (0, 2), (1, 1), (1, 3)):
+            step = torch.zeros(4, dtype=torch.float64)
+            step[at] = 1e-3
+            pair = [(scale + s * step, shift) if which == 0 else (scale, shift + s * step) for s in (1, -1)]
+            numeric = float(loss(*pair[0]) - loss(*pair[1])) / 2e-3
+            # float32 inside the pooled activations bounds the accuracy of the difference
+            assert float(gradient[which][at]) == pytest.approx(numeric, rel=2e-2)
+
+
+def test_l1_leaves_neurons_and_groups_leave_layers() -> None:
+    model, tokenizer = tiny_text_llama(), tiny_tokenizer()
+    assert LinEAS(steps=20, lr=1.0).fit(model, SOURCE, TARGET, tokenizer).sparsity() < 0.1
+    neurons = LinEAS(steps=20, lr=1.0, lambda_1=0.003).fit(model, SOURCE, TARGET, tokenizer)
+    assert 0.1 < neurons.sparsity() < 1
+    layers = LinEAS(steps=20, lr=1.0, lambda_G=1.0).fit(model, SOURCE, TARGET, tokenizer)
+    assert layers.sparsity() == 1.0
+
+
+def test_strength() -> None:
+    model, tokenizer = tiny_text_llama(), tiny_tokenizer()
+    steering = LinEAS(steps=5, lr=1.0).fit(model, SOURCE, TARGET, tokenizer)
+    batch = encode(tokenizer, SOURCE[:2], torch.device("cpu"))
+    identity = Steering({n: torch.ones_like(t) for n, t in steering.omega.items()},
+                        {n: torch.zeros_like(t) for n, t in steering.bias.items()})
+    with torch.no_grad():
+        plain = model(**batch).logits
+        for same, strength in ((steering, 0.0), (identity, 1.0)):
+            with same.apply(model, strength):
+                assert torch.equal(model(**batch).logits, plain)
+        with steering.apply(model, 0.5):
+            half = model(**batch).logits
+        with steering.scaled(0.5).apply(model):
+            torch.testing.assert_close(model(**batch).logits, half)
+        with warnings.catch_warnings(record=True) as caught, steering.apply(model, 1.5):
+            warnings.simplefilter("always")
+        assert torch.equal(model(**batch).logits, plain)
+    with pytest.warns(UserWarning, match="outside 0 to 1"), steering.apply(model, 1.5):
+        pass
+    with pytest.raises(ValueError, match="strength=nan"), steering.apply(model, float("nan")):
+        pass
+    del caught
+
+
+def test_hooks_go_after_an_exception() -> None:
+    model, tokenizer = tiny_text_llama(), tiny_tokenizer()
+    steering = difference_in_means(model, SOURCE, TARGET, tokenizer)
+    with pytest.raises(ZeroDivisionError), steering.apply(model):
+        raise ZeroDivisionError
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_folding_is_exact() -> None:
+    model, tokenizer = tiny_text_llama(), tiny_tokenizer()
+    steering = LinEAS(steps=10, lr=1.0).fit(model, SOURCE, TARGET, tokenizer)
+    batch = encode(tokenizer, SOURCE[:2], torch.device("cpu"))
+    with torch.no_grad():
+        with steering.apply(model, 0.7):
+            wanted = model(**batch).logits
+        steering.merge(model, batch, 0.7)
+        torch.testing.assert_close(model(**batch).logits, wanted, atol=1e-4, rtol=1e-4)
+    whole = Steering({"model.norm": torch.ones(64), "model.layers.0.mlp": torch.ones(64)},
+                     {"model.norm": torch.zeros(64), "model.layers.0.mlp": torch.ones(64)})
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match="use apply"):
+        whole.merge(model, batch)
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+
+def test_baselines() -> None:
+    model, tokenizer = tiny_text_llama(), tiny_tokenizer()
+    x = pooled(model, "*layernorm", encode(tokenizer, SOURCE, torch.device("cpu")), True)
+    y = pooled(model, "*layernorm", encode(tokenizer, TARGET, torch.device("cpu")), True)
+    shift = difference_in_means(model, SOURCE, TARGET, tokenizer)
+    name = "model.layers.0.input_layernorm"
+    torch.testing.assert_close(x[name].mean(0) + shift.bias[name], y[name].mean(0))
+    affine = lin_act(model, SOURCE, TARGET, tokenizer)
+    with affine.apply(model):
+        moved = pooled(model, "*layernorm", encode(tokenizer, SOURCE, torch.device("cpu")), True)
+    for n in moved:  # layer by layer: every layer's mean is brought to its goal, the layers before it steered
+        torch.testing.assert_close(moved[n].mean(0), y[n].mean(0), atol=1e-3, rtol=1e-3)
+        assert float(squared_w2(moved[n], y[n]).sum()) < float(squared_w2(x[n], y[n]).sum())
+
+
+def test_padding_and_the_first_token_are_left_out() -> None:
+    model, tokenizer = tiny_text_llama(), tiny_tokenizer()
+    texts = ["Short one.", "A much longer sentence that needs padding."]
+    both = pooled(model, "*layernorm", encode(tokenizer, texts, torch.device("cpu")), True)
+    for i, text in enumerate(texts):
+        alone = pooled(model, "*layernorm", encode(tokenizer, [text], torch.device("cpu")), True)
+        for n in alone:
+            torch.testing.assert_close(both[n][i], alone[n][0], atol=1e-5, rtol=1e-4)
+    kept = pooled(model, "*layernorm", encode(tokenizer, texts, torch.device("cpu")), False)
+    assert not torch.allclose(kept[n], both[n])
+
+
+def test_composition() -> None:
+    one = Steering({"a": torch.tensor([2.0])}, {"a": torch.tensor([1.0])})
+    two = Steering({"a": torch.tensor([3.0])}, {"a": torch.tensor([0.5])})
+    both = one.then(two)
+    assert float(both.omega["a"]) == 6.0 and float(both.bias["a"]) == 3.5
+    mean = Steering.mean([one, two, Steering({"b": torch.tensor([4.0])}, {"b": torch.tensor([0.0])})])
+    assert float(mean.omega["a"]) == pytest.approx(2.0) and float(mean.omega["b"]) == pytest.approx(2.0)
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    model, tokenizer = tiny_text_llama(), tiny_tokenizer()
+    steering = difference_in_means(model, SOURCE, TARGET, tokenizer)
+    path = tmp_path / "steering.safetensors"
+    steering.save(path)
+    again = Steering.load(path)
+    assert again.info == steering.info
+    assert all(torch.equal(again.bias[n], steering.bias[n]) for n in steering.bias)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="no readable safetensors file"):
+        Steering.load(path)
+    with pytest.raises(ValueError, match="does not exist"):
+        steering.save(tmp_path / "nowhere" / "x.safetensors")
+    with pytest.raises(ValueError, match="made for another model"), \
+            Steering({"other": torch.ones(3)}, {"other": torch.ones(3)}).apply(model):
+        pass
+
+
+def test_bad_input() -> None:
+    model, tokenizer = tiny_text_llama(), tiny_tokenizer()
+    with pytest.raises(ValueError, match="source has 1 sentences: allowed is a list of 2 or more"):
+        LinEAS().fit(model, SOURCE[:1], TARGET, tokenizer)
+    with pytest.raises(ValueError, match="near names are"):
+        LinEAS(modules="*.layer_norm").fit(model, SOURCE, TARGET, tokenizer)
+    with pytest.raises(ValueError, match="has no token"):
+        LinEAS().fit(model, ["", "a"], TARGET, tokenizer)
+    with pytest.raises(ValueError, match="choose a smaller lr"):
+        LinEAS(lr=1e30, steps=20).fit(model, SOURCE, TARGET, tokenizer)
+    with pytest.raises(ValueError, match="pass the model's tokenizer"):
+        LinEAS().run(model)
+    with pytest.raises(ValueError, match="'source', 'target'"):
+        LinEAS().run(model, ["a"], tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"LinEAS\.steps=0: allowed is"):
+        LinEAS(steps=0)
