@@ -50,9 +50,21 @@ def test_patterns() -> None:
     model = tiny_llama()
     assert list(matching_modules(model, "*.mlp")) == ["model.layers.0.mlp", "model.layers.1.mlp"]
     assert list(matching_modules(model, "model.layers.*")) == ["model.layers.0", "model.layers.1"]
-    with pytest.raises(ValueError, match=r"no module of Llama.* matches 'model\.layer\.0\.mlp': near names are model\.layers\.0\.mlp"), \
+    with pytest.raises(ValueError, match=r"no module of Llama.* matches .*: near names are model\.layers\.0\.mlp"), \
             capture(model, "model.layer.0.mlp"):
         pass
+
+
+def test_bad_arguments_of_capture() -> None:
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=r"patterns=\[\]: allowed is"), capture(model, []):
+        pass
+    with pytest.raises(ValueError, match="max_bytes=0: allowed is"), capture(model, "*.mlp", max_bytes=0):
+        pass
+    with pytest.raises(TypeError, match="reduce returned float for model.layers.0.mlp"), \
+            capture(model, "*.mlp", reduce=lambda x: float(x.mean())):  # type: ignore[arg-type, return-value]
+        model(IDS)
+    assert hooks(model) == 0
 
 
 def test_intervene_changes_and_restores() -> None:
@@ -134,3 +146,23 @@ def test_kit_passes_a_probe_and_finds_a_bad_one() -> None:
 
     with pytest.raises(AssertionError, match="hooks were left on the model"):
         check_probe(Careless)
+
+    @dataclasses.dataclass
+    class Loud(Norms):
+        """Mean norms with noise, text and a mode of its own.
+
+        Args:
+            modules: name pattern.
+        """
+
+        def run(self, model: Any, data: Any = None, **given: Any) -> Report:
+            print("hello")
+            model.eval()
+            report = super().run(model, data, **given)
+            report.facts["noise"] = float(torch.rand(()))
+            return report
+
+    with pytest.raises(AssertionError) as caught:
+        check_probe(Loud)
+    for words in ("run printed 'hello'", "two runs with the same seed differ", "was in training mode and was not left"):
+        assert words in str(caught.value)

@@ -33,6 +33,8 @@ def matching_modules(model: nn.Module, patterns: str | Sequence[str]) -> dict[st
     """
     names = {name: module for name, module in model.named_modules() if name}
     found: set[str] = set()
+    if not patterns:
+        raise ValueError(f"patterns={patterns!r}: allowed is a name pattern, or a list of one or more")
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         hits = fnmatch.filter(names, pattern)
         # "model.layers.*.mlp" means the module, not what lies deeper: no star may swallow another level's name.
@@ -66,6 +68,8 @@ def capture(model: nn.Module, patterns: str | Sequence[str], reduce: Callable[[T
         ValueError: an unknown pattern.
         CaptureLimitError: more than ``max_bytes`` would be kept; raised from the model's forward.
     """
+    if max_bytes <= 0:
+        raise ValueError(f"max_bytes={max_bytes}: allowed is a number of bytes above 0")
     modules = matching_modules(model, patterns)
     kept: dict[str, list[Tensor]] = {name: [] for name in modules}
     held = 0
@@ -74,7 +78,10 @@ def capture(model: nn.Module, patterns: str | Sequence[str], reduce: Callable[[T
         nonlocal held
         value = first_tensor(output, name).detach()
         # A view would keep the whole tensor alive, and be overwritten by in-place operations.
-        value = (value if reduce is None else reduce(value)).clone()
+        value = value if reduce is None else reduce(value)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"reduce returned {type(value).__name__} for {name}: allowed is a tensor")
+        value = value.clone()
         held += value.numel() * value.element_size()
         if held > max_bytes:
             raise CaptureLimitError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 from collections.abc import Callable
 from typing import Any
@@ -42,8 +43,10 @@ def check_probe(cls: type[Probe], make: Callable[[], Probe] | None = None, *, da
     subject = build()
     before = {name: value.clone() for name, value in subject.state_dict().items()}
     first: Report | None = None
+    noise = io.StringIO()
     with findings.check("runs and reports"):
-        first = run(subject)
+        with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
+            first = run(subject)
         assert isinstance(first, Report), f"run returned {type(first).__name__}: allowed is a looseleaf.Report"
     if first is not None:
         with findings.check("the report says something"):
@@ -53,12 +56,16 @@ def check_probe(cls: type[Probe], make: Callable[[], Probe] | None = None, *, da
             again = Report.from_dict(json.loads(first.to_json()))
             assert again.to_json() == first.to_json(), "JSON and back gives another report"
             assert first.to_text()
+        with findings.check("is silent where progress=False"):
+            printed = noise.getvalue().strip()
+            assert not printed, f"run printed {printed[:80]!r}: use looseleaf.progress and the report"
         with findings.check("same seed, same result"):
+            torch.manual_seed(int(torch.randint(1 << 30, ())))  # what only the global generator decides must show
             assert _plain(run(build())) == _plain(first), "two runs with the same seed differ"
     with findings.check("the model is left as it was"):
         _untouched(subject, before)
     with findings.check("the model is left as it was after an exception"):
-        broken = build()
+        broken = build().train()
         calls = 0
 
         def fail(module: Any, args: Any, output: Any) -> None:
@@ -67,12 +74,17 @@ def check_probe(cls: type[Probe], make: Callable[[], Probe] | None = None, *, da
             if calls == 2:
                 raise KeyboardInterrupt
 
-        handle = broken.register_forward_hook(fail)
-        with contextlib.suppress(KeyboardInterrupt):
-            run(broken)
-        handle.remove()
-        assert calls, "the probe never called the model"
-        _untouched(broken, before)
+        # a leaf that runs early: a probe may well call a part of the model only
+        leaf = next(m for m in broken.modules() if not list(m.children()) and list(m.parameters()))
+        handle = leaf.register_forward_hook(fail)
+        try:
+            with contextlib.suppress(KeyboardInterrupt):
+                run(broken)
+                assert calls < 2, "run goes on after KeyboardInterrupt: catch no more than Exception"
+        finally:
+            handle.remove()
+        assert calls, "the probe never ran the model"
+        _untouched(broken, before, training=True)
     findings.finish()
 
 
@@ -83,12 +95,13 @@ def _plain(report: Report) -> str:
     return json.dumps(data, sort_keys=True)
 
 
-def _untouched(model: Any, before: dict[str, torch.Tensor]) -> None:
+def _untouched(model: Any, before: dict[str, torch.Tensor], training: bool = False) -> None:
     after = model.state_dict()
     assert list(after) == list(before), "parameters were added or removed"
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert not changed, f"weights changed: {', '.join(changed[:3])}"
-    assert not model.training, "the model was left in training mode"
+    assert all(m.training == training for m in model.modules()), \
+        f"the model was in {'training' if training else 'evaluation'} mode and was not left in it"
     hooked = [name or "the model" for name, m in model.named_modules()
               if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks]
     assert not hooked, f"hooks were left on {', '.join(hooked[:3])}"
