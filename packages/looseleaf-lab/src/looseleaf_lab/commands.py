@@ -1,0 +1,199 @@
+"""What ``looseleaf run`` and ``looseleaf compare`` do once the plugin is made."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import looseleaf
+from looseleaf import Report
+from looseleaf_lab import compare as compare_
+from looseleaf_lab import data, metrics, models
+from looseleaf_lab.compare import common
+from looseleaf_lab.compare import pruners as pruners_
+
+
+def run(kind: str, name: str, plugin: Any, *, model: str = "smollm2", text: str | None = None, context: int = 2048,
+        task: str | None = None, calls: int | None = None, save: str | os.PathLike[str] | None = None,
+        seed: int = 0) -> Report:
+    """One plugin on one model.
+
+    Args:
+        kind: of the plugin: attention, pruners, prompts or probes.
+        name: of the plugin, for people.
+        plugin: the instance.
+        model: as for :func:`looseleaf_lab.models.load`.
+        text: a file to read instead of the prose that ships with Python.
+        context: attention: tokens of text; pruners: tokens in a window.
+        task: prompts: one of :func:`looseleaf_lab.data.tasks`; None: the first.
+        calls: prompts: budget in model calls; None: 500.
+        save: where what was found goes: masks, prompt, calibration or the probe's report.
+        seed: the only source of randomness.
+
+    Raises:
+        ValueError: an unknown kind, a file that cannot be read, or nothing to save.
+    """
+    if kind not in _RUN:
+        raise ValueError(f"kind={kind!r}: allowed are {', '.join(_RUN)}")
+    read = None if text is None else _read(text)
+    if kind == "prompts" and task is not None and task not in data.tasks():
+        data.pool_sizes(task)  # says which tasks there are before a model is loaded
+    loaded, tokenizer = models.load(model, device=_device())
+    report: Report = _RUN[kind](name, plugin, loaded, tokenizer, read, context, task, calls, save, seed)
+    report.facts = {"plugin": name, **report.facts, "model": f"{model} ({common.model_name(loaded)})"}
+    return report
+
+
+def compare(kind: str, ready: Sequence[tuple[str, Any]], *, model: str = "smollm2",
+            contexts: Sequence[int] = (2048,), sparsities: Sequence[float] = (0.1, 0.3, 0.5),
+            tasks: Sequence[str] | None = None, calls: int = 2000, seed: int = 0,
+            state: str | os.PathLike[str] | None = None) -> Report:
+    """Every plugin of a kind side by side, with its default parameters.
+
+    Args:
+        kind: of the plugins.
+        ready: (name, class) of each.
+        model: as for :func:`looseleaf_lab.models.load`.
+        contexts: attention: numbers of tokens.
+        sparsities: pruners: shares of weights to remove.
+        tasks: prompts: names of tasks; None: sentiment and topics.
+        calls: prompts: budget of each search.
+        seed: the only source of randomness.
+        state: folder for what is finished; the same call resumes.
+
+    Raises:
+        ValueError: an unknown kind or task, or a value out of range.
+    """
+    if kind not in _RUN:
+        raise ValueError(f"kind={kind!r}: allowed are {', '.join(_RUN)}")
+    chosen = list(tasks or ("sentiment", "topics"))
+    if kind == "prompts":
+        for name in chosen:
+            data.pool_sizes(name)
+    loaded, tokenizer = models.load(model, device=_device())
+    made, failed = dict[str, Any](), dict[str, str]()
+    for name, cls in ready:
+        try:
+            made[name] = cls if kind == "pruners" else cls()
+        except Exception as error:  # a plugin without defaults for all its fields
+            failed[name] = common.reason(error)
+    if kind == "attention":
+        report = compare_.compare_attention(loaded, tokenizer, made, contexts, seed=seed, state=state)
+    elif kind == "pruners":
+        report = compare_.compare_pruners(loaded, tokenizer, made, sparsities, seed=seed, state=state)
+    elif kind == "prompts":
+        given = [data.classification_task(name, seed, train=48, dev=48, test=96) for name in chosen]
+        report = compare_.compare_prompts(looseleaf.LocalModel(loaded, tokenizer), made, given, calls=calls,
+                                          seeds=(seed,), state=state)
+    else:
+        report = compare_.compare_probes({model: (loaded, tokenizer)}, made, seed=seed, state=state)
+    common.left_out(report, failed)
+    report.facts = {**report.facts, "model": f"{model} ({common.model_name(loaded)})"}
+    return report
+
+
+def _attention(name: str, plugin: Any, model: Any, tokenizer: Any, text: str | None, context: int, task: str | None,
+               calls: int | None, save: Any, seed: int) -> Report:
+    import torch
+
+    report = compare_.compare_attention(model, tokenizer, {name: plugin}, (context,), text=text, seed=seed)
+    report.title = f"{name} at {context} tokens"
+    if not any(t.title == "Left out" for t in report.tables):
+        ids = data.prose_ids(tokenizer, context) if text is None else data.token_ids(tokenizer, text, context)
+        with torch.inference_mode(), looseleaf.attach(model, plugin) as attached:
+            model(input_ids=ids.to(next(model.parameters()).device), use_cache=False, logits_to_keep=1)
+            report.extend(attached.report())
+    if save is not None:
+        try:
+            plugin.save(save)
+        except NotImplementedError as error:
+            raise ValueError(str(error)) from error
+    return report
+
+
+def _pruners(name: str, plugin: Any, model: Any, tokenizer: Any, text: str | None, context: int, task: str | None,
+             calls: int | None, save: Any, seed: int) -> Report:
+    context = min(context, 512)
+    windows = 4
+    device = next(model.parameters()).device
+    if text is None:
+        ids = data.prose_ids(tokenizer, context * windows)
+    else:
+        ids = data.token_ids(tokenizer, text)
+        context = min(context, ids.shape[1])
+        ids = ids[:, :context * windows]
+    ids, first = ids.to(device), data.bos(tokenizer)
+    batches = pruners_.calibration_batches(tokenizer, context, device=device)
+    before = metrics.perplexity(model, ids, context, bos=first).interval(seed)
+    start = time.perf_counter()
+    masks = plugin.prune(model, batches)
+    seconds = time.perf_counter() - start
+    masks.apply(model)
+    try:
+        after = metrics.perplexity(model, ids, context, bos=first).interval(seed)
+    finally:
+        masks.remove(model)
+    report = Report(f"{name} on {common.model_name(model)}", common.facts(
+        **plugin.parameters(), **{"sparsity reached": masks.sparsity(), "seconds to prune": seconds, "seed": seed}))
+    report.table("Perplexity", ["model", "perplexity", "from", "to"], [["whole", *before], ["pruned", *after]],
+                 note=f"windows of {context} tokens; interval: bootstrap over windows; no retraining")
+    report.tables.append(masks.table())
+    if save is not None:
+        masks.save(save, {"plugin": name})
+    return report
+
+
+def _prompts(name: str, plugin: Any, model: Any, tokenizer: Any, text: str | None, context: int, task: str | None,
+             calls: int | None, save: Any, seed: int) -> Report:
+    from looseleaf_lab.compare.prompts import PLAIN, rival
+
+    if text is not None:
+        raise ValueError("--text is not for prompt optimisers: choose data with --task "
+                         f"({', '.join(data.tasks())})")
+    wanted = task or next(iter(data.tasks()))
+    chosen = data.classification_task(wanted, seed, train=48, dev=48, test=96)
+    local = looseleaf.LocalModel(model, tokenizer)
+    budget = looseleaf.Budget(calls=500 if calls is None else calls)
+    start = time.perf_counter()
+    prompt = plugin.optimize(chosen, local, budget, seed=seed)
+    seconds = time.perf_counter() - start
+    report = Report(f"{name} on {wanted}", common.facts(
+        **plugin.parameters(), task=wanted, seed=seed, seconds=seconds, **{k: v for k, v in budget.used.items()
+                                                                           if k != "seconds"},
+        **{k: v for k, v in prompt.info.items() if isinstance(v, (int, float, str))}))
+    table = report.table("Accuracy", ["prompt", "dev", "test", "from", "to"],
+                         note="interval: bootstrap over the test examples")
+    for label, made in (("plain", rival(PLAIN, chosen, local, budget, seed, 0)), ("found", prompt)):
+        marks = chosen.evaluate(made, local).marks
+        table.add(label, chosen.evaluate(made, local, list(chosen.dev)).score, *metrics.bootstrap(marks, seed))
+    report.examples.append(("the prompt around the first test example", prompt.render(chosen.test[0])))
+    if save is not None:
+        prompt.save(Path(save))
+    return report
+
+
+def _probes(name: str, plugin: Any, model: Any, tokenizer: Any, text: str | None, context: int, task: str | None,
+            calls: int | None, save: Any, seed: int) -> Report:
+    report: Report = plugin.run(model, text, tokenizer=tokenizer, seed=seed)
+    if save is not None:
+        report.to_json(save)
+    return report
+
+
+_RUN = {"attention": _attention, "pruners": _pruners, "prompts": _prompts, "probes": _probes}
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}. Give a text file in UTF-8") from error
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

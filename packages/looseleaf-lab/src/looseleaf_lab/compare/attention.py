@@ -1,0 +1,235 @@
+"""Attention backends against exact attention."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import looseleaf
+from looseleaf import AttentionBackend, AttentionCall, Paper, Report, Series
+from looseleaf import progress as progress_
+from looseleaf_lab import data, metrics, timing
+from looseleaf_lab.compare import common
+from looseleaf_lab.state import Cells, fingerprint
+
+DENSE = "(exact)"
+"""The model's own attention, in the rows of the tables."""
+
+
+@dataclasses.dataclass
+class SideBySide(AttentionBackend):
+    """Runs a backend and exact attention on the same inputs, records their difference, and returns the exact output.
+
+    Errors of different layers are so measured apart from each other.
+    """
+
+    inner: Any = None
+    paper: ClassVar[Paper] = Paper("Side by side", ("The Looseleaf authors",), 2026)
+
+    def attend(self, call: AttentionCall) -> Any:
+        """The exact output, (B, Hq, Lq, D)."""
+        out = self.inner.attend(call)
+        exact = call.dense()
+        call.record(error=metrics.relative_error(out, exact))
+        return exact
+
+
+def compare_attention(model: Any, tokenizer: Any, backends: Mapping[str, AttentionBackend],
+                      contexts: Sequence[int] = (2048,), *, text: str | None = None, last: int = 256,
+                      rounds: int = 3, passkeys: int = 0, seed: int = 0,
+                      state: str | os.PathLike[str] | None = None, progress: bool | None = None) -> Report:
+    """Speed, density, error and perplexity of every backend at every context length.
+
+    For each length: latency of a prefill, all backends and the model's own attention in turns (medians of paired
+    ratios); share of the scores computed (density); relative error of each layer's attention output, exact inputs
+    given; perplexity on the last tokens, with a paired bootstrap over tokens of the loss added; pass-key retrieval
+    where asked for.
+
+    Args:
+        model, tokenizer: a transformers causal language model.
+        backends: name -> backend. Those that learn are calibrated first, on the calibration part of the prose.
+        contexts: numbers of tokens, at least 16 each.
+        text: what is read; None: the evaluation part of :func:`looseleaf_lab.data.prose`.
+        last: tokens whose perplexity is measured (fewer where the context is short).
+        rounds: timed rounds.
+        passkeys: trials of pass-key retrieval at each length of 128 or more; 0: none.
+        seed: of intervals and keys.
+        state: folder for finished lengths; the same call resumes.
+        progress: show a progress bar; None: only on a terminal.
+
+    Raises:
+        ValueError: a context out of range, or more text needed than there is.
+    """
+    longest = getattr(model.config, "max_position_embeddings", None)
+    for context in contexts:
+        if context < 16 or (longest is not None and context > longest):
+            raise ValueError(f"context={context}: allowed is 16 to {longest or 'any length'} for this model")
+    if not contexts or rounds < 1 or last < 1:
+        raise ValueError(f"contexts={list(contexts)}, rounds={rounds}, last={last}: allowed is one of each or more")
+    if text is None:
+        ids = data.prose_ids(tokenizer, max(contexts), "evaluation")
+    else:
+        ids = data.token_ids(tokenizer, text, max(contexts))
+    device = next(model.parameters()).device
+    ids = _begun(tokenizer, ids).to(device)
+    failed: dict[str, str] = {}
+    ready = dict(backends)
+    for name, backend in backends.items():
+        try:
+            calibrate(backend, model, tokenizer)
+        except Exception as error:  # one backend that fails must not cost the others their figures
+            failed[name] = common.reason(error)
+            del ready[name]
+    cells = Cells(state)
+    found: dict[int, dict[str, Any]] = {}
+    for context in progress_.track(contexts, "contexts", show=progress):
+        key = {"what": "attention", "context": context, "model": common.model_name(model), "last": last,
+               "rounds": rounds, "passkeys": passkeys, "seed": seed, "text": fingerprint(ids[0, :context].tolist()),
+               "backends": {name: common.identity(b) for name, b in ready.items()}}
+        found[context] = cells.do(key, lambda n=context: _measure(  # type: ignore[misc]
+            model, tokenizer, ready, ids[:, :n], last, rounds, passkeys, seed, progress))
+    report = Report("Attention backends side by side", common.facts(
+        model=common.model_name(model), contexts=", ".join(map(str, contexts)), rounds=rounds, seed=seed,
+        text=getattr(text, "source", "given") if text is not None else "documentation of Python, evaluation part"))
+    _show(report, [DENSE, *ready], found, failed, passkeys)
+    common.left_out(report, failed)
+    return report
+
+
+def _begun(tokenizer: Any, ids: Any) -> Any:
+    """The ids with the tokenizer's start token in place of the first, where it has one."""
+    first = data.bos(tokenizer)
+    if first is not None:
+        ids = ids.clone()
+        ids[..., 0] = first
+    return ids
+
+
+def calibrate(backend: AttentionBackend, model: Any, tokenizer: Any, tokens: int = 1024, count: int = 4) -> bool:
+    """Calibrate a backend that learns, on ``count`` batches of ``tokens`` tokens; says whether it is one."""
+    if type(backend).calibrate is AttentionBackend.calibrate:
+        return False
+    device = next(model.parameters()).device
+    tokens = min(tokens, getattr(model.config, "max_position_embeddings", tokens))
+    ids = data.prose_ids(tokenizer, tokens * count, "calibration").reshape(count, 1, tokens)
+    ids = _begun(tokenizer, ids).to(device)
+    backend.calibrate(model, [{"input_ids": row} for row in ids])
+    return True
+
+
+def _measure(model: Any, tokenizer: Any, backends: Mapping[str, AttentionBackend], ids: Any, last: int, rounds: int,
+             passkeys: int, seed: int, progress: bool | None) -> dict[str, Any]:
+    import torch
+
+    context = ids.shape[1]
+    last = min(last, context // 2)
+    rows: dict[str, dict[str, Any]] = {}
+    around: dict[str, Any] = {}
+    with torch.inference_mode():
+        exact = metrics.token_losses(model, ids, last)[0].double().cpu()
+        for name in progress_.track([DENSE, *backends], f"quality at {context}", show=progress):
+            row: dict[str, Any] = {"density": 1.0, "error": 0.0, "layers": None}
+            backend = backends.get(name)
+            try:
+                losses = exact
+                if backend is not None:
+                    with looseleaf.attach(model, SideBySide(inner=backend)) as attached:
+                        metrics.token_losses(model, ids, 1)
+                        row.update(_density(attached.records))
+                    with looseleaf.attach(model, backend):
+                        losses = metrics.token_losses(model, ids, last)[0].double().cpu()
+                row["perplexity"] = math.exp(min(700.0, float(losses.mean())))
+                row["added"] = metrics.bootstrap((losses - exact).tolist(), seed)
+                row["passkey"] = None
+                if passkeys and context >= 128:  # the question and the key take about half of that
+                    with _attached(model, backend):
+                        row["passkey"] = metrics.passkey(
+                            model, tokenizer, context, trials=passkeys, seed=seed, progress=progress).accuracy
+                around[name] = functools.partial(_attached, model, backend)
+            except Exception as error:
+                if backend is None:  # the model itself does not run: nothing can be compared
+                    raise
+                row["failed"] = common.reason(error)
+            rows[name] = row
+
+        def prefill() -> None:
+            model(input_ids=ids, use_cache=False, logits_to_keep=1)
+
+        measured = timing.interleave(dict.fromkeys(around, prefill), rounds, around=around)
+    for name in around:
+        rows[name]["seconds"] = measured.median(name)
+        rows[name]["ratio"] = measured.ratio(name, DENSE, seed)
+    return rows
+
+
+def _attached(model: Any, backend: AttentionBackend | None) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext() if backend is None else looseleaf.attach(model, backend)
+
+
+def _density(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean density and error over layers, both by layer, and why calls fell back."""
+    densities, errors = [], []
+    for r in records:
+        value = r.get("density", 1.0 if "fallback" in r else None)
+        if isinstance(value, (list, tuple)):
+            value = _mean_of(value)
+        densities.append(value)
+        errors.append(r["error"])
+    known = [d for d in densities if d is not None]
+    reasons = [r["fallback"] for r in records if "fallback" in r]
+    return {"density": sum(known) / len(known) if known else None, "error": sum(errors) / max(1, len(errors)),
+            "layers": {"density": densities, "error": errors}, "calls": len(records), "fallbacks": len(reasons),
+            "reasons": list(dict.fromkeys(reasons))}
+
+
+def _mean_of(value: Any) -> float:
+    import numpy as np
+
+    return float(np.mean(np.asarray(value, dtype=np.float64)))
+
+
+def _show(report: Report, names: Sequence[str], found: Mapping[int, Mapping[str, Any]], failed: dict[str, str],
+          passkeys: int) -> None:
+    columns = ["backend", "tokens", "seconds", "speed-up", "from", "to", "density", "attention error", "perplexity",
+               "loss added", "from ", "to ", "fallbacks", *(["pass key"] if passkeys else [])]
+    table = report.table("Prefill", columns, note=(
+        "speed-up: exact time over time, median of paired rounds; loss added: nats a token on the last tokens, "
+        "against exact attention, interval by bootstrap over tokens; attention error: relative, mean over layers, "
+        "each layer given exact inputs; fallbacks: layers that used exact attention"))
+    for context, rows in found.items():
+        for name in names:
+            row = rows[name]
+            if "failed" in row:
+                failed[f"{name} at {context}"] = row["failed"]
+                continue
+            table.add(name, context, row["seconds"], *row["ratio"], row["density"], row["error"], row["perplexity"],
+                      *row["added"], row.get("fallbacks", 0), *([row["passkey"]] if passkeys else []))
+    reasons = {(n, r) for rows in found.values() for n, row in rows.items() for r in row.get("reasons", ())}
+    if reasons:
+        report.table("Fallbacks to exact attention", ["backend", "reason"], sorted(reasons))
+    for title, label, field in (("Speed-up of prefill", "exact time / time", "ratio"),
+                                ("Loss added", "nats a token", "added")):
+        report.figure(title, x_label="tokens", y_label=label, x_log=len(found) > 1, series=[
+            _series(name, found, field) for name in names if name != DENSE])
+    report.figure("What the error buys", x_label="density", y_label="attention error", series=[
+        Series(name, [float(r["density"]) for r in rows], [float(r["error"]) for r in rows])
+        for name in names if name != DENSE
+        for rows in [[f[name] for f in found.values() if "failed" not in f[name] and f[name]["density"] is not None]]])
+    for context, rows in found.items():
+        # where every call fell back there is nothing to see
+        kept = [n for n in names if any((rows[n].get("layers") or {}).get("error", ()))]
+        if kept:
+            report.figure(f"Attention error by layer at {context} tokens", x_label="layer", y_label="relative error",
+                          series=[Series(n, [float(i) for i in range(len(rows[n]["layers"]["error"]))],
+                                         rows[n]["layers"]["error"], style="line") for n in kept])
+
+
+def _series(name: str, found: Mapping[int, Mapping[str, Any]], field: str) -> Series:
+    points = [(c, rows[name][field]) for c, rows in found.items() if "failed" not in rows[name]]
+    return Series(name, [float(c) for c, _ in points], [p[0] for _, p in points], [p[1] for _, p in points],
+                  [p[2] for _, p in points])

@@ -1,0 +1,71 @@
+"""Finished pieces of a long run, kept as JSON so that the same call resumes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from looseleaf.report import _plain, write_text
+
+SCHEMA = "looseleaf.cell/1"
+
+
+class Cells:
+    """A folder with one file per finished cell; without a folder nothing is kept.
+
+    Args:
+        folder: where; made when the first cell is written. None: keep nothing.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None) -> None:
+        self.folder = None if folder is None else Path(folder)
+
+    def path(self, key: Mapping[str, Any]) -> Path | None:
+        """The file of a cell: its first words for people, a hash of the whole key for certainty."""
+        if self.folder is None:
+            return None
+        words = "-".join(str(v) for v in key.values() if isinstance(v, (str, int, float)))
+        name = re.sub(r"[^A-Za-z0-9._=]+", "-", words).strip("-.")[:60]
+        return self.folder / f"{name}-{fingerprint(key)}.json"
+
+    def get(self, key: Mapping[str, Any]) -> Any:
+        """The result of a finished cell, or None.
+
+        A file that cannot be read (a disk that ran full, an edit by hand) counts as not finished.
+        """
+        path = self.path(key)
+        if path is None or not path.is_file():
+            return None
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA or fingerprint(data["key"]) != fingerprint(key):
+            return None
+        return data["result"]
+
+    def put(self, key: Mapping[str, Any], result: Any) -> None:
+        """Keep the result of a cell, whole or not at all. Plain data only; NaN and infinities become null."""
+        path = self.path(key)
+        if path is not None:
+            data = {"schema": SCHEMA, "key": _plain(dict(key)), "result": _plain(result)}
+            write_text(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+    def do(self, key: Mapping[str, Any], function: Callable[[], Any]) -> Any:
+        """The kept result, or that of ``function()``, which is then kept."""
+        found = self.get(key)
+        if found is None:
+            # what is returned now and what a resumed run reads must not differ
+            found = json.loads(json.dumps(_plain(function())))
+            self.put(key, found)
+        return found
+
+
+def fingerprint(key: Any) -> str:
+    """Sixteen hexadecimal digits that stand for plain data."""
+    return hashlib.sha256(json.dumps(_plain(key), sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,374 @@
+"""Comparisons on a tiny random model: figures that must come out, failures that stay where they are, resuming."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+import looseleaf
+from looseleaf import AttentionBackend, Example, Paper, Probe, Prompt, PromptOptimizer, Pruner, Report, Task
+from looseleaf_lab import commands, compare, html
+from looseleaf_lab.compare import attention as attention_
+from looseleaf_lab.compare import prompts as prompts_
+from looseleaf_lab.compare import pruners as pruners_
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+torch.set_num_threads(1)
+PAPER = Paper("A paper", ("Some One",), 2020)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({c: i for i, c in enumerate(["<end>", *alphabet])}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    made.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>", pad_token="<end>")
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, eos_token_id=0, pad_token_id=0)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def rows(report: Report, title: str) -> list[dict[str, Any]]:
+    table = next(t for t in report.tables if t.title == title)
+    return [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+
+
+@dataclasses.dataclass
+class Exact(AttentionBackend):
+    """Exact attention."""
+
+    paper: ClassVar[Paper] = PAPER
+
+    def attend(self, call: Any) -> Any:
+        call.record(density=0.5)
+        return call.dense()
+
+
+@dataclasses.dataclass
+class Zero(AttentionBackend):
+    """No attention at all."""
+
+    paper: ClassVar[Paper] = PAPER
+
+    def attend(self, call: Any) -> Any:
+        call.record(density=[0.0, 0.2])
+        return torch.zeros_like(call.query)
+
+
+@dataclasses.dataclass
+class Broken(AttentionBackend):
+    """Fails."""
+
+    paper: ClassVar[Paper] = PAPER
+
+    def attend(self, call: Any) -> Any:
+        raise RuntimeError("out of ideas")
+
+
+@dataclasses.dataclass
+class Learner(Exact):
+    """Needs calibration."""
+
+    seen: int = 0
+
+    def calibrate(self, model: Any, batches: Any) -> None:
+        self.seen = sum(b["input_ids"].numel() for b in batches)
+
+
+def test_attention(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    learner = Learner()
+    backends = {"exact": Exact(), "zero": Zero(), "broken": Broken(), "learner": learner}
+    report = compare.compare_attention(model, tokenizer, backends, [64, 128], rounds=1, last=16, passkeys=1,
+                                       state=tmp_path)
+    assert learner.seen == 4 * 512
+    found = {(r["backend"], r["tokens"]): r for r in rows(report, "Prefill")}
+    assert set(found) == {(n, c) for n in ("(exact)", "exact", "zero", "learner") for c in (64, 128)}
+    assert found["exact", 64]["pass key"] is None and found["exact", 128]["pass key"] == 0
+    exact, zero = found["exact", 128], found["zero", 128]
+    assert exact["attention error"] < 1e-5 and zero["attention error"] == pytest.approx(1)
+    assert exact["density"] == 0.5 and zero["density"] == pytest.approx(0.1)
+    assert exact["loss added"] == pytest.approx(0, abs=1e-5) and zero["loss added"] != 0
+    assert found["(exact)", 64]["speed-up"] == 1 and exact["speed-up"] > 0
+    left = rows(report, "Left out")
+    assert {r["plugin"] for r in left} == {"broken at 64", "broken at 128"}
+    assert all("out of ideas" in r["reason"] for r in left)
+    again = compare.compare_attention(model, tokenizer, backends, [64, 128], rounds=1, last=16, passkeys=1,
+                                      state=tmp_path)
+    assert rows(again, "Prefill") == rows(report, "Prefill"), "a resumed run shows what was kept"
+    html.write(report, tmp_path / "r.html")
+
+
+def test_attention_leaves_the_model_as_it_was(model: Any, tokenizer: Any) -> None:
+    ids = torch.arange(40)[None]
+    before = model(ids).logits
+    kind = model.config._attn_implementation
+    compare.compare_attention(model, tokenizer, {"zero": Zero(), "broken": Broken()}, [32], rounds=1, last=4)
+    assert model.config._attn_implementation == kind
+    torch.testing.assert_close(model(ids).logits, before)
+
+
+def test_side_by_side_counts_fallbacks(model: Any) -> None:
+    backend = looseleaf.SlidingWindow(sink=2, window=1000)
+    with torch.no_grad(), looseleaf.attach(model, attention_.SideBySide(inner=backend)) as attached:
+        model(torch.arange(40)[None], use_cache=False)
+    found = attention_._density(attached.records)
+    assert found["density"] == 1.0 and found["fallbacks"] == 2 and found["error"] == 0
+
+
+@pytest.mark.parametrize("contexts", [[8], [513], []])
+def test_attention_refuses_contexts(model: Any, tokenizer: Any, contexts: list[int]) -> None:
+    with pytest.raises(ValueError, match="allowed is"):
+        compare.compare_attention(model, tokenizer, {}, contexts)
+
+
+@dataclasses.dataclass
+class Smallest(Pruner):
+    """Smallest magnitude, all layers together."""
+
+    sparsity: float = 0.5
+    paper: ClassVar[Paper] = PAPER
+
+    def score(self, model: Any, data: Any = None) -> dict[str, Any]:
+        assert data[0]["input_ids"].shape == (1, 64)
+        return {n: w.detach().abs() for n, w in looseleaf.prunable_parameters(model).items()}
+
+    def selection(self) -> Any:
+        return looseleaf.Unstructured(self.sparsity)
+
+
+@dataclasses.dataclass
+class Half(Pruner):
+    """Two of four, whatever is asked."""
+
+    paper: ClassVar[Paper] = PAPER
+
+    def score(self, model: Any, data: Any = None) -> dict[str, Any]:
+        return {n: w.detach().abs() for n, w in looseleaf.prunable_parameters(model).items()}
+
+    def selection(self) -> Any:
+        return looseleaf.NM(2, 4)
+
+
+@dataclasses.dataclass
+class Refuses(Half):
+    """Fails."""
+
+    def score(self, model: Any, data: Any = None) -> dict[str, Any]:
+        raise ValueError("not this model")
+
+
+def test_pruners(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    arguments: dict[str, Any] = {"context": 64, "windows": 2, "state": tmp_path}
+    report = compare.compare_pruners(model, tokenizer, {"smallest": Smallest, "half": Half, "refuses": Refuses},
+                                     [0.2, 0.6], **arguments)
+    found = {(r["pruner"], r["asked for"]): r for r in rows(report, "Pruning without retraining")}
+    assert found["smallest", 0.6]["sparsity"] == pytest.approx(0.6, abs=1e-3)
+    assert found["half", None]["sparsity"] == 0.5
+    for sparsity in (0.2, 0.6):
+        assert found["smallest", sparsity]["perplexity"] == found["(magnitude)", sparsity]["perplexity"]
+        assert found["(random)", sparsity]["perplexity"] != found["(magnitude)", sparsity]["perplexity"]
+    assert found["(whole model)", None]["sparsity"] == 0
+    assert "not this model" in rows(report, "Left out")[0]["reason"]
+    assert set(before) == {n for n, _ in model.named_parameters()}
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+    again = compare.compare_pruners(model, tokenizer, {"smallest": Smallest, "half": Half, "refuses": Refuses},
+                                    [0.2, 0.6], **arguments)
+    assert [t.rows for t in again.tables] == [t.rows for t in report.tables]
+    with pytest.raises(ValueError, match="sparsity=1"):
+        compare.compare_pruners(model, tokenizer, {}, [1.0])
+
+
+def test_the_model_is_put_back_when_measuring_fails(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pruners_.metrics, "perplexity", fail)
+    names = {n for n, _ in model.named_parameters()}
+    with pytest.raises(KeyboardInterrupt):
+        pruners_.measure(model, Half(), torch.arange(64), 64)
+    assert {n for n, _ in model.named_parameters()} == names
+
+
+@dataclasses.dataclass
+class First(PromptOptimizer):
+    """Shows the first training examples."""
+
+    paper: ClassVar[Paper] = PAPER
+
+    def optimize(self, task: Any, model: Any, budget: Any = None, *, start: Any = None, seed: int = 0,
+                 state_dir: Any = None, progress: Any = None) -> Prompt:
+        budget.spend(calls=len(task.dev))
+        prompt = Prompt.for_task(task, exemplars=list(task.train)[:2])
+        value = task.evaluate(prompt, model, list(task.dev)).score
+        prompt.info.update(fitness=value, evaluations=1, stopped="done", history=[{"calls": 4, "fitness": value}])
+        return prompt
+
+
+def small_task(name: str = "letters") -> Task:
+    def some(start: int, count: int) -> list[Example]:
+        return [Example(f"{'a' if i % 2 else 'b'} {i}", label="odd" if i % 2 else "even")
+                for i in range(start, start + count)]
+
+    return Task(name, some(0, 8), some(8, 8), some(16, 8), {"odd": " a", "even": " b"}, template="{text}",
+                answer_prefix=" =")
+
+
+def test_prompts(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    local = looseleaf.LocalModel(model, tokenizer)
+    report = compare.compare_prompts(local, {"first": First()}, [small_task()], calls=40, seeds=(0, 1),
+                                     state=tmp_path)
+    found = rows(report, "Prompts found")
+    assert [(r["optimiser"], r["seed"]) for r in found] == [
+        (n, s) for n in ("(plain)", "(few-shot)", "(random search)", "first") for s in (0, 1)]
+    for r in found:
+        assert 0 <= r["from"] <= r["test"] <= r["to"] <= 1 and r["calls"] <= 40
+    by = {r["optimiser"]: r for r in found}
+    assert by["(plain)"]["calls"] == 0 and by["(random search)"]["calls"] > 30 and by["first"]["calls"] == 8
+    assert by["(plain)"]["prompt tokens"] == 2 < by["(few-shot)"]["prompt tokens"]
+    summary = {r["optimiser"]: r for r in rows(report, "Test accuracy over seeds")}
+    assert summary["(few-shot)"]["against few-shot"] == 0 and summary["first"]["seeds"] == 2
+    assert any(f.title.startswith("Learning curves") for f in report.figures)
+    calls = local.calls
+    again = compare.compare_prompts(local, {"first": First()}, [small_task()], calls=40, seeds=(0, 1), state=tmp_path)
+    assert local.calls == calls and again.tables == report.tables
+
+
+def test_accuracy_grows_with_the_budget_in_a_figure(model: Any, tokenizer: Any) -> None:
+    local = looseleaf.LocalModel(model, tokenizer)
+    report = compare.compare_prompts(local, {"first": First()}, [small_task()], calls=[40, 10])
+    figure = next(f for f in report.figures if f.title.startswith("Test accuracy by budget"))
+    assert [(s.name, s.x) for s in figure.series] == [("(random search)", [10, 40]), ("first", [10, 40])]
+    assert [r["budget"] for r in rows(report, "Prompts found")] == [None, None, 10, 40, 10, 40]
+    assert len(rows(report, "Test accuracy over seeds")) == 4
+    with pytest.raises(ValueError, match="calls="):
+        compare.compare_prompts(local, {}, [small_task()], calls=[])
+
+
+def test_random_search_never_spends_more_than_its_budget(model: Any, tokenizer: Any) -> None:
+    import random
+
+    local = looseleaf.LocalModel(model, tokenizer)
+    task = small_task()
+    for calls in (1, 7, 30):
+        before = local.calls
+        budget = looseleaf.Budget(calls=calls)
+        prompts_.rival(prompts_.SEARCH, task, local, budget, 0, 2)
+        assert local.calls - before == budget.used["calls"] <= calls
+    labels = [e.label for e in prompts_.few_shot(task, random.Random(0), 2).exemplars]
+    assert sorted(map(str, labels)) == ["even", "even", "odd", "odd"]
+
+
+def test_prompts_refuse_a_task_without_test(model: Any, tokenizer: Any) -> None:
+    task = dataclasses.replace(small_task(), test=())
+    with pytest.raises(ValueError, match="needs dev and test"):
+        compare.compare_prompts(looseleaf.LocalModel(model, tokenizer), {}, [task])
+
+
+@dataclasses.dataclass
+class Count(Probe):
+    """Counts parameters."""
+
+    paper: ClassVar[Paper] = PAPER
+    fail: bool = False
+
+    def run(self, model: Any, data: Any = None, *, tokenizer: Any = None, seed: int = 0,
+            progress: bool | None = None) -> Report:
+        if self.fail:
+            raise RuntimeError("no")
+        report = Report("count", {"parameters": sum(p.numel() for p in model.parameters())})
+        report.table("t", ["a"], [[math.nan]])
+        return report
+
+
+def test_probes(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    report = compare.compare_probes({"tiny": (model, tokenizer)}, {"count": Count(), "fails": Count(fail=True)},
+                                    state=tmp_path)
+    assert report.facts["count on tiny: parameters"] == sum(p.numel() for p in model.parameters())
+    assert rows(report, "Left out")[0]["plugin"] == "fails on tiny"
+    again = compare.compare_probes({"tiny": (model, tokenizer)}, {"count": Count()}, state=tmp_path)
+    assert again.tables[0].rows == report.tables[0].rows
+
+
+@pytest.fixture
+def loaded(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands.models, "load", lambda name, device=None: (model, tokenizer))
+    monkeypatch.setattr(commands, "_device", lambda: "cpu")
+    monkeypatch.setattr(commands.data, "classification_task", lambda *_, **__: small_task())
+
+
+@pytest.mark.usefixtures("loaded")
+def test_commands_run(tmp_path: Path) -> None:
+    report = commands.run("attention", "window", looseleaf.SlidingWindow(window=16), context=128)
+    assert report.facts["plugin"] == "window" and rows(report, "Layers")
+    with pytest.raises(ValueError, match="nothing to save"):
+        commands.run("attention", "window", looseleaf.SlidingWindow(window=16), context=64, save=tmp_path / "x")
+    path = tmp_path / "masks.safetensors"
+    report = commands.run("pruners", "half", Half(), context=64, save=path)
+    assert looseleaf.Masks.load(path).sparsity() == 0.5 == report.facts["sparsity reached"]
+    path = tmp_path / "prompt.json"
+    report = commands.run("prompts", "first", First(), calls=40, save=path)
+    assert Prompt.load(path).exemplars and report.facts["calls"] == 8
+    report = commands.run("probes", "count", Count(), save=tmp_path / "probe.json")
+    assert "parameters" in (tmp_path / "probe.json").read_text()
+    text = tmp_path / "text.txt"
+    text.write_text("These are some words that are there to be read. " * 40, encoding="utf-8")
+    commands.run("attention", "window", looseleaf.SlidingWindow(window=16), context=64, text=str(text))
+    commands.run("pruners", "half", Half(), context=64, text=str(text))
+
+
+@pytest.mark.usefixtures("loaded")
+def test_commands_refuse(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="kind='bank'"):
+        commands.run("bank", "x", None)
+    with pytest.raises(ValueError, match="kind='bank'"):
+        commands.compare("bank", [])
+    with pytest.raises(ValueError, match="Give a text file"):
+        commands.run("attention", "x", None, text=str(tmp_path / "absent.txt"))
+    with pytest.raises(ValueError, match="task 'x' is unknown"):
+        commands.run("prompts", "x", None, task="x")
+    with pytest.raises(ValueError, match="task 'x' is unknown"):
+        commands.compare("prompts", [], tasks=["x"])
+    (tmp_path / "t.txt").write_text("words")
+    with pytest.raises(ValueError, match="--task"):
+        commands.run("prompts", "first", First(), text=str(tmp_path / "t.txt"))
+    with pytest.raises(ValueError, match="pass a longer text"):
+        commands.run("attention", "w", looseleaf.SlidingWindow(), text=str(tmp_path / "t.txt"), context=64)
+
+
+@dataclasses.dataclass
+class Needy(Count):
+    """Has no default."""
+
+    what: int = dataclasses.field(default=None)  # type: ignore[assignment]
+
+    def validate(self) -> None:
+        self.check("what", self.what is not None, "a number")
+
+
+@pytest.mark.usefixtures("loaded")
+def test_commands_compare(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    report = commands.compare("attention", [("window", looseleaf.SlidingWindow)], contexts=[32], state=state)
+    assert rows(report, "Prefill") and list(state.iterdir())
+    assert rows(commands.compare("pruners", [("half", Half)], sparsities=[0.1], state=state),
+                "Pruning without retraining")
+    assert rows(commands.compare("prompts", [("first", First)], tasks=["topics"], calls=20, state=state),
+                "Prompts found")
+    report = commands.compare("probes", [("count", Count), ("needy", Needy)], state=state)
+    assert rows(report, "Probes")
+    assert rows(report, "Left out")[0]["plugin"] == "needy"

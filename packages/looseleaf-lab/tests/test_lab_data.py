@@ -1,0 +1,112 @@
+"""Text and tasks: real, repeatable, and without leaks from one part to the other."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from typing import Any
+
+import pytest
+
+from looseleaf_lab import data
+
+HAS_DATA = all(importlib.util.find_spec(m) for m in ("chatterbot_corpus", "vaderSentiment", "yaml"))
+needs_data = pytest.mark.skipif(not HAS_DATA, reason="looseleaf-lab[data] is not installed")
+NAMES = [pytest.param(n, marks=[] if n == "subjects" else needs_data) for n in data.tasks()]
+
+
+def test_prose_is_long_enough_repeatable_and_says_its_source() -> None:
+    for part in ("calibration", "evaluation"):
+        text = data.prose(100_000, part)  # type: ignore[arg-type]
+        assert len(text) >= 100_000
+        assert text == data.prose(100_000, part)  # type: ignore[arg-type]
+        assert "Python" in text.source and part in text.source
+        assert data.prose(2_000, part) == text[:len(data.prose(2_000, part))]  # type: ignore[arg-type]
+
+
+def test_parts_share_no_paragraph() -> None:
+    parts = [set(data.prose(600_000, p).split("\n\n")) for p in ("calibration", "evaluation")]  # type: ignore[arg-type]
+    assert not parts[0] & parts[1]
+
+
+def test_prose_refuses() -> None:
+    with pytest.raises(ValueError, match="part='test'"):
+        data.prose(10, "test")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="min_chars=0"):
+        data.prose(0)
+    with pytest.raises(ValueError, match="Ask for less"):
+        data.prose(10**9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tasks_are_balanced_disjoint_and_repeatable(name: str) -> None:
+    labels = data.pool_sizes(name)
+    each = min(labels.values()) // 4
+    size = each * len(labels)
+    task = data.classification_task(name, 3, train=size, dev=size, test=size)
+    task.validate()
+    parts: list[Any] = [task.train, task.dev, task.test]
+    for part in parts:
+        counts = {label: sum(e.label == label for e in part) for label in labels}
+        assert set(counts.values()) == {each}
+    texts = [{e.text for e in part} for part in parts]
+    assert not (texts[0] & texts[1] or texts[0] & texts[2] or texts[1] & texts[2])
+    again = data.classification_task(name, 3, train=size, dev=size, test=size)
+    assert again.train == task.train and again.test == task.test
+    assert data.classification_task(name, 4, train=size, dev=size, test=size).train != task.train
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_default_sizes_fit_or_say_why(name: str) -> None:
+    sizes = data.pool_sizes(name)
+    if min(sizes.values()) * len(sizes) >= 192 and name != "question-topics":
+        assert len(data.classification_task(name, train=48, dev=48, test=96).test) == 96
+    with pytest.raises(ValueError, match="at most"):
+        data.classification_task(name, train=10**6)
+    with pytest.raises(ValueError, match="dev=1"):
+        data.classification_task(name, dev=1)
+
+
+def test_unknown_names_get_near_ones() -> None:
+    with pytest.raises(ValueError, match="Did you mean 'sentiment'"):
+        data.classification_task("sentimant")
+    with pytest.raises(ValueError, match="Did you mean 'question'"):
+        data.sentences("questions")
+
+
+@needs_data
+def test_sentences_have_their_style() -> None:
+    questions = data.sentences("question", 50, seed=1)
+    assert all(s.endswith("?") for s in questions) and len(set(questions)) == 50
+    assert questions == data.sentences("question", 50, seed=1)
+    judge = data._sentiment()
+    assert min(judge(s) for s in data.sentences("positive", 30)) >= 0.4
+    assert max(judge(s) for s in data.sentences("negative", 30)) <= -0.4
+    first = set(data.sentences("everyday", 100, part="calibration"))
+    assert not first & set(data.sentences("everyday", 100, part="evaluation"))
+    with pytest.raises(ValueError, match="there are"):
+        data.sentences("positive", 10**6)
+
+
+def test_technical_sentences_need_no_package() -> None:
+    for sentence in data.sentences("technical", 20, seed=random.Random(0).randrange(100)):
+        assert sentence[0].isupper() and len(sentence.split()) >= 8
+
+
+def test_missing_packages_name_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    data._conversation.cache_clear()
+    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(data.MissingDataError, match=r"pip install 'looseleaf-lab\[data\]'"):
+        data.classification_task("topics")
+    data._conversation.cache_clear()
+
+
+def test_ids_have_the_length_asked_for() -> None:
+    class Letters:
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": [ord(c) % 256 for c in text[::9]]}
+
+    ids = data.prose_ids(Letters(), 5000)
+    assert ids.shape == (1, 5000)
+    with pytest.raises(ValueError, match="are needed"):
+        data.token_ids(Letters(), "short", 5000)
