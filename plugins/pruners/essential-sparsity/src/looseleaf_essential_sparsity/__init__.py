@@ -1,0 +1,8 @@
+"""Essential sparsity: one-shot magnitude pruning and the search for its knee."""
+
+from looseleaf_essential_sparsity.knee import Curve, Interval, Knee, essential_sparsity
+from looseleaf_essential_sparsity.pruner import MagnitudePruner
+from looseleaf_essential_sparsity.sweep import sparsity_curve, sparsity_sweep
+
+__version__ = "0.1.0"
+__all__ = ["Curve", "Interval", "Knee", "MagnitudePruner", "essential_sparsity", "sparsity_curve", "sparsity_sweep"]

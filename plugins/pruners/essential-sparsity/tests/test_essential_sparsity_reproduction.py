@@ -1,0 +1,88 @@
+"""The reproduction runs from end to end, here on tiny random stand-ins for the real models."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import pytest
+import torch
+
+from looseleaf import Report
+from looseleaf_essential_sparsity import Curve, essential_sparsity
+from looseleaf_essential_sparsity.reproduction import _cliff, _falls, _passages, _peak, reproduce
+
+torch.set_num_threads(1)
+
+
+class Words:
+    """A tokenizer of letters."""
+
+    def __call__(self, text: Any, **_: Any) -> Any:
+        texts = [text] if isinstance(text, str) else text
+        most = None if isinstance(text, str) else 128
+        rows = [[ord(c) % 61 for c in t][:most] for t in texts]
+        width = max(map(len, rows))
+        made = {"input_ids": torch.tensor([r + [0] * (width - len(r)) for r in rows]),
+                "attention_mask": torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])}
+        return types.SimpleNamespace(**made) if isinstance(text, str) else made
+
+
+def stand_in(name: str) -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if name == "minilm":
+        small = transformers.BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                        intermediate_size=64)
+        return transformers.BertModel(small).eval(), Words()
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, max_position_embeddings=512, tie_word_embeddings=True)).eval(), Words()
+
+
+@pytest.mark.slow
+def test_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = pytest.importorskip("looseleaf_lab.models")
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(models, "load", stand_in)
+    report = reproduce(seeds=1, quick=True, progress=False)
+    assert len(report.claims) == 9 and report.facts["seeds"] == 1
+    assert all(c.rule and c.paper and c.source and c.measured for c in report.claims)
+    assert sum("[memory]" in c.paper for c in report.claims) >= 4
+    similar = next(c for c in report.claims if "lottery-ticket" in c.statement)
+    assert similar.verdict == "holds", "digits and seeds are the real ones here"
+    assert Report.from_dict(report.to_dict()).to_text() == report.to_text()
+
+
+@pytest.mark.parametrize("seeds", [0, -1, 1.5])
+def test_bad_seeds(seeds: Any) -> None:
+    with pytest.raises(ValueError, match="seeds"):
+        reproduce(seeds=seeds)
+
+
+def curve(losses: list[float]) -> Curve:
+    return Curve([i / 10 for i in range(len(losses))], [[x, x + 0.1, x - 0.1] for x in losses], "perplexity", False,
+                 "exp-mean")
+
+
+def test_a_cliff_and_its_absence() -> None:
+    steep, gentle, flat = curve([2, 2, 2, 2.1, 4, 6]), curve([2, 2, 2, 2.05, 2.1, 2.2]), curve([2] * 6)
+    found = [_cliff(c, essential_sparsity(c), "") for c in (steep, gentle, flat)]
+    assert [c.verdict for c in found] == ["holds", "does not hold", "not shown at this scale"]
+
+
+def test_falls_beyond_noise_are_found() -> None:
+    assert _falls(curve([2, 2.1, 1.5, 2.2])) == [0.2] and _falls(curve([2, 2.1, 2.2])) == []
+
+
+def test_peak_sees_memory() -> None:
+    with _peak() as peak:
+        block = torch.ones(50_000_000)
+        block.add_(1)
+        torch.zeros(1_000_000).sort()
+    assert peak[0] == 0 or peak[0] > 100_000_000
+
+
+def test_too_little_text() -> None:
+    with pytest.raises(ValueError, match="passages"):
+        _passages("a few words", 64)
