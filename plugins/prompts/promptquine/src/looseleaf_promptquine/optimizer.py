@@ -1,0 +1,184 @@
+"""PromptQuine: genetic search, by mutation only, among the prunings of one prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from looseleaf import Budget, BudgetExhausted, LanguageModel, Paper, Prompt, PromptOptimizer, Task
+from looseleaf.prompts.budget import reason
+from looseleaf_promptquine.pieces import length, without
+from looseleaf_promptquine.search import Search
+
+PAPER = Paper(
+    title="Evolving Prompts In-Context: An Open-ended, Self-replicating Perspective",
+    authors=("Jianyu Wang", "Zhiqiang Hu", "Lidong Bing"), year=2025, arxiv="2506.17930", venue="ICML 2025",
+    code="https://github.com/jianyu-cs/PromptQuine",
+    summary="Deletes tokens from a few-shot prompt by evolution; what is left is shorter and often better.")
+
+STALE = 20
+"""Generations without a single new prompt after which the neighbourhood counts as used up."""
+
+
+@dataclasses.dataclass
+class PromptQuine(PromptOptimizer):
+    """Evolves a shorter and better prompt by deleting tokens from an ordinary few-shot prompt.
+
+    An individual says which tokens of the start are kept; slots such as ``{text}`` always are. Parents are chosen by
+    tournament, an offspring is its parent with a few more tokens switched off, and since lineages only lose tokens
+    the population shrinks by itself. As fitness on few examples is noisy, the best prompts seen are ranked again
+    on held-out examples. [paper: section on PromptQuine, and the appendix for the values; memory]
+
+    Without ``start`` the search begins from ``shots`` demonstrations drawn from ``task.train``; these are not used for
+    fitness. Fitness is measured on ``task.train`` and the re-ranking on ``task.dev``, or on two halves of
+    ``task.train`` where there is no ``dev``; at most ``num_shots // 2`` examples per class each.
+
+    Args:
+        population_size: prompts that live at a time; from 1.
+        reproduction_size: offspring per generation (GGA); from 1.
+        max_prompts: the search ends after this many different prompts; from 1.
+        min_prompt_length: the search ends when the population keeps this many tokens on average, slots not
+            counted; from 0.
+        mode: "GGA": the best offspring replace their parents all at once; "SSGA": one offspring at a time
+            replaces the worst of the population.
+        mutation_sizes: how many tokens an offspring may lose, chosen with equal chances; each from 1.
+        tournament: share of the population that competes to be a parent, in (0, 1]; at least one does.
+        rerank_top: share of the prompts seen that is ranked again, in [0, 1]; 0 returns the fittest.
+        initialize_duplicate: begin with copies of the start; False begins with random prunings of 5 to 20 %.
+        reward_driven: fitness is the piecewise reward on label margins; False takes plain accuracy, as the
+            authors' code does unless told otherwise. Generation tasks always take the task's metric.
+        num_shots: examples per class; half for fitness and half for re-ranking; from 2.
+        shots: demonstrations of the start made where none is given; from 1.
+        calibrate: classification: subtract from the log-probability of each label what it is given after an input
+            without content; one more call per prompt. The offsets go into ``info["calibration"]``, which
+            ``task.evaluate`` heeds.
+        halving_stages: generation (GGA): offspring are marked on a part of the fitness examples first, and only
+            the better half goes on to twice as many, in so many stages; 1 marks all on all. From 1.
+    """
+
+    population_size: int = 30
+    reproduction_size: int = 50
+    max_prompts: int = 10000
+    min_prompt_length: int = 15
+    mode: Literal["GGA", "SSGA"] = "GGA"
+    mutation_sizes: tuple[int, ...] = (1, 2, 3, 4)
+    tournament: float = 0.2
+    rerank_top: float = 0.10
+    initialize_duplicate: bool = True
+    reward_driven: bool = True
+    num_shots: int = 16
+    shots: int = 1
+    calibrate: bool = False
+    halving_stages: int = 1
+    paper: ClassVar[Paper] = PAPER
+
+    def validate(self) -> None:
+        """Raise ValueError for a parameter out of range."""
+        for name in ("population_size", "reproduction_size", "max_prompts", "shots", "halving_stages"):
+            value = getattr(self, name)
+            self.check(name, isinstance(value, int) and value >= 1, "a whole number from 1")
+        self.check("min_prompt_length", isinstance(self.min_prompt_length, int) and self.min_prompt_length >= 0,
+                   "a whole number from 0")
+        self.check("num_shots", isinstance(self.num_shots, int) and self.num_shots >= 2, "a whole number from 2")
+        self.check("mode", self.mode in ("GGA", "SSGA"), "'GGA' or 'SSGA'")
+        self.check("mutation_sizes", len(self.mutation_sizes) > 0 and all(
+            isinstance(n, int) and n >= 1 for n in self.mutation_sizes), "whole numbers from 1, at least one")
+        self.check("tournament", 0 < self.tournament <= 1, "0 < tournament <= 1")
+        self.check("rerank_top", 0 <= self.rerank_top <= 1, "0 <= rerank_top <= 1")
+
+    def optimize(self, task: Task, model: LanguageModel, budget: Budget | None = None, *,
+                 start: Prompt | None = None, seed: int = 0,
+                 state_dir: str | Path | None = None, progress: bool | None = None) -> Prompt:
+        """See :meth:`looseleaf.PromptOptimizer.optimize`.
+
+        Returns:
+            The prompt, whose ``info`` also holds ``heldout_fitness``, ``start_fitness``, ``tokens``,
+            ``start_tokens``, ``explored`` ([tokens, fitness, accuracy] of every prompt, in order) and
+            ``generations`` ([prompts explored, mean tokens, best and mean fitness of the population,
+            best fitness so far]).
+        """
+        search = Search(self, task, model, budget, start, seed, state_dir, progress, shots=self.shots,
+                        num_shots=self.num_shots, reward_driven=self.reward_driven, rerank_top=self.rerank_top,
+                        most=self.max_prompts, calibrate=self.calibrate)
+        generations: list[list[float]] = []
+        stopped = "done"
+        try:
+            self._evolve(search, generations)
+        except BudgetExhausted as end:
+            stopped = reason(end)
+        return search.finish(stopped, {"generations": generations})
+
+    def _evolve(self, search: Search, generations: list[list[float]]) -> None:
+        rng, full = search.rng, search.pieces.full
+        search.evaluate([full])
+        population = [full] * self.population_size
+        if not self.initialize_duplicate:
+            population = [self._random_pruning(rng, full) for _ in population]
+            search.evaluate(population[:self.max_prompts - 1])
+            population = [m for m in population if search.was_visited(m)]
+        stale = 0
+        while True:
+            self._note(search, population, generations)
+            mean = sum(map(length, population)) / len(population)
+            if len(search.visited) >= self.max_prompts or mean <= self.min_prompt_length or stale >= STALE:
+                return
+            wanted = self.reproduction_size if self.mode == "GGA" else 1
+            room = self.max_prompts - len(search.visited)
+            offspring = self._offspring(rng, search, population, wanted)
+            # A prompt met before costs nothing; only new ones are counted against max_prompts.
+            offspring = _first_new(offspring, search, room)
+            stale = 0 if offspring else stale + 1
+            if self.mode == "GGA":
+                offspring = search.halve(offspring, self.halving_stages)
+            search.evaluate(offspring)
+            if self.mode == "GGA":
+                fresh = sorted(offspring, key=search.fitness, reverse=True)[:self.population_size]
+                # Parents age out; they stay only where there are too few offspring to take their place.
+                kept = sorted(population, key=search.fitness, reverse=True)
+                population = [*fresh, *kept[:self.population_size - len(fresh)]]
+            elif offspring:
+                worst = min(range(len(population)), key=lambda n: (search.fitness(population[n]), n))
+                population[worst] = offspring[0]
+
+    def _offspring(self, rng: random.Random, search: Search, population: list[str], wanted: int) -> list[str]:
+        """Mutants of tournament winners, without those whose text the population has already."""
+        texts = {search.pieces.text(m) for m in population}
+        out: list[str] = []
+        competitors = max(1, int(self.tournament * len(population)))
+        for _ in range(wanted):
+            parent = max(rng.sample(population, competitors), key=search.fitness)
+            size = rng.choice(self.mutation_sizes)
+            kept = [n for n, bit in enumerate(parent) if bit == "1"]
+            child = without(parent, rng.sample(kept, min(size, len(kept))))
+            text = search.pieces.text(child)
+            if text not in texts:
+                texts.add(text)
+                out.append(child)
+        return out
+
+    def _random_pruning(self, rng: random.Random, full: str) -> str:
+        rate = rng.choice([1 / 20 + n * (1 / 5 - 1 / 20) / 9 for n in range(10)])
+        return without(full, rng.sample(range(len(full)), max(1, round(rate * len(full)))))
+
+    def _note(self, search: Search, population: list[str], generations: list[list[float]]) -> None:
+        if self.mode == "SSGA" and generations and len(search.visited) - generations[-1][0] < self.population_size:
+            return  # one line per generation's worth of offspring
+        values = [search.fitness(m) for m in population]
+        best = max(search.fitness(m) for m in search.visited)
+        generations.append([len(search.visited), sum(map(length, population)) / len(population), max(values),
+                            sum(values) / len(values), best])
+
+
+def _first_new(masks: list[str], search: Any, room: int) -> list[str]:
+    """``masks`` up to where the ``room``-th prompt not visited before has been taken."""
+    visited = set(search.visited)
+    out = []
+    for mask in masks:
+        new = mask not in visited
+        if new and room <= 0:
+            continue
+        room -= new
+        out.append(mask)
+    return out

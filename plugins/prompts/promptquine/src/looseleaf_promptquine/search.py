@@ -1,0 +1,257 @@
+"""What every search among the prunings of one prompt shares: fitness, memory, budget, re-ranking, resuming."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from looseleaf import Budget, BudgetExhausted, Example, LanguageModel, Prompt, PromptOptimizer, Task
+from looseleaf.progress import bar
+from looseleaf.prompts.budget import reason
+from looseleaf.prompts.model import MeteredModel
+from looseleaf.prompts.state import SearchState, identity
+from looseleaf.prompts.task import fill
+from looseleaf_promptquine.fitness import accuracy, reward, some_per_class
+from looseleaf_promptquine.pieces import Pieces, length
+
+ROWS = 128
+"""Examples scored together: few enough that limits on time are kept and little is lost when a run is stopped."""
+
+
+CONTENT_FREE = "N/A"
+"""What stands in every slot when labels are calibrated."""
+
+
+class Search:
+    """The prompts seen so far, each evaluated once.
+
+    A stopped search resumes by being done again: everything random comes from the seed, and what was evaluated is
+    read from the state instead of asked from the model, so that the second run takes the same way for nothing.
+
+    Args:
+        optimizer: whose search this is; part of its identity on disk.
+        task, model, budget, start, seed, state_dir, progress: see :class:`looseleaf.PromptOptimizer`.
+        shots: demonstrations of the start made where none is given.
+        num_shots: examples per class used; half for fitness, half for re-ranking.
+        reward_driven: piecewise reward instead of accuracy.
+        rerank_top: share of the prompts seen that is re-ranked.
+        most: where the progress bar ends.
+        calibrate: subtract what each label is given after an input without content.
+    """
+
+    def __init__(self, optimizer: PromptOptimizer, task: Task, model: LanguageModel, budget: Budget | None,
+                 start: Prompt | None, seed: int, state_dir: str | Path | None, progress: bool | None, *,
+                 shots: int, num_shots: int, reward_driven: bool, rerank_top: float, most: int | None,
+                 calibrate: bool = False) -> None:
+        task.validate(model)
+        self.task, self.rerank_top, self.reward_driven = task, rerank_top, reward_driven
+        self.calibrate = calibrate and task.labels is not None
+        self.budget = budget or Budget()
+        self.model = MeteredModel(model, self.budget)
+        self.rng = random.Random(seed)
+        self.fit, self.held, demonstrations = self._share_out(seed, num_shots, shots if start is None else 0)
+        self.start = start or Prompt.for_task(task, exemplars=demonstrations)
+        fields = set(self.fit[0].fields)
+        self.pieces = Pieces.of(self.start.as_template(fields), fields, model.token_texts)
+        self.seen: dict[str, list[float]] = {}
+        self.reranked: dict[str, list[float]] = {}
+        self.partial: dict[str, list[float]] = {}  # generation: marks of the first fitness examples
+        self.state = SearchState(state_dir, identity(optimizer, task, model, start, seed))
+        saved = self.state.load()
+        if saved is not None:
+            self.seen, self.reranked = dict(saved["seen"]), dict(saved["reranked"])
+            self.partial = dict(saved["partial"])
+            self.budget.restore(saved["used"])
+        self.visited: list[str] = []
+        self._visited: set[str] = set()
+        self.bar = bar(type(optimizer).__name__, most, progress)
+
+    def _share_out(self, seed: int, num_shots: int, shots: int) -> tuple[list[Example], list[Example], list[Example]]:
+        """Examples for fitness, for re-ranking, and demonstrations, which are in neither."""
+        half = max(1, num_shots // 2)
+        if self.task.dev:
+            fit, held = list(self.task.train), list(self.task.dev)
+            random.Random(f"{seed} order").shuffle(fit)
+        else:
+            fit, held = self.task.split(seed)
+        demonstrations = random.Random(f"{seed} start").sample(fit, min(shots, len(fit) - 1))
+        rest = [e for e in fit if not any(e is d for d in demonstrations)]
+        return some_per_class(rest, half), some_per_class(held, half) or rest, demonstrations
+
+    # -- evaluating -----------------------------------------------------------------------------------------------
+
+    def evaluate(self, masks: Iterable[str]) -> None:
+        """See to it that all ``masks`` are in :attr:`visited`, asking the model for those not seen before.
+
+        Raises:
+            BudgetExhausted: no further prompt can be paid for; those before it are done and kept.
+        """
+        todo: list[str] = []
+        for mask in dict.fromkeys(masks):
+            if mask in self.seen:
+                # Seen in this run or, when resuming, in the one before: either way it costs nothing.
+                self._visit(mask)
+            else:
+                todo.append(mask)
+        size = max(1, ROWS // len(self.fit))
+        for at in range(0, len(todo), size):
+            chunk = todo[at:at + size]
+            try:
+                self._ask(chunk)
+            except BudgetExhausted:
+                for mask in chunk:
+                    self._ask([mask])
+
+    def was_visited(self, mask: str) -> bool:
+        """Whether this run has been at ``mask``."""
+        return mask in self._visited
+
+    def _visit(self, mask: str) -> None:
+        if mask not in self._visited:
+            self._visited.add(mask)
+            self.visited.append(mask)
+            self.bar.update()
+
+    def _ask(self, masks: list[str]) -> None:
+        self._leave_room(self._cost(masks, len(self.fit)), len(masks))
+        for mask, values in zip(masks, self._marks(masks, self.fit), strict=True):
+            self.seen[mask] = values
+            self._visit(mask)
+        self.save()
+
+    def _cost(self, masks: Sequence[str], examples: int) -> int:
+        """Calls needed to mark ``masks`` on so many of the fitness examples."""
+        if self.task.labels is None:
+            return sum(max(0, examples - len(self.partial.get(m, []))) for m in masks)
+        return len(masks) * (examples + self.calibrate)
+
+    def halve(self, masks: list[str], stages: int) -> list[str]:
+        """Successive halving for generation tasks: the masks worth marking on all fitness examples.
+
+        In each stage but the last the masks are marked on twice as many examples as in the one before, and the
+        better half goes on. What was marked is not marked again.
+
+        Raises:
+            BudgetExhausted: as :meth:`evaluate`.
+        """
+        if self.task.labels is not None:
+            return masks
+        for stage in range(stages - 1, 0, -1):
+            size = max(1, len(self.fit) >> stage)
+            chunk = max(1, ROWS // size)
+            for at in range(0, len(masks), chunk):
+                part = masks[at:at + chunk]
+                self._leave_room(self._cost(part, size), 0)
+                self._generated(part, size)
+                self.save()
+            means = {m: sum(self.partial[m][:size]) / size for m in masks}
+            masks = sorted(masks, key=lambda m: (-means[m], length(m)))[:(len(masks) + 1) // 2]
+        return masks
+
+    def _generated(self, masks: Sequence[str], size: int) -> list[list[float]]:
+        """Marks of each mask on the first ``size`` fitness examples, asking only for those not known."""
+        jobs = [(m, n) for m in masks for n in range(len(self.partial.get(m, [])), size)]
+        marks = self._answers([self.pieces.text(m) for m, _ in jobs], [self.fit[n] for _, n in jobs])
+        for (mask, _), mark in zip(jobs, marks, strict=True):
+            self.partial.setdefault(mask, []).append(mark)
+        return [self.partial[m][:size] for m in masks]
+
+    def _answers(self, prompts: Sequence[str], examples: Sequence[Example]) -> list[float]:
+        if not prompts:
+            return []
+        texts = [fill(p, e.fields) for p, e in zip(prompts, examples, strict=True)]
+        answers = self.model.generate(texts, self.task.max_tokens, list(self.task.stop) or None)
+        return [self.task.mark(a, e) for a, e in zip(answers, examples, strict=True)]
+
+    def _marks(self, masks: Sequence[str], examples: list[Example]) -> list[list[float]]:
+        """[fitness, mean mark, offsets of a calibration ...] of each mask on ``examples``, in one batch."""
+        count = len(examples)
+        if self.task.labels is None:
+            if examples is self.fit:
+                rows = self._generated(masks, count)
+            else:
+                flat = self._answers([self.pieces.text(m) for m in masks for _ in examples], examples * len(masks))
+                rows = [flat[n * count:(n + 1) * count] for n in range(len(masks))]
+            means = [sum(row) / count for row in rows]
+            return [[m, m] for m in means]
+        names = list(self.task.labels)
+        golds = [names.index(str(e.label)) for e in examples]
+        empty = [Example({name: CONTENT_FREE for name in examples[0].fields})] if self.calibrate else []
+        texts = [fill(self.pieces.text(m), e.fields) for m in masks for e in [*examples, *empty]]
+        log_probs = self.model.score(texts, [list(self.task.labels.values())] * len(texts))
+        out = []
+        for n in range(len(masks)):
+            mine = log_probs[n * (count + len(empty)):(n + 1) * (count + len(empty))]
+            offsets = mine.pop() if self.calibrate else []
+            if offsets:
+                mine = [[v - o for v, o in zip(row, offsets, strict=True)] for row in mine]
+            right = accuracy(mine, golds)
+            out.append([reward(mine, golds) if self.reward_driven else right, right, *offsets])
+        return out
+
+    def _leave_room(self, calls: int, prompts: int) -> None:
+        """Raise unless ``calls``, for ``prompts`` more, and the re-ranking after them can be paid for."""
+        rerank = self._rerank_count(len(self.seen) + prompts) * (len(self.held) + self.calibrate)
+        wanted = calls + rerank
+        used = self.budget.used
+        rate = max(1, used["calls"])
+        for name, unit in (("calls", 1.0), ("tokens", used["tokens"] / rate), ("seconds", used["seconds"] / rate)):
+            limit = getattr(self.budget, name)
+            if limit is not None and used[name] + wanted * unit > limit:
+                raise BudgetExhausted(f"budget: {name} (what is left of {limit} is kept for re-ranking)")
+
+    def _rerank_count(self, seen: int) -> int:
+        return max(1, math.ceil(self.rerank_top * seen)) if self.rerank_top > 0 else 0
+
+    def fitness(self, mask: str) -> float:
+        """Fitness of a mask that was evaluated."""
+        return self.seen[mask][0]
+
+    def save(self) -> None:
+        """Write what was evaluated and spent."""
+        self.state.save({"seen": self.seen, "reranked": self.reranked, "partial": self.partial,
+                         "used": self.budget.used})
+
+    # -- the end --------------------------------------------------------------------------------------------------
+
+    def finish(self, stopped: str, extra: dict[str, Any]) -> Prompt:
+        """Re-rank the best prompts visited on the held-out examples and return the best of them."""
+        ranked = sorted(self.visited, key=lambda m: (-self.fitness(m), length(m), m))
+        best = ranked[0] if ranked else self.pieces.full
+        candidates = ranked[:self._rerank_count(len(ranked))]
+        if candidates:
+            todo = [m for m in candidates if m not in self.reranked]
+            size = max(1, ROWS // len(self.held))
+            try:
+                for at in range(0, len(todo), size):
+                    chunk = todo[at:at + size]
+                    self.reranked.update(zip(chunk, self._marks(chunk, self.held), strict=True))
+                    self.save()
+            except BudgetExhausted as end:
+                stopped = reason(end)
+            done = [m for m in candidates if m in self.reranked]
+            if done:
+                best = min(done, key=lambda m: (-self.reranked[m][0], -self.fitness(m), length(m), m))
+        full = self.pieces.full
+        values = self.seen.get(best)
+        info: dict[str, Any] = {
+            "fitness": values[0] if values else 0.0, "accuracy": values[1] if values else None,
+            "evaluations": len(self.visited), "stopped": stopped,
+            "heldout_fitness": self.reranked[best][0] if best in self.reranked else None,
+            "heldout_accuracy": self.reranked[best][1] if best in self.reranked else None,
+            "start_fitness": self.seen[full][0] if full in self.seen else None,
+            "start_accuracy": self.seen[full][1] if full in self.seen else None,
+            "tokens": length(best), "start_tokens": len(full), "start_text": self.pieces.text(full), "mask": best,
+            # What a search is judged by is what its user stores: the text, tokenized anew by whoever reads it.
+            "evaluated_on": "text", "examples": {"fitness": len(self.fit), "heldout": len(self.held)},
+            "explored": [[length(m), self.seen[m][0], self.seen[m][1]] for m in self.visited],
+            **extra,
+        }
+        if self.calibrate and values:
+            info["calibration"] = values[2:]  # Task.evaluate takes it into account
+        self.save()
+        self.bar.close()
+        return Prompt.for_task(self.task, self.pieces.text(best), info=info)
