@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from looseleaf import capture
 
 
-def encode(tokenizer: Any, texts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
-    """``input_ids`` and ``attention_mask`` (n, L), padded on the right.
+def encode(tokenizer: Any, texts: Sequence[str], device: torch.device, left: bool = False) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask`` (n, L), padded on the right, or on the ``left`` to generate from.
 
     Raises:
         ValueError: a text without any token.
@@ -24,9 +24,14 @@ def encode(tokenizer: Any, texts: Sequence[str], device: torch.device) -> dict[s
         raise ValueError(f"the text {empty[0]!r} has no token: leave it out")
     pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
     length = max(len(row) for row in rows)
-    ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=device)
-    return {"input_ids": ids, "attention_mask": mask}
+    gaps = [length - len(row) for row in rows]
+    if left:
+        ids = [[pad] * gap + row for gap, row in zip(gaps, rows, strict=True)]
+        mask = [[0] * gap + [1] * len(row) for gap, row in zip(gaps, rows, strict=True)]
+    else:
+        ids = [row + [pad] * gap for gap, row in zip(gaps, rows, strict=True)]
+        mask = [[1] * len(row) + [0] * gap for gap, row in zip(gaps, rows, strict=True)]
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
 
 
 def weights(mask: Tensor, skip_first: bool) -> Tensor:
@@ -38,6 +43,14 @@ def weights(mask: Tensor, skip_first: bool) -> Tensor:
     if skip_first:
         kept[:, 0] = torch.where(mask.sum(1) > 1, 0.0, kept[:, 0])
     return (kept / kept.sum(1, keepdim=True))[..., None]
+
+
+def by_length(batch: dict[str, Tensor], share: Tensor, size: int = 8) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Right-padded prompts in groups of like length, each cut to its longest: much less padding to compute."""
+    lengths = batch["attention_mask"].sum(1)
+    for rows in lengths.argsort().split(size):
+        longest = int(lengths[rows].max())
+        yield {key: value[rows, :longest] for key, value in batch.items()}, share[rows, :longest]
 
 
 def pooled(model: nn.Module, pattern: str, batch: dict[str, Tensor], skip_first: bool) -> dict[str, Tensor]:

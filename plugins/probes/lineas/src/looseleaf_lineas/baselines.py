@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from looseleaf.probes.hooks import matching_modules
-from looseleaf_lineas.activations import encode, frozen, pooled
+from looseleaf import intervene
+from looseleaf_lineas.activations import body, encode, frozen, pooled, weights
 from looseleaf_lineas.steering import Steering
 
 
@@ -38,16 +38,24 @@ def lin_act(model: nn.Module, source: Sequence[str], target: Sequence[str], toke
         raise ValueError(f"{len(source)} source and {len(target)} target sentences: allowed is equally many of both")
     device = next(model.parameters()).device
     batch = encode(tokenizer, source, device)
-    made = Steering({}, {}, {"method": "Lin-AcT"})
-    with frozen(model):
+    share = weights(batch["attention_mask"], skip_first)
+    maps: dict[str, tuple[Tensor, Tensor]] = {}
+    with frozen(model), torch.no_grad():
         goal = pooled(model, modules, encode(tokenizer, target, device), skip_first)
-        for name in matching_modules(model, modules):
-            with made.apply(model):
-                x = pooled(model, name, batch, skip_first)[name].sort(0).values
-            y = goal[name].sort(0).values
-            middle_x, middle_y = x.mean(0), y.mean(0)
-            spread = (x - middle_x).square().sum(0)
-            omega = ((x - middle_x) * (y - middle_y)).sum(0) / spread.clamp(min=1e-12)
-            omega = torch.where(spread > 1e-12, omega, torch.ones_like(omega))
-            made.omega[name], made.bias[name] = omega.cpu(), (middle_y - omega * middle_x).cpu()
-    return made
+
+        def fit(name: str) -> Callable[[Tensor], Tensor]:
+            def function(z: Tensor) -> Tensor:
+                # one forward pass is enough: what arrives here has gone through the maps of all layers before
+                x, y = (z.float() * share).sum(1).sort(0).values, goal[name].sort(0).values
+                middle_x, middle_y = x.mean(0), y.mean(0)
+                spread = (x - middle_x).square().sum(0)
+                omega = ((x - middle_x) * (y - middle_y)).sum(0) / spread.clamp(min=1e-12)
+                omega = torch.where(spread > 1e-12, omega, torch.ones_like(omega))
+                maps[name] = (omega, middle_y - omega * middle_x)
+                return z * omega + maps[name][1]
+
+            return function
+
+        with intervene(model, {name: fit(name) for name in goal}):
+            body(model)(**batch)
+    return Steering({n: m[0] for n, m in maps.items()}, {n: m[1] for n, m in maps.items()}, {"method": "Lin-AcT"})

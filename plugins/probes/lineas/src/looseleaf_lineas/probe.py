@@ -14,7 +14,7 @@ from looseleaf import Paper, Probe, Report, intervene
 from looseleaf import progress as progress_
 from looseleaf.probes.hooks import matching_modules
 from looseleaf_lineas import examples
-from looseleaf_lineas.activations import body, encode, frozen, pooled, weights
+from looseleaf_lineas.activations import body, by_length, encode, frozen, pooled, weights
 from looseleaf_lineas.steering import Steering
 from looseleaf_lineas.wasserstein import squared_w2
 
@@ -30,6 +30,7 @@ class LinEAS(Probe):
         lr: learning rate of the first step, for distances averaged over a layer's neurons; falls to zero along a
             cosine.
         steps: gradient steps; the paper's setting is 1000 [memory], the loss has levelled off long before.
+        momentum: of the gradient steps; 0 is plain gradient descent, which needs several times the steps.
         lambda_1: weight of the L1 norm of (omega - 1, bias); above 0 leaves single neurons alone.
         lambda_G: weight of the group norms of the layers; above 0 leaves whole layers alone.
         skip_first: leave the first token of a sentence out of its mean: its activations are massive and say little.
@@ -38,6 +39,7 @@ class LinEAS(Probe):
     modules: str = "*layernorm"
     lr: float = 0.1
     steps: int = 100
+    momentum: float = 0.9
     lambda_1: float = 0.0
     lambda_G: float = 0.0
     skip_first: bool = True
@@ -53,6 +55,7 @@ class LinEAS(Probe):
                    "a name pattern such as '*layernorm'")
         self.check("lr", self.lr > 0 and math.isfinite(self.lr), "a number above 0")
         self.check("steps", isinstance(self.steps, int) and self.steps >= 1, "a whole number from 1")
+        self.check("momentum", 0 <= self.momentum < 1, "a number from 0 to below 1")
         self.check("lambda_1", self.lambda_1 >= 0, "a number from 0")
         self.check("lambda_G", self.lambda_G >= 0, "a number from 0")
 
@@ -85,6 +88,7 @@ class LinEAS(Probe):
             goal = pooled(model, self.modules, encode(tokenizer, target, device), self.skip_first)
             omega = {n: torch.ones_like(goal[n][0]).requires_grad_() for n in names}
             bias = {n: torch.zeros_like(goal[n][0]).requires_grad_() for n in names}
+            speeds = [torch.zeros_like(parameter) for parameter in (*omega.values(), *bias.values())]
             losses: list[float] = []
             first: dict[str, float] = {}
             with progress_.bar("LinEAS", self.steps + 1, progress) as moving:
@@ -102,11 +106,15 @@ class LinEAS(Probe):
                     rate = self.lr * (1 + math.cos(math.pi * step / self.steps)) / 2
                     gradients = torch.autograd.grad(loss, [*omega.values(), *bias.values()])
                     with torch.no_grad():
-                        for parameter, gradient in zip([*omega.values(), *bias.values()], gradients, strict=True):
-                            parameter -= rate * gradient
+                        for parameter, gradient, speed in zip([*omega.values(), *bias.values()], gradients, speeds,
+                                                              strict=True):
+                            speed.mul_(self.momentum).add_(gradient)
+                            parameter -= rate * speed
+                        # momentum makes a lasting gradient count 1 / (1 - momentum) times, so the penalty must too
+                        pull = rate / (1 - self.momentum)
                         for values, identity in ((omega, 1.0), (bias, 0.0)):
                             for parameter in values.values():
-                                parameter.copy_(identity + shrink(parameter - identity, rate, self.lambda_1,
+                                parameter.copy_(identity + shrink(parameter - identity, pull, self.lambda_1,
                                                                   self.lambda_G))
         return Steering(omega, bias, {"method": "LinEAS", **self.parameters(), "loss": losses,
                                       "w2": {n: [first[n], last[n]] for n in names}})
@@ -163,19 +171,21 @@ def _layer_losses(model: nn.Module, batch: dict[str, Tensor], share: Tensor, goa
 
     The mean over neurons, not their sum: by the sum, lr 0.1 diverges on a model 576 wide and lr 0.1/576 is the same.
     """
-    found: dict[str, Tensor] = {}
+    found: dict[str, list[Tensor]] = {name: [] for name in omega}
 
-    def at(name: str) -> Any:
+    def at(name: str, share: Tensor) -> Any:
         def function(z: Tensor) -> Tensor:
-            moved = z * omega[name].to(z.dtype) + bias[name].to(z.dtype)
-            found[name] = squared_w2((moved.float() * share).sum(1), goal[name]).mean()
-            return moved
+            # at least single precision: a map this close to the identity would be lost in bf16
+            moved = z.to(torch.promote_types(z.dtype, torch.float32)) * omega[name] + bias[name]
+            found[name].append((moved * share).sum(1))
+            return moved.to(z.dtype)
 
         return function
 
-    with intervene(model, {name: at(name) for name in omega}):
-        body(model)(**batch)
-    return found
+    for part, part_share in by_length(batch, share):
+        with intervene(model, {name: at(name, part_share) for name in omega}):
+            body(model)(**part)
+    return {name: squared_w2(torch.cat(values), goal[name]).mean() for name, values in found.items()}
 
 
 def shrink(x: Tensor, rate: float, lambda_1: float, lambda_g: float) -> Tensor:
@@ -201,14 +211,24 @@ def mean_log_likelihood(model: Any, tokenizer: Any, texts: Sequence[str]) -> flo
 
 
 @torch.no_grad()
-def continuations(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int) -> list[str]:
-    """Greedy continuations, prompt included."""
+def continuations(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int, batch: int = 16) -> list[str]:
+    """Greedy continuations, prompt included.
+
+    Args:
+        model: a causal language model with ``generate``.
+        tokenizer: its tokenizer.
+        prompts: beginnings.
+        tokens: new tokens for each.
+        batch: prompts at a time; shorter ones are padded on the left.
+    """
     out = []
     pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-    for prompt in prompts:
-        batch = encode(tokenizer, [prompt], next(model.parameters()).device)
-        made = model.generate(**batch, max_new_tokens=tokens, do_sample=False, pad_token_id=pad)
-        out.append(str(tokenizer.decode(made[0], skip_special_tokens=True)))
+    for start in range(0, len(prompts), batch):
+        padded = encode(tokenizer, prompts[start:start + batch], next(model.parameters()).device, left=True)
+        length = padded["input_ids"].shape[1]
+        made = model.generate(**padded, max_new_tokens=tokens, do_sample=False, pad_token_id=pad)
+        for row, mask in zip(made, padded["attention_mask"], strict=True):
+            out.append(str(tokenizer.decode(row[length - int(mask.sum()):], skip_special_tokens=True)))
     return out
 
 

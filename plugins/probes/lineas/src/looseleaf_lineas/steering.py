@@ -64,10 +64,11 @@ class Steering:
         moved: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
         def function(z: Tensor) -> Tensor:
-            key = (z.device, z.dtype)
+            # at least single precision: a map this close to the identity would be lost in bf16
+            key = (z.device, torch.promote_types(z.dtype, torch.float32))
             if key not in moved:
                 moved[key] = (omega.to(*key), bias.to(*key))
-            return z * moved[key][0] + moved[key][1]
+            return (z.to(key[1]) * moved[key][0] + moved[key][1]).to(z.dtype)
 
         return function
 
