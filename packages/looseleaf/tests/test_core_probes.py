@@ -61,7 +61,7 @@ def test_bad_arguments_of_capture() -> None:
         pass
     with pytest.raises(ValueError, match="max_bytes=0: allowed is"), capture(model, "*.mlp", max_bytes=0):
         pass
-    with pytest.raises(TypeError, match="reduce returned float for model.layers.0.mlp"), \
+    with pytest.raises(TypeError, match=r"reduce returned float for model\.layers\.0\.mlp"), \
             capture(model, "*.mlp", reduce=lambda x: float(x.mean())):  # type: ignore[arg-type, return-value]
         model(IDS)
     assert hooks(model) == 0
