@@ -123,9 +123,10 @@ def test_attention_leaves_the_model_as_it_was(model: Any, tokenizer: Any) -> Non
 
 def test_side_by_side_counts_fallbacks(model: Any) -> None:
     backend = looseleaf.SlidingWindow(sink=2, window=1000)
-    with torch.no_grad(), looseleaf.attach(model, attention_.SideBySide(inner=backend)) as attached:
+    both = attention_.SideBySide(inner={"window": backend})
+    with torch.no_grad(), looseleaf.attach(model, both):
         model(torch.arange(40)[None], use_cache=False)
-    found = attention_._density(attached.records)
+    found = attention_._density(both.found["window"])
     assert found["density"] == 1.0 and found["fallbacks"] == 2 and found["error"] == 0
 
 

@@ -8,6 +8,7 @@ import functools
 import math
 import os
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import looseleaf
@@ -23,19 +24,38 @@ DENSE = "(exact)"
 
 @dataclasses.dataclass
 class SideBySide(AttentionBackend):
-    """Runs a backend and exact attention on the same inputs, records their difference, and returns the exact output.
+    """Runs backends and exact attention on the same inputs, keeps their differences, and returns the exact output.
 
-    Errors of different layers are so measured apart from each other.
+    Errors of different layers are so measured apart from each other, in one pass for all backends.
+
+    Args:
+        inner: name -> backend.
     """
 
-    inner: Any = None
+    inner: Mapping[str, AttentionBackend] = dataclasses.field(default_factory=dict)
     paper: ClassVar[Paper] = Paper("Side by side", ("The Looseleaf authors",), 2026)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.found: dict[str, list[dict[str, Any]]] = {name: [] for name in self.inner}
+        self.failed: dict[str, str] = {}
+        self._states: dict[tuple[str, int], SimpleNamespace] = {}
 
     def attend(self, call: AttentionCall) -> Any:
         """The exact output, (B, Hq, Lq, D)."""
-        out = self.inner.attend(call)
         exact = call.dense()
-        call.record(error=metrics.relative_error(out, exact))
+        for name, backend in self.inner.items():
+            if name in self.failed:
+                continue
+            said: dict[str, Any] = {"layer": call.layer}
+            own = self._states.setdefault((name, call.layer), SimpleNamespace())
+            try:
+                out = backend.attend(dataclasses.replace(call, state=own, record=said.update))
+            except Exception as error:  # one backend that fails must not cost the others their figures
+                self.failed[name] = common.reason(error)
+                continue
+            said["error"] = metrics.relative_error(out, exact)
+            self.found[name].append({k: v.tolist() if hasattr(v, "tolist") else v for k, v in said.items()})
         return exact
 
 
@@ -128,42 +148,42 @@ def _measure(model: Any, tokenizer: Any, backends: Mapping[str, AttentionBackend
 
     context = ids.shape[1]
     last = min(last, context // 2)
-    rows: dict[str, dict[str, Any]] = {}
-    around: dict[str, Any] = {}
-    with torch.inference_mode():
-        exact = metrics.token_losses(model, ids, last)[0].double().cpu()
-        for name in progress_.track([DENSE, *backends], f"quality at {context}", show=progress):
-            row: dict[str, Any] = {"density": 1.0, "error": 0.0, "layers": None}
-            backend = backends.get(name)
-            try:
-                losses = exact
-                if backend is not None:
-                    with looseleaf.attach(model, SideBySide(inner=backend)) as attached:
-                        metrics.token_losses(model, ids, 1)
-                        row.update(_density(attached.records))
-                    with looseleaf.attach(model, backend):
-                        losses = metrics.token_losses(model, ids, last)[0].double().cpu()
-                row["perplexity"] = math.exp(min(700.0, float(losses.mean())))
-                row["added"] = metrics.bootstrap((losses - exact).tolist(), seed)
-                row["passkey"] = None
-                if passkeys and context >= 128:  # the question and the key take about half of that
-                    with _attached(model, backend):
-                        row["passkey"] = metrics.passkey(
-                            model, tokenizer, context, trials=passkeys, seed=seed, progress=progress).accuracy
-                around[name] = functools.partial(_attached, model, backend)
-            except Exception as error:
-                if backend is None:  # the model itself does not run: nothing can be compared
-                    raise
-                row["failed"] = common.reason(error)
-            rows[name] = row
+    rows: dict[str, dict[str, Any]] = {DENSE: {"density": 1.0, "error": 0.0, "layers": None}}
+    losses: dict[str, Any] = {}
+    with torch.inference_mode(), progress_.bar(f"{context} tokens", 1 + rounds * (1 + len(backends)),
+                                               progress) as moving:
+        with looseleaf.attach(model, SideBySide(inner=backends)) as attached:
+            metrics.token_losses(model, ids, 1)
+        moving.update()
+        both: Any = attached.backend
+        for name in backends:
+            failed = both.failed.get(name)
+            rows[name] = _density(both.found[name]) if failed is None else {"failed": failed}
 
-        def prefill() -> None:
-            model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        def prefill(name: str) -> None:
+            losses[name] = metrics.token_losses(model, ids, last)[0]
+            moving.update()
 
-        measured = timing.interleave(dict.fromkeys(around, prefill), rounds, around=around)
-    for name in around:
-        rows[name]["seconds"] = measured.median(name)
-        rows[name]["ratio"] = measured.ratio(name, DENSE, seed)
+        ready = [name for name in rows if "failed" not in rows[name]]
+        # the pass above has warmed everything but the backends' own code, which is quick on a short beginning
+        for name in ready:
+            with _attached(model, backends.get(name)):
+                metrics.token_losses(model, ids[:, :min(context, 256)], 1)
+        measured = timing.interleave(
+            {name: functools.partial(prefill, name) for name in ready}, rounds, warmup=0,
+            around={name: functools.partial(_attached, model, backends.get(name)) for name in ready})
+        exact = losses[DENSE].double().cpu()
+        for name in ready:
+            row, mine = rows[name], losses[name].double().cpu()
+            row["perplexity"] = math.exp(min(700.0, float(mine.mean())))
+            row["added"] = metrics.bootstrap((mine - exact).tolist(), seed)
+            row["seconds"] = measured.median(name)
+            row["ratio"] = measured.ratio(name, DENSE, seed)
+            row["passkey"] = None
+            if passkeys and context >= 128:  # the question and the key take about half of that
+                with _attached(model, backends.get(name)):
+                    row["passkey"] = metrics.passkey(
+                        model, tokenizer, context, trials=passkeys, seed=seed, progress=progress).accuracy
     return rows
 
 
