@@ -1,4 +1,4 @@
-"""The main job on a real language model: every installed method, measured on SmolLM2-135M-Instruct and real text.
+"""The main job on a real language model: methods of every kind, measured on SmolLM2-135M-Instruct and real text.
 
     nox -s demo                  everything, about ten minutes on two cores
     nox -s demo -- --quick       shorter contexts and searches
@@ -23,10 +23,15 @@ from looseleaf.report import write_text
 MODEL = "smollm2"
 
 
-def installed(kind: str) -> dict[str, Any]:
-    """Name -> class of every installed plugin of a kind that can be loaded."""
+def installed(kind: str, *names: str) -> dict[str, Any]:
+    """Name -> class of the installed plugins of a kind that can be loaded; with ``names``, of these only.
+
+    The demo has a time to keep, so that only attention, where a plugin costs seconds, takes all that there is.
+    """
     found = {}
     for entry in looseleaf.plugins(kind):
+        if names and entry.name not in names:
+            continue
         try:
             found[entry.name] = looseleaf.load(entry)
         except looseleaf.PluginError as error:  # one broken plugin must not stop the others
@@ -40,35 +45,35 @@ def attention(model: Any, tokenizer: Any, quick: bool) -> Report:
 
     contexts = (512, 1024, 1536) if quick else (2048, 4096, 8192)
     backends = {name: cls() for name, cls in installed("attention").items()}
-    return compare_attention(model, tokenizer, backends, contexts, rounds=1, last=256, progress=True)
+    return compare_attention(model, tokenizer, backends, contexts, rounds=1 if quick else 2, last=256, progress=True)
 
 
 def pruning(model: Any, tokenizer: Any, quick: bool) -> Report:
-    """Every pruner over a sweep of sparsities."""
+    """One-shot pruning over a sweep of sparsities."""
     from looseleaf_lab.compare import compare_pruners
 
     sweep = (0.3, 0.6) if quick else (0.1, 0.3, 0.5, 0.7)
-    return compare_pruners(model, tokenizer, installed("pruners"), sweep, windows=2 if quick else 4, progress=True)
+    return compare_pruners(model, tokenizer, installed("pruners", "essential-sparsity"), sweep, windows=2 if quick else 4, progress=True)
 
 
 def prompting(model: Any, tokenizer: Any, quick: bool) -> Report:
-    """Every prompt optimiser on a classification task, with equal budgets."""
+    """Two prompt optimisers on a classification task, with equal budgets."""
     from looseleaf_lab import data
     from looseleaf_lab.compare import compare_prompts
 
     size = 16 if quick else 32
     task = data.classification_task("sentiment", 0, train=size, dev=size, test=2 * size)
-    optimizers = {name: cls() for name, cls in installed("prompts").items()}
-    return compare_prompts(looseleaf.LocalModel(model, tokenizer), optimizers, [task], calls=200 if quick else 800,
+    optimizers = {name: cls() for name, cls in installed("prompts", "promptquine", "tapruning").items()}
+    return compare_prompts(looseleaf.LocalModel(model, tokenizer), optimizers, [task], calls=200 if quick else 600,
                            progress=True)
 
 
 def steering(model: Any, tokenizer: Any, quick: bool) -> Report:
-    """Every probe on the model; LinEAS steers it."""
+    """LinEAS steers the model."""
     from looseleaf_lab.compare import compare_probes
 
     probes = {}
-    for name, cls in installed("probes").items():
+    for name, cls in installed("probes", "lineas").items():
         shorter = {"steps": 5 if quick else 25} if any(p.name == "steps" for p in cls.parameter_info()) else {}
         probes[name] = cls(**shorter)
     return compare_probes({MODEL: (model, tokenizer)}, probes, progress=True)

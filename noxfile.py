@@ -87,7 +87,9 @@ def lint(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """All tests of all packages; extra arguments go to pytest."""
     python = shared(session, *RUN_NEEDS, *TEST_NEEDS)
-    run(session, python, "-m", "pytest", "-q", "--timeout=900", "-n", "2", "--dist", "loadfile", *session.posargs)
+    # One thread for each worker: two workers with a thread for every core would wait for each other.
+    run(session, python, "-m", "pytest", "-q", "--timeout=900", "-n", "2", "--dist", "loadfile", *session.posargs,
+        OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 2) // 2)))
 
 
 def _one_plugin(folder: Path) -> None:

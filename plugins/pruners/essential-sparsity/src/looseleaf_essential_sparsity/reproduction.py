@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
-import os
 import statistics
-import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -166,18 +159,20 @@ def _cliff(curve: Curve, knee: Knee, at: str) -> Claim:
 
 # ------------------------------------------------------------------------------------------------------- cost
 def _cost(report: Report, model: nn.Module, rounds: int) -> None:
+    from looseleaf_lab import timing
+
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     counted = sum(p.numel() for p in prunable_parameters(model).values())
     for parameter in model.parameters():
         parameter.detach().sum()  # a memory-mapped file is read when first touched; that is loading, not pruning
     times, busy, extra = [], [], []
     for _ in range(rounds):
-        with _peak() as peak:
+        with timing.peak_memory(every=0.002) as peak:
             start, used = time.perf_counter(), time.process_time()
             MagnitudePruner().prune(model)
             times.append(time.perf_counter() - start)
             busy.append(time.process_time() - used)
-        extra.append(peak[0])
+        extra.append(peak.bytes)
     seconds, memory = statistics.median(times), max(extra)
     table = report.table("cost of one global pruning of SmolLM2-135M at 50%", [
         "weights", "seconds (median)", "slowest", "processor seconds (median)", "seconds per billion weights",
@@ -193,33 +188,6 @@ def _cost(report: Report, model: nn.Module, rounds: int) -> None:
                  f"peak memory above the start {memory / size:.2f} x the model's ({memory / 1e6:.0f} MB)"
                  if memory else f"{seconds:.2f} s; memory cannot be read on this system",
         rule="median under 5 s and peak extra resident memory under 1.5 x the bytes of the model"))
-
-
-@contextlib.contextmanager
-def _peak() -> Iterator[list[int]]:
-    """The largest growth of this process's resident memory in the block, bytes; 0 where the system does not tell."""
-    page = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
-    statm = Path("/proc/self/statm")
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # else freed memory is used again and the growth is not seen
-    result, stop = [0], threading.Event()
-    if not statm.exists() or not page:
-        yield result
-        return
-    start = int(statm.read_text().split()[1])
-
-    def watch() -> None:
-        while not stop.wait(0.002):
-            result[0] = max(result[0], (int(statm.read_text().split()[1]) - start) * page)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield result
-    finally:
-        stop.set()
-        thread.join()
 
 
 # ---------------------------------------------------------------------------------------------------- encoder

