@@ -18,7 +18,7 @@ from typing import Any
 
 import looseleaf
 from looseleaf import Report
-from looseleaf.report import write_text
+from looseleaf.files import write_text
 
 MODEL = "smollm2"
 
@@ -53,7 +53,8 @@ def pruning(model: Any, tokenizer: Any, quick: bool) -> Report:
     from looseleaf_lab.compare import compare_pruners
 
     sweep = (0.3, 0.6) if quick else (0.1, 0.3, 0.5, 0.7)
-    return compare_pruners(model, tokenizer, installed("pruners", "essential-sparsity"), sweep, windows=2 if quick else 4, progress=True)
+    pruners = installed("pruners", "essential-sparsity")
+    return compare_pruners(model, tokenizer, pruners, sweep, windows=2 if quick else 4, progress=True)
 
 
 def prompting(model: Any, tokenizer: Any, quick: bool) -> Report:

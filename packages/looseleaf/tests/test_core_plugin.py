@@ -11,8 +11,8 @@ from typing import ClassVar
 import pytest
 
 from looseleaf import Claim, Figure, Paper, Plugin, Report, Series
+from looseleaf.files import write_text
 from looseleaf.plugin import docstring_arguments
-from looseleaf.report import write_text
 
 
 @dataclasses.dataclass

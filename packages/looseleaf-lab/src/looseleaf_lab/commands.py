@@ -161,9 +161,9 @@ def _prompts(name: str, plugin: Any, model: Any, tokenizer: Any, text: str | Non
     prompt = plugin.optimize(chosen, local, budget, seed=seed)
     seconds = time.perf_counter() - start
     report = Report(f"{name} on {wanted}", common.facts(
-        **plugin.parameters(), task=wanted, seed=seed, seconds=seconds, **{k: v for k, v in budget.used.items()
-                                                                           if k != "seconds"},
-        **{k: v for k, v in prompt.info.items() if isinstance(v, (int, float, str))}))
+        **{**plugin.parameters(), **{k: v for k, v in prompt.info.items() if isinstance(v, (int, float, str))},
+           "task": wanted, "seed": seed, "seconds": seconds, "calls used": budget.used["calls"],
+           "tokens used": budget.used["tokens"]}))
     table = report.table("Accuracy", ["prompt", "dev", "test", "from", "to"],
                          note="interval: bootstrap over the test examples")
     for label, made in (("plain", rival(PLAIN, chosen, local, budget, seed, 0)), ("found", prompt)):

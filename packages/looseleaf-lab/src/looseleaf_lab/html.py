@@ -8,7 +8,8 @@ import os
 from collections.abc import Iterable, Sequence
 from importlib import resources
 
-from looseleaf.report import Cell, Claim, Figure, Report, Series, Table, format_cell, write_text
+from looseleaf.files import write_text
+from looseleaf.report import Cell, Claim, Figure, Report, Series, Table, format_cell
 
 WIDTH, HEIGHT = 640, 360
 LEFT, RIGHT, TOP, BOTTOM = 74, 18, 14, 52

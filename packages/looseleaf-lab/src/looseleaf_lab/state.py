@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from looseleaf.report import _plain, write_text
+from looseleaf.files import write_text
+from looseleaf.report import _plain
 
 SCHEMA = "looseleaf.cell/1"
 

@@ -270,7 +270,7 @@ def _read_verdicts() -> dict[str, str]:
 
 
 def _remember(verdicts: dict[str, str]) -> None:
-    from looseleaf.report import write_text
+    from looseleaf.files import write_text
 
     with contextlib.suppress(OSError):  # an unwritable cache only costs the next listing its speed
         write_text(cache_dir() / "imports.json", json.dumps({**_read_verdicts(), **verdicts}))

@@ -110,7 +110,8 @@ class Prompt:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the prompt as JSON, whole or not at all; soft tokens go beside it as ``<stem>.safetensors``."""
-        from looseleaf.report import _plain, write_text
+        from looseleaf.files import replacing, write_text
+        from looseleaf.report import _plain
 
         target = Path(path)
         data: dict[str, Any] = {"schema": SCHEMA}
@@ -122,9 +123,9 @@ class Prompt:
         if self.soft is not None:
             from safetensors.torch import save_file
 
-            target.parent.mkdir(parents=True, exist_ok=True)
             beside = target.with_suffix(".safetensors")
-            save_file({"soft": self.soft.detach().contiguous()}, str(beside))
+            with replacing(beside) as part:
+                save_file({"soft": self.soft.detach().contiguous()}, part)
             data["soft"] = beside.name
         write_text(target, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
 

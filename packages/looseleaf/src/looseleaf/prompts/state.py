@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from looseleaf.errors import LooseleafError
-from looseleaf.report import write_text
+from looseleaf.files import write_text
 
 if TYPE_CHECKING:
     from looseleaf.prompts.model import LanguageModel

@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from torch.nn.utils import parametrize
 
 from looseleaf.errors import did_you_mean
+from looseleaf.files import replacing
 from looseleaf.pruning.targets import check_finite, holders, stored_parameter
 from looseleaf.report import Table
 
@@ -267,19 +268,12 @@ class Masks(Mapping[str, Tensor]):
         shapes = json.dumps({name: list(mask.shape) for name, mask in self.items()})
         packed = {name: numpy.packbits(mask.cpu().numpy().reshape(-1)) for name, mask in self.items()}
         data = save(packed, metadata={"format": FORMAT, "shapes": shapes, "info": text})
-        target = Path(path)
-        part = target.with_name(f".{target.name}.{os.getpid()}.part")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(data)
-            os.replace(part, target)
+            with replacing(path) as part:
+                part.write_bytes(data)
         except OSError as error:
-            _forget(part)
             raise OSError(error.errno, f"cannot write the masks ({error.strerror}): choose a path that can be written",
-                          str(target)) from error
-        except BaseException:
-            _forget(part)
-            raise
+                          str(path)) from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Masks:
@@ -360,10 +354,3 @@ def _take_off(module: nn.Module, attribute: str) -> None:
     module._parameters.clear()
     for name in [*(n for n in mask.order if n in rest), *(n for n in rest if n not in mask.order)]:
         module._parameters[name] = rest[name]
-
-
-def _forget(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:  # the error that brought us here matters more
-        return

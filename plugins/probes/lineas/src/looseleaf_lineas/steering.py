@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from looseleaf import intervene
+from looseleaf.files import replacing
 
 FORMAT = "looseleaf.steering/1"
 
@@ -156,13 +156,8 @@ class Steering:
         target = Path(path)
         if not target.resolve().parent.is_dir():
             raise ValueError(f"cannot write {path}: the folder {target.resolve().parent} does not exist")
-        handle, temporary = tempfile.mkstemp(dir=target.resolve().parent, suffix=".part")
-        os.close(handle)
-        try:
-            save_file(tensors, temporary, {"format": FORMAT, "info": json.dumps(self.info, default=str)})
-            os.replace(temporary, target)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        with replacing(target) as part:
+            save_file(tensors, part, {"format": FORMAT, "info": json.dumps(self.info, default=str)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Steering:
