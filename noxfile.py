@@ -143,7 +143,7 @@ def isolation(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def lowest(session: nox.Session) -> None:
-    """The fast tests on the declared lower bounds (constraints/lowest.txt)."""
+    """The fast tests on the declared lower bounds (constraints/lowest.txt); downloads an old torch, gigabytes."""
     home = ROOT / ".nox" / "lowest"
     python = str(home / "bin" / "python")
     if not Path(python).exists():
@@ -151,9 +151,8 @@ def lowest(session: nox.Session) -> None:
     env = {**environment(), "PIP_CONSTRAINT": str(ROOT / "constraints" / "lowest.txt")}
     def pip(*what: str) -> None:
         session.run(python, "-m", "pip", "install", "-q", *what, external=True, env=env)
-    pip("torch", "hatchling", "editables")
-    pip("pytest", "pytest-timeout", "hypothesis", "transformers", "--no-build-isolation", "-e", "packages/looseleaf",
-        "-e", "kernels")
+    pip("torch", "triton", "transformers", "hatchling", "editables", "pytest", "pytest-timeout", "hypothesis")
+    pip("--no-build-isolation", "-e", "packages/looseleaf", "-e", "kernels")
     session.run(python, "-m", "pytest", "-q", "--timeout=900", "-m", "not slow and not browser", "packages/looseleaf",
                 "kernels", *session.posargs, external=True, env=env)
 
