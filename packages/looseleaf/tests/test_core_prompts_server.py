@@ -7,8 +7,10 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -46,45 +48,62 @@ def _tiny(folder: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str, LocalModel]]:
-    """URL, model name at the server, and the same model here."""
+class Server:
+    """``transformers serve`` on a free port, for the model in ``folder``; it can be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+        self.start()
+
+    def start(self) -> None:
+        command, log = _command(), self.folder / "server.log"
+        assert command is not None
+        with log.open("w") as out:
+            self.process = subprocess.Popen(
+                [command, "serve", str(self.folder), "--host", "127.0.0.1", "--port", str(self.port), "--device",
+                 "cpu", "--dtype", "float32"], stdout=out, stderr=out,
+                env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+        until = time.monotonic() + 180
+        while True:
+            try:
+                if httpx.get(f"http://127.0.0.1:{self.port}/health", trust_env=False).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            if self.process.poll() is not None or time.monotonic() > until:
+                self.kill()
+                pytest.skip(f"transformers serve did not start: {log.read_text()[-500:]}")
+            time.sleep(0.5)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(20)
+
+
+def _serve(folder: Path) -> Server:
     try:
         from transformers.utils.import_utils import is_serve_available
     except ImportError:
         pytest.skip("this transformers has no server")
-    command = _command()
-    if command is None or not is_serve_available():
+    if _command() is None or not is_serve_available():
         pytest.skip("transformers serve is not installed: pip install 'transformers[serving]'")
+    return Server(folder)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str, LocalModel]]:
+    """URL, model name at the server, and the same model here."""
     folder = tmp_path_factory.mktemp("served")
     model, tokenizer = _tiny(folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = folder / "server.log"
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            [command, "serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu",
-             "--dtype", "float32"], stdout=out, stderr=out,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    server = _serve(folder)
     try:
-        until = time.monotonic() + 180
-        while True:
-            try:
-                if httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False).status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
-            if process.poll() is not None or time.monotonic() > until:
-                pytest.skip(f"transformers serve did not start: {log.read_text()[-500:]}")
-            time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/v1", str(folder), LocalModel(model, tokenizer)
+        yield server.url, str(folder), LocalModel(model, tokenizer)
     finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        server.kill()
 
 
 @pytest.fixture
@@ -126,3 +145,74 @@ def test_a_wrong_model_name_is_reported(served: tuple[str, str, LocalModel],
     wrong = EndpointModel(served[0], "no-such-model", retries=0)
     with pytest.raises(EndpointError, match=r"no-such-model|status|failed"):
         wrong.generate(["x"], 3)
+
+
+@pytest.mark.slow
+def test_a_real_server_that_is_too_slow(served: tuple[str, str, LocalModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    hasty = EndpointModel(served[0], served[1], timeout=0.002, retries=2, backoff=0.01)
+    with pytest.raises(EndpointError, match=r"failed 3 times, last: no answer within 0\.002 s"):
+        hasty.generate(["good film"], 200)
+    assert hasty.requests == 3
+
+
+@pytest.mark.slow
+def test_a_real_server_that_is_killed_half_way_and_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    model, tokenizer = _tiny(tmp_path)
+    server = _serve(tmp_path)
+    prompts = [f"prompt {n}" for n in range(8)]
+    remote = EndpointModel(server.url, str(tmp_path), concurrency=1, retries=1, backoff=0.05)
+    send, sent = remote._post, []
+
+    def post(*given: Any, **more: Any) -> dict[str, Any]:
+        sent.append(given)
+        if len(sent) == 4:
+            server.kill()
+        return send(*given, **more)
+
+    monkeypatch.setattr(remote, "_post", post)
+    try:
+        with pytest.raises(EndpointError, match="3 of 8 requests of this call were answered and are kept") as caught:
+            remote.generate(prompts, 5)
+        assert [p is not None for p in caught.value.partial] == [True] * 3 + [False] * 5  # type: ignore[attr-defined]
+        server.start()
+        before = len(sent)
+        assert remote.generate(prompts, 5) == LocalModel(model, tokenizer).generate(prompts, 5)
+        assert len(sent) - before == 5, "only what was missing is asked for"
+    finally:
+        server.kill()
+
+
+@pytest.mark.slow
+def test_a_wrong_key_in_front_of_a_real_server(served: tuple[str, str, LocalModel],
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+    class Gate(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.headers.get("Authorization") != "Bearer right":
+                status, answer = 401, b'{"error": {"message": "Incorrect API key provided"}}'
+            else:
+                passed = httpx.post(served[0].removesuffix("/v1") + self.path, content=body, timeout=60,
+                                    headers={"Content-Type": "application/json"}, trust_env=False)
+                status, answer = passed.status_code, passed.content
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *given: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Gate) as gate:
+        threading.Thread(target=gate.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{gate.server_port}/v1"
+        wrong = EndpointModel(url, served[1], api_key="wrong")
+        with pytest.raises(EndpointError, match="the key was refused: give api_key or set OPENAI_API_KEY"):
+            wrong.generate(["good film"], 3)
+        assert wrong.requests == 1, "a refusal is not repeated"
+        right = EndpointModel(url, served[1], api_key="right")
+        assert right.generate(["good film"], 3) == served[2].generate(["good film"], 3)
+        gate.shutdown()
