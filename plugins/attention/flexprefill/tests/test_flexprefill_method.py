@@ -25,7 +25,7 @@ def smallest_set(values: torch.Tensor, mass: float) -> set[int]:
 
 
 def written_out(plugin: FlexPrefill, q: torch.Tensor, k: torch.Tensor) -> tuple[set[tuple[int, int]], bool]:
-    """The card's steps 1 to 5 for one head: q (Lq, D), k (Lk, D)."""
+    """Steps 1 to 5 of the method for one head: q (Lq, D), k (Lk, D)."""
     b, scale = plugin.block_size, q.shape[-1] ** -0.5
     lq, lk = len(q), len(k)
     offset = lk - lq

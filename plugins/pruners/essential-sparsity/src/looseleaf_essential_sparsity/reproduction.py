@@ -20,7 +20,7 @@ CONTEXT = 256
 
 
 def reproduce(*, seeds: int = 5, quick: bool = False, progress: bool | None = None) -> Report:
-    """Measure each claim of the paper, and each line of what this project means by "works".
+    """Measure each claim of the paper, and each rule of this project.
 
     Args:
         seeds: networks trained for the comparison with iterative pruning; the sweeps are deterministic, and their
@@ -92,7 +92,7 @@ def _language_model(report: Report, quick: bool, progress: bool | None) -> Knee:
 
     falls = _falls(curve)
     report.claims.append(Claim.decide(
-        not falls, statement="Perplexity grows with sparsity", source="what works means here, 1", paper="monotone",
+        not falls, statement="Perplexity grows with sparsity", source="this project's rule", paper="monotone",
         measured=f"{len(falls)} of {len(curve.levels) - 1} steps fall beyond noise"
                  f"{' (at ' + ', '.join(f'{s:.0%}' for s in falls) + ')' if falls else ''}; {at}",
         rule="no step at which the paired 95% interval of the loss difference lies below 0"))
@@ -109,7 +109,7 @@ def _language_model(report: Report, quick: bool, progress: bool | None) -> Knee:
     low, high = _ratio_interval(curve, curve.levels.index(0.1))
     report.claims.append(Claim.decide(
         ratio <= 0.02, statement="Removing 10% is free: perplexity within 2% of dense",
-        source="what works means here, 1", paper="flat below the essential sparsity [memory]",
+        source="this project's rule", paper="flat below the essential sparsity [memory]",
         measured=f"{ratio:+.2%} (95% {low:+.2%} to {high:+.2%}); dense {values[0.0]:.2f}, at 10% {values[0.1]:.2f}; "
                  f"{at}",
         rule="perplexity at 10% <= 1.02 x dense"))
@@ -153,7 +153,7 @@ def _cliff(curve: Curve, knee: Knee, at: str) -> Claim:
         measured = (f"knee {knee.knee}: perplexity {values[start]:.4g} there, {worst:.4g} at most up to "
                     f"{later[-1]:.0%} ({worst / values[start]:.3g} x); {at}")
     return Claim.decide(holds, statement="There is a sharp turn: beyond the knee performance drops much faster",
-                        source="section 3; what works means here, 1", paper="sharp turning point [memory]",
+                        source="section 3; this project's rule", paper="sharp turning point [memory]",
                         measured=measured, rule="perplexity at least doubles within 20 points beyond the knee")
 
 
@@ -182,7 +182,7 @@ def _cost(report: Report, model: nn.Module, rounds: int) -> None:
     fits = seconds < 5 and memory / size < 1.5
     report.claims.append(Claim.decide(
         fits if memory else None, statement="Global pruning is cheap: no sorting, little memory",
-        source="what works means here, 4", paper="no figure in the paper; ours: under 5 s, 1.5 x the model's memory",
+        source="this project's rule", paper="no figure in the paper; ours: under 5 s, 1.5 x the model's memory",
         measured=f"{seconds:.2f} s median of {rounds} ({seconds / counted * 1e9:.1f} s per billion weights; "
                  f"{statistics.median(busy):.2f} s of processor time, {torch.get_num_threads()} threads), "
                  f"peak memory above the start {memory / size:.2f} x the model's ({memory / 1e6:.0f} MB)"
@@ -224,7 +224,7 @@ def _encoder(report: Report, language: Knee, quick: bool, progress: bool | None)
     dense = curves["global"].values()[0]
     report.claims.append(Claim.decide(
         decided, statement="A sentence encoder tolerates more than the language model",
-        source="what works means here, 2", paper="no figure in the paper for this pair",
+        source="this project's rule", paper="no figure in the paper for this pair",
         measured=f"encoder s*(5%) = {mine}, s*(1%) = {knee.within[0.01]}, knee {knee.knee} (dense accuracy "
                  f"{dense:.3f}: the second half of a passage among {size}, {len(curves['global'].batches[0])} "
                  f"batches); language model s*(5%) of perplexity = {theirs}",
