@@ -18,8 +18,11 @@ _HOME = {
     "prunable_parameters": "pruning.targets",
     "PromptOptimizer": "prompts.optimizer", "Prompt": "prompts.prompt", "Budget": "prompts.budget",
     "Example": "prompts.task", "Task": "prompts.task", "LanguageModel": "prompts.model",
-    "LocalModel": "prompts.local", "EndpointModel": "prompts.endpoint",
+    "LocalModel": "prompts.local", "EndpointModel": "prompts.endpoint", "MaskedModel": "prompts.masked",
+    "Template": "prompts.template", "Verbalizer": "prompts.verbalizer", "calibrate": "prompts.calibration",
     "Probe": "probes.probe", "capture": "probes.hooks", "intervene": "probes.hooks",
+    "LogitLens": "probes.lens", "decoder_layers": "probes.layers", "patch": "probes.scaling",
+    "scale_layers": "probes.scaling",
     "Plugin": "plugin", "Paper": "paper", "Claim": "report", "Report": "report", "Table": "report",
     "Figure": "report", "Series": "report",
     "get": "discovery", "plugins": "discovery", "load": "discovery",
@@ -62,14 +65,21 @@ if TYPE_CHECKING:
     from looseleaf.paper import Paper
     from looseleaf.plugin import Plugin
     from looseleaf.probes.hooks import capture, intervene
+    from looseleaf.probes.layers import decoder_layers
+    from looseleaf.probes.lens import LogitLens
     from looseleaf.probes.probe import Probe
+    from looseleaf.probes.scaling import patch, scale_layers
     from looseleaf.prompts.budget import Budget
+    from looseleaf.prompts.calibration import calibrate
     from looseleaf.prompts.endpoint import EndpointModel
     from looseleaf.prompts.local import LocalModel
+    from looseleaf.prompts.masked import MaskedModel
     from looseleaf.prompts.model import LanguageModel
     from looseleaf.prompts.optimizer import PromptOptimizer
     from looseleaf.prompts.prompt import Prompt
     from looseleaf.prompts.task import Example, Task
+    from looseleaf.prompts.template import Template
+    from looseleaf.prompts.verbalizer import Verbalizer
     from looseleaf.pruning.masks import Masks
     from looseleaf.pruning.pruner import Pruner
     from looseleaf.pruning.selection import NM, Selection, Structured, Unstructured

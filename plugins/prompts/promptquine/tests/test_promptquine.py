@@ -90,6 +90,9 @@ def test_searches_improve_on_their_start(make: Callable[[], Any]) -> None:
         assert info["tokens"] <= info["start_tokens"] and "{text}" in prompt.text
         best = max(e[1] for e in info["explored"])
         gains.append(best - info["start_fitness"])
+        calls, values = zip(*info["history"], strict=True)
+        assert values[0] == info["start_fitness"] and values[-1] == best and list(values) == sorted(values)
+        assert list(calls) == sorted(calls) and calls[-1] == info["evaluations"] * info["examples"]["fitness"]
     assert min(gains) >= 0 and sum(g > 0 for g in gains) >= 3  # accuracy can be full at the start
 
 

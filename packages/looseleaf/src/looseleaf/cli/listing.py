@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from looseleaf import discovery
-from looseleaf.report import Table, table_text
+from looseleaf.errors import did_you_mean
+from looseleaf.report import Cell, Table, format_cell, table_text
 
 
 def list_plugins(arguments: argparse.Namespace) -> int:
@@ -37,9 +39,13 @@ def list_plugins(arguments: argparse.Namespace) -> int:
 
 
 def info(arguments: argparse.Namespace) -> int:
-    """The paper behind a plugin, its parameters and its citation."""
+    """The paper behind a plugin, its parameters and its citation; or its table of data."""
     entry = discovery.find(arguments.name, arguments.kind)
     cls = discovery.load(entry)
+    if arguments.table:
+        return _table(entry, cls, arguments)
+    if arguments.where:
+        raise ValueError(f"--where {' '.join(arguments.where)} needs --table: it picks rows of a plugin's table")
     paper = cls.paper
     if arguments.bibtex and not arguments.json:
         print(paper.bibtex())
@@ -69,6 +75,55 @@ def info(arguments: argparse.Namespace) -> int:
     lines += ["", paper.bibtex()]
     print("\n".join(lines))
     return 0
+
+
+def _table(entry: discovery.Installed, cls: Any, arguments: argparse.Namespace) -> int:
+    make = getattr(cls, "table", None)
+    if not callable(make):
+        raise ValueError(f"plugin {entry.name!r} has no table (no classmethod table()); "
+                         f"`looseleaf info {entry.name}` shows what there is")
+    conditions = {}
+    for text in arguments.where or []:
+        field, found, value = text.partition("=")
+        if not found:
+            raise ValueError(f"--where {text!r}: allowed is FIELD=VALUE, such as year=2021")
+        conditions[field.strip()] = value.strip()
+    table = select(make(), conditions)
+    if arguments.json:
+        print(json.dumps([dict(zip(table.columns, row, strict=True)) for row in table.rows], indent=1,
+                         ensure_ascii=False))
+        return 0
+    print(table_text(table))
+    print(f"{len(table.rows)} rows")
+    return 0
+
+
+def select(table: Table, conditions: Mapping[str, object]) -> Table:
+    """The rows of ``table`` for which every condition holds.
+
+    Args:
+        table: cells may hold several values, separated by ``"; "``.
+        conditions: column -> value; case is no difference, and of a cell with several values one must match.
+
+    Raises:
+        ValueError: no such column, or no row of the table has that value there.
+    """
+    keep = list(table.rows)
+    for field, wanted in conditions.items():
+        if field not in table.columns:
+            raise ValueError(f"the table has no column {field!r}; it has {', '.join(table.columns)}."
+                             + did_you_mean(field, table.columns))
+        place = table.columns.index(field)
+        known = {value.casefold(): value for row in table.rows for value in _values(row[place])}
+        if str(wanted).casefold() not in known:
+            raise ValueError(f"no row has {field}={str(wanted)!r}; there is {', '.join(sorted(known.values()))[:400]}."
+                             + did_you_mean(str(wanted), known.values()))
+        keep = [row for row in keep if str(wanted).casefold() in (v.casefold() for v in _values(row[place]))]
+    return Table(table.title, table.columns, keep, table.note)
+
+
+def _values(cell: Cell) -> list[str]:
+    return [] if cell is None else [part.strip() for part in format_cell(cell).split(";")]
 
 
 def _plain(value: Any) -> Any:

@@ -89,6 +89,9 @@ def build_parser() -> argparse.ArgumentParser:
     made = command("info", "paper, parameters with defaults and citation of a plugin", _lazy("listing", "info"))
     plugin_name(made)
     made.add_argument("--bibtex", action="store_true", help="print the citation only")
+    made.add_argument("--table", action="store_true", help="print the table of data that some plugins bring")
+    made.add_argument("--where", nargs="+", action="extend", metavar="FIELD=VALUE",
+                      help="with --table: only rows where the column FIELD has VALUE; all conditions must hold")
 
     made = command("run", "run a plugin on a model; `looseleaf run NAME --help-plugin` lists its own options",
                    _lazy("running", "run"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -11,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from looseleaf.errors import LooseleafError
+from looseleaf.probes.spill import Store
 
 MAX_BYTES = 4 * 2 ** 30
 """What :func:`capture` keeps at most unless told otherwise."""
@@ -51,27 +53,32 @@ def matching_modules(model: nn.Module, patterns: str | Sequence[str]) -> dict[st
 
 @contextmanager
 def capture(model: nn.Module, patterns: str | Sequence[str], reduce: Callable[[Tensor], Tensor] | None = None, *,
-            max_bytes: int = MAX_BYTES) -> Iterator[dict[str, list[Tensor]]]:
+            max_bytes: int = MAX_BYTES, spill: bool | str | os.PathLike[str] = False,
+            ) -> Iterator[dict[str, Sequence[Tensor]]]:
     """Keep the outputs of modules while the ``with`` block runs.
 
     Args:
         model: the model.
         patterns: name pattern or patterns of the modules, as in :func:`matching_modules`.
         reduce: applied to each output before it is kept, such as ``lambda x: x.mean(1)``.
-        max_bytes: what may be kept in all.
+        max_bytes: what may be kept in memory.
+        spill: what happens beyond that. False: an error. True: it goes to safetensors files in a temporary folder,
+            which is removed with the end of the block. A folder: the files go there and stay, so that everything can
+            also be read after the block.
 
     Yields:
         Module name -> one tensor for each call of the module, detached. Of a module that returns several things the
-        first tensor is kept.
+        first tensor is kept. A tensor on disk is read each time it is asked for.
 
     Raises:
-        ValueError: an unknown pattern.
-        CaptureLimitError: more than ``max_bytes`` would be kept; raised from the model's forward.
+        ValueError: an unknown pattern; a folder that does not exist or holds files of an earlier capture.
+        CaptureLimitError: more than ``max_bytes`` would be kept and ``spill`` is False; raised from the model's
+            forward.
     """
     if max_bytes <= 0:
         raise ValueError(f"max_bytes={max_bytes}: allowed is a number of bytes above 0")
     modules = matching_modules(model, patterns)
-    kept: dict[str, list[Tensor]] = {name: [] for name in modules}
+    store = Store(list(modules), max_bytes, None if isinstance(spill, bool) else spill)
     held = 0
 
     def keep(name: str, output: Any) -> None:
@@ -83,21 +90,22 @@ def capture(model: nn.Module, patterns: str | Sequence[str], reduce: Callable[[T
             raise TypeError(f"reduce returned {type(value).__name__} for {name}: allowed is a tensor")
         value = value.clone()
         held += value.numel() * value.element_size()
-        if held > max_bytes:
+        if held > max_bytes and spill is False:
             raise CaptureLimitError(
                 f"capture would hold {held} bytes: allowed is max_bytes={max_bytes}. Name fewer modules, pass "
-                "reduce=... to keep less of each output, or take what you need after every batch")
-        kept[name].append(value)
+                "reduce=... to keep less of each output, take what you need after every batch, or pass spill=True")
+        store.add(name, value)
 
     handles: list[Any] = []
     try:
         for name, module in modules.items():
             handles.append(module.register_forward_hook(
                 lambda module, args, output, name=name: keep(name, output)))
-        yield kept
+        yield dict(store.kept)
     finally:
         for handle in handles:
             handle.remove()
+        store.close()
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -37,6 +37,21 @@ class LanguageModel(ABC):
         Returns:
             n lists of natural-log probabilities, in the order given.
         """
+
+    def score_cloze(self, befores: list[str], answers: list[list[str]], afters: list[str]) -> list[list[float]]:
+        """Log-probability of each answer where it stands between two texts.
+
+        Here that of the answer and the text after it, given the text before, which ranks answers as the likelihood
+        of the whole text does. A masked model sees both sides and scores the answer alone.
+
+        Args:
+            befores, afters: n texts.
+            answers: for each the answers, each with at least one token.
+
+        Returns:
+            n lists of natural-log probabilities, in the order given.
+        """
+        return self.score(befores, [[a + after for a in row] for row, after in zip(answers, afters, strict=True)])
 
     @abstractmethod
     def generate(self, prompts: list[str], max_tokens: int, stop: list[str] | None = None,
@@ -130,11 +145,20 @@ class MeteredModel(LanguageModel):
 
     def score(self, prefixes: list[str], continuations: list[list[str]]) -> list[list[float]]:
         """See :meth:`LanguageModel.score`."""
+        return self._scored(prefixes, continuations, lambda: self.model.score(prefixes, continuations))
+
+    def score_cloze(self, befores: list[str], answers: list[list[str]], afters: list[str]) -> list[list[float]]:
+        """See :meth:`LanguageModel.score_cloze`."""
+        rest = [[a + after for a in row] for row, after in zip(answers, afters, strict=True)]
+        return self._scored(befores, rest, lambda: self.model.score_cloze(befores, answers, afters))
+
+    def _scored(self, prefixes: list[str], continuations: list[list[str]],
+                work: Callable[[], list[list[float]]]) -> list[list[float]]:
         # Of all continuations the longest is booked: they share the prefix, and usually one token is all there is.
         known = {c: self.model.count_tokens(c) for row in continuations for c in row} if self._counts else {}
         self._spend(prefixes, sum(max(known[c] for c in row) for row in continuations if row) if known else 0)
         before = self.model.tokens
-        out = self.model.score(prefixes, continuations)
+        out = work()
         self._after(before)
         return out
 

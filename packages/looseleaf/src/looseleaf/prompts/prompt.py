@@ -7,12 +7,14 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from looseleaf.prompts.task import Example, Task, fill, slots, with_prefix
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from looseleaf.prompts.verbalizer import Verbalizer
 
 SCHEMA = "looseleaf.prompt/1"
 
@@ -25,16 +27,29 @@ class Prompt:
     what is rendered is instruction, exemplars, then the example through ``template`` and ``answer_prefix``, joined
     by ``separator``.
 
+    A prompt with ``members`` is an ensemble: :class:`looseleaf.Task` asks each of them and combines what they say.
+    Its own text says nothing then, and what it renders is what its member of the most weight does.
+
     Attributes:
         text: instruction, or whole prompt with slots.
         messages: chat messages ``{"role": ..., "content": ...}``; slots in the contents are filled.
         exemplars: demonstrations, shown with their answers.
-        soft: learned vectors of shape (tokens, hidden), floating point; for local models, before everything else.
+        soft: learned vectors of shape (tokens, hidden), or keys and values of shape (layers, 2, heads, tokens, head
+            size); floating point; for local models, before everything else.
         info: what the search has to say; plain data. Optimisers fill ``fitness``, ``evaluations``, ``stopped``.
         template: how examples are shown; taken from the task by :meth:`for_task`.
         answer_prefix: what comes between an example and its answer, on a new line unless it brings white space.
         labels: label -> verbalizer, to show the answers of exemplars; None shows label or reference as it is.
         separator: what stands between the parts.
+        suffix: what follows the answer (cloze shape); slots are filled.
+        verbalizer: answers of each label, where they are not those of the task.
+        members: prompts of an ensemble.
+        weights: of the members, from 0; None: all the same.
+        combine: classification: ``"average"`` takes the weighted mean of the members' normalised probabilities,
+            ``"vote"`` their weighted votes. Generated texts are always voted on.
+
+    Raises:
+        ValueError: an unknown ``combine``, or weights that are not one number from 0 for each member.
     """
 
     text: str = ""
@@ -46,6 +61,22 @@ class Prompt:
     answer_prefix: str = ""
     labels: dict[str, str] | None = None
     separator: str = "\n\n"
+    suffix: str = ""
+    verbalizer: Verbalizer | None = None
+    members: Sequence[Prompt] = ()
+    weights: list[float] | None = None
+    combine: Literal["average", "vote"] = "average"
+
+    def __post_init__(self) -> None:
+        if self.combine not in ("average", "vote"):
+            raise ValueError(f"Prompt.combine={self.combine!r}: allowed is 'average' or 'vote'")
+        self.members = tuple(self.members)
+        if self.members:
+            from looseleaf.prompts.answers import shares_of
+
+            shares_of(self.weights, len(self.members))
+        elif self.weights is not None:
+            raise ValueError(f"Prompt.weights={self.weights!r} without members: allowed is None")
 
     @classmethod
     def for_task(cls, task: Task, text: str = "", exemplars: Sequence[Example] = (), **fields: Any) -> Prompt:
@@ -59,6 +90,8 @@ class Prompt:
         Raises:
             ValueError: the example lacks a field of the template.
         """
+        if self.members:
+            return self._heaviest().render(example)
         if self.messages is not None:
             lines = [f"{m['role']}: {m['content']}" for m in self.render_messages(example)]
             return "\n".join([*lines, "assistant:"])
@@ -72,8 +105,18 @@ class Prompt:
             raise ValueError(f"the template {self.template!r} wants {missing}; the example has {sorted(fields)}")
         return self.separator.join([*parts, with_prefix(fill(self.template, fields), self.answer_prefix)])
 
+    def _heaviest(self) -> Prompt:
+        weights = self.weights or [1.0] * len(self.members)
+        return self.members[max(range(len(weights)), key=weights.__getitem__)]
+
+    def render_suffix(self, example: Example) -> str:
+        """The text that follows the answer."""
+        return fill(self.suffix, example.fields)
+
     def render_messages(self, example: Example) -> list[dict[str, str]]:
         """The prompt as chat messages; a text prompt is one user message."""
+        if self.members:
+            return self._heaviest().render_messages(example)
         if self.messages is None:
             return [{"role": "user", "content": self.render(example)}]
         return [{**m, "content": fill(m["content"], example.fields)} for m in self.messages]
@@ -86,10 +129,11 @@ class Prompt:
                 those of ``template``, or any where that is the plain ``{text}``.
 
         Raises:
-            ValueError: the prompt is made of messages or soft tokens.
+            ValueError: the prompt is made of messages, soft tokens or members, or has text after the answer.
         """
-        if self.messages is not None or self.soft is not None:
-            raise ValueError("a prompt of messages or soft tokens has no single text; start from text and exemplars")
+        if self.messages is not None or self.soft is not None or self.members or self.suffix:
+            raise ValueError("a prompt of messages, soft tokens or members, or with text after the answer, has no "
+                             "single text; start from text and exemplars")
         own = set(slots(self.text))
         anything = fields is None and self.template == "{text}"
         if own & set(slots(self.template) if fields is None else fields) or (own and anything):
@@ -106,28 +150,38 @@ class Prompt:
         joint = self.answer_prefix
         if answer and joint and not joint[-1].isspace() and not answer[0].isspace():
             answer = " " + answer
-        return with_prefix(fill(self.template, example.fields), joint) + answer
+        return with_prefix(fill(self.template, example.fields), joint) + answer + self.render_suffix(example)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the prompt as JSON, whole or not at all; soft tokens go beside it as ``<stem>.safetensors``."""
         from looseleaf.files import replacing, write_text
-        from looseleaf.report import _plain
 
         target = Path(path)
-        data: dict[str, Any] = {"schema": SCHEMA}
-        for field in dataclasses.fields(self):
-            if field.name not in ("soft", "exemplars"):
-                data[field.name] = _plain(getattr(self, field.name))
-        data["exemplars"] = [e.to_dict() for e in self.exemplars]
-        data["soft"] = None
-        if self.soft is not None:
+        tensors: dict[str, Tensor] = {}
+        data: dict[str, Any] = {"schema": SCHEMA, **self._to_dict(tensors, "soft")}
+        if tensors:
             from safetensors.torch import save_file
 
             beside = target.with_suffix(".safetensors")
             with replacing(beside) as part:
-                save_file({"soft": self.soft.detach().contiguous()}, part)
-            data["soft"] = beside.name
+                save_file(tensors, part)
+            data["tensors"] = beside.name
         write_text(target, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+    def _to_dict(self, tensors: dict[str, Tensor], key: str) -> dict[str, Any]:
+        """Plain data; soft tokens go into ``tensors``, those of members under ``<key>.<number of the member>``."""
+        from looseleaf.report import _plain
+
+        data: dict[str, Any] = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)
+                                if f.name not in ("soft", "exemplars", "verbalizer", "members")}
+        data["exemplars"] = [e.to_dict() for e in self.exemplars]
+        data["verbalizer"] = self.verbalizer and self.verbalizer.to_dict()
+        data["members"] = [m._to_dict(tensors, f"{key}.{n}") for n, m in enumerate(self.members)]
+        data["soft"] = None
+        if self.soft is not None:
+            tensors[key] = self.soft.detach().contiguous()
+            data["soft"] = key
+        return data
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Prompt:
@@ -144,10 +198,20 @@ class Prompt:
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             found = data.get("schema") if isinstance(data, dict) else type(data).__name__
             raise ValueError(f"{source} is not a prompt: schema is {found!r}, allowed is {SCHEMA!r}")
-        data.pop("schema")
-        data["exemplars"] = [Example.from_dict(e) for e in data["exemplars"]]
-        if data["soft"] is not None:
+        tensors: dict[str, Tensor] = {}
+        if data.get("tensors"):
             from safetensors.torch import load_file
 
-            data["soft"] = load_file(str(source.with_name(data["soft"])))["soft"]
-        return cls(**data)
+            tensors = load_file(str(source.with_name(data["tensors"])))
+        return cls._from_dict(data, tensors)
+
+    @classmethod
+    def _from_dict(cls, data: dict[str, Any], tensors: dict[str, Tensor]) -> Prompt:
+        from looseleaf.prompts.verbalizer import Verbalizer
+
+        fields = {k: v for k, v in data.items() if k not in ("schema", "tensors")}
+        fields["exemplars"] = [Example.from_dict(e) for e in fields["exemplars"]]
+        fields["verbalizer"] = Verbalizer.from_dict(fields["verbalizer"]) if fields.get("verbalizer") else None
+        fields["members"] = [cls._from_dict(m, tensors) for m in fields.get("members", ())]
+        fields["soft"] = tensors[fields["soft"]] if fields["soft"] else None
+        return cls(**fields)

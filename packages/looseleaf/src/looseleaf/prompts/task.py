@@ -242,22 +242,22 @@ class Task:
     def log_probs(self, prompt: Prompt, model: LanguageModel, examples: Sequence[Example]) -> list[list[float]]:
         """Log-probability of every label after the rendered prompt: one row per example, order of ``labels``.
 
-        Where ``prompt.info`` has a ``calibration``, one offset per label, it is subtracted.
+        Where ``prompt.info`` has a ``calibration``, one offset per label, it is subtracted. Where the prompt has a
+        verbalizer of its own, that maps answers to labels; where it has members, these are combined.
 
         Raises:
-            ValueError: the task has no labels.
+            ValueError: the task has no labels, or the prompt's verbalizer has others.
         """
+        from looseleaf.prompts.answers import label_log_probs
+
         if self.labels is None:
             raise ValueError(f"task {self.name!r} has no labels; use evaluate()")
-        verbalizers = list(self.labels.values())
-        rows = model.score([prompt.render(e) for e in examples], [verbalizers] * len(examples))
-        offsets = prompt.info.get("calibration") or [0.0] * len(verbalizers)
-        return [[v - o for v, o in zip(row, offsets, strict=True)] for row in rows]
+        return label_log_probs(prompt, model, self.labels, examples)
 
     def evaluate(self, prompt: Prompt, model: LanguageModel, examples: Sequence[Example] | None = None) -> Evaluation:
         """Mark ``prompt`` on ``examples`` (None: the test examples).
 
-        One call per example is counted by the model.
+        One call per example (and member of an ensemble) is counted by the model.
 
         Raises:
             ValueError: there are no examples.
@@ -271,9 +271,18 @@ class Task:
             predictions = [names[max(range(len(row)), key=row.__getitem__)] for row in rows]
             marks = [float(p == e.label) for p, e in zip(predictions, examples, strict=True)]
             return Evaluation(sum(marks) / len(marks), marks, predictions, rows)
-        predictions = model.generate([prompt.render(e) for e in examples], self.max_tokens, list(self.stop) or None)
+        predictions = self.predict(prompt, model, examples)
         marks = [self.mark(p, e) for p, e in zip(predictions, examples, strict=True)]
         return Evaluation(sum(marks) / len(marks), marks, predictions)
+
+    def predict(self, prompt: Prompt, model: LanguageModel, examples: Sequence[Example]) -> list[str]:
+        """The text generated for each example; of an ensemble the one that its members say most."""
+        from looseleaf.prompts.answers import generate, most_voted
+
+        if prompt.members:
+            said = [self.predict(m, model, examples) for m in prompt.members]
+            return [most_voted(texts, prompt.weights) for texts in zip(*said, strict=True)]
+        return generate(prompt, model, examples, self.max_tokens, list(self.stop) or None)
 
     def mark(self, prediction: str, example: Example) -> float:
         """The mark of one answer by the task's metric (a label's name for classification)."""

@@ -95,7 +95,8 @@ class PromptQuine(PromptOptimizer):
 
         Returns:
             The prompt, whose ``info`` also holds ``heldout_fitness``, ``start_fitness``, ``tokens``,
-            ``start_tokens``, ``explored`` ([tokens, fitness, accuracy] of every prompt, in order) and
+            ``start_tokens``, ``explored`` ([tokens, fitness, accuracy] of every prompt, in order), ``history``
+            ([calls spent on fitness, best fitness so far], wherever it rose) and
             ``generations`` ([prompts explored, mean tokens, best and mean fitness of the population,
             best fitness so far]).
         """

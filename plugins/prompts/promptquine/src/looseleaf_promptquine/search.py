@@ -11,6 +11,7 @@ from typing import Any
 from looseleaf import Budget, BudgetExhausted, Example, LanguageModel, Prompt, PromptOptimizer, Task
 from looseleaf.progress import bar
 from looseleaf.prompts.budget import reason
+from looseleaf.prompts.calibration import content_free, offsets, subtract
 from looseleaf.prompts.model import MeteredModel
 from looseleaf.prompts.state import SearchState, identity
 from looseleaf.prompts.task import fill
@@ -19,7 +20,6 @@ from looseleaf_promptquine.pieces import Pieces, length
 
 ROWS = 128
 """Examples scored together: few enough that limits on time are kept and little is lost when a run is stopped."""
-
 
 CONTENT_FREE = "N/A"
 """What stands in every slot when labels are calibrated."""
@@ -179,18 +179,27 @@ class Search:
             return [[m, m] for m in means]
         names = list(self.task.labels)
         golds = [names.index(str(e.label)) for e in examples]
-        empty = [Example({name: CONTENT_FREE for name in examples[0].fields})] if self.calibrate else []
+        empty = content_free(examples[0].fields, [CONTENT_FREE]) if self.calibrate else []
         texts = [fill(self.pieces.text(m), e.fields) for m in masks for e in [*examples, *empty]]
         log_probs = self.model.score(texts, [list(self.task.labels.values())] * len(texts))
         out = []
         for n in range(len(masks)):
             mine = log_probs[n * (count + len(empty)):(n + 1) * (count + len(empty))]
-            offsets = mine.pop() if self.calibrate else []
-            if offsets:
-                mine = [[v - o for v, o in zip(row, offsets, strict=True)] for row in mine]
+            leaning = offsets(mine[count:]) if self.calibrate else []
+            if leaning:
+                mine = subtract(mine[:count], leaning)
             right = accuracy(mine, golds)
-            out.append([reward(mine, golds) if self.reward_driven else right, right, *offsets])
+            out.append([reward(mine, golds) if self.reward_driven else right, right, *leaning])
         return out
+
+    def _history(self) -> list[list[float]]:
+        """[calls spent on fitness, best fitness so far] wherever it rose, and at the end."""
+        each = len(self.fit) + self.calibrate
+        points: list[list[float]] = []
+        for n, mask in enumerate(self.visited, 1):
+            if not points or self.fitness(mask) > points[-1][1]:
+                points.append([n * each, self.fitness(mask)])
+        return [*points, [len(self.visited) * each, points[-1][1]]] if points else []
 
     def _leave_room(self, calls: int, prompts: int) -> None:
         """Raise unless ``calls``, for ``prompts`` more, and the re-ranking after them can be paid for."""
@@ -248,6 +257,7 @@ class Search:
             # What a search is judged by is what its user stores: the text, tokenized anew by whoever reads it.
             "evaluated_on": "text", "examples": {"fitness": len(self.fit), "heldout": len(self.held)},
             "explored": [[length(m), self.seen[m][0], self.seen[m][1]] for m in self.visited],
+            "history": self._history(),
             **extra,
         }
         if self.calibrate and values:
