@@ -28,8 +28,8 @@ RUN_NEEDS = ["torch", "triton", "transformers", "accelerate", "gguf", "llm-smoll
              "tqdm", "tyro", "httpx", "packaging", "argcomplete", "Jinja2", "filelock"]
 TEST_NEEDS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-tqdm", "types-PyYAML",
               "hatchling", "editables", "build", "virtualenv", "diffusers", "sentence-transformers", "playwright",
-              "ray", "fastapi", "uvicorn", "openai", "pydantic", "mkdocs", "mkdocs-material", "mkdocs-gen-files",
-              "mkdocstrings[python]", "nox"]
+              "ray", "fastapi", "uvicorn", "openai", "pydantic", "peft", "lm-eval", "mkdocs", "mkdocs-material",
+              "mkdocs-gen-files", "mkdocstrings[python]", "nox"]
 
 nox.options.default_venv_backend = "virtualenv"
 nox.options.sessions = ["lint", "tests", "kernels", "docs", "isolation"]

@@ -1,0 +1,9 @@
+"""PriorProbe passes the conformance kit."""
+
+from looseleaf.testing import check_probe
+from looseleaf_prior_distribution import PriorProbe
+
+
+def test_conformance() -> None:
+    check_probe(PriorProbe, lambda: PriorProbe(tasks=("counting", "acronym"), instances=6, demonstrations=1, scaled=4,
+                                               layers=1))

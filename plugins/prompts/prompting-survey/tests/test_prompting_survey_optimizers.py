@@ -1,0 +1,219 @@
+"""The optimisers: what they find, what they refuse, and that a server is a model like any other."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from looseleaf import Budget, EndpointError, EndpointModel, Example, Prompt, Template
+from looseleaf.testing.prompts import ToyLanguageModel, toy_task
+from looseleaf_prompting_survey import TemplateEnsemble, TemplateSearch, default_pool
+from looseleaf_prompting_survey.candidates import some
+
+OTHER = ("[X]\nWell, that was[Z]", "Some say: {text} They felt it was [Z]", "[X] In short it is[Z]")
+
+
+def run(optimizer: Any, task: Any = None, model: Any = None, **more: Any) -> Prompt:
+    return optimizer.optimize(task or toy_task(), model or ToyLanguageModel(), progress=False, **more)
+
+
+def test_the_ensemble_says_what_its_members_say() -> None:
+    task, model = toy_task(), ToyLanguageModel()
+    prompt = run(TemplateEnsemble(), task, model)
+    assert len(prompt.members) == prompt.info["evaluations"] == len(default_pool(task))
+    assert prompt.info["fitness"] == task.evaluate(prompt, model, task.dev).score
+    assert sum(prompt.weights or []) == pytest.approx(1.0)
+    for member, (name, right, _) in zip(prompt.members, prompt.info["candidates"], strict=True):
+        assert right == task.evaluate(member, model, task.dev).score
+        assert Template(name).to_prompt().render(task.dev[0]) == member.render(task.dev[0])
+
+
+@pytest.mark.parametrize("how", ["uniform", "accuracy", "likelihood"])
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_fitted_weights_are_at_least_as_likely(how: Any, calibrate: bool) -> None:
+    best = run(TemplateEnsemble(calibrate=calibrate))
+    other = run(TemplateEnsemble(weights=how, calibrate=calibrate))
+    assert best.info["log_likelihood"] >= other.info["log_likelihood"] - 1e-9
+    singles = [c[2] for c in best.info["candidates"]]
+    assert best.info["log_likelihood"] >= max(singles) - 1e-9  # one template alone is an ensemble, too
+    for member in other.members:
+        assert ("calibration" in member.info) is calibrate
+
+
+def test_calibration_found_is_calibration_heeded() -> None:
+    task, model = toy_task(), ToyLanguageModel()
+    prompt = run(TemplateEnsemble(calibrate=True), task, model)
+    assert task.evaluate(prompt, model, task.dev).score == prompt.info["fitness"]
+    prompt = run(TemplateSearch(calibrate=True), task, model)
+    assert task.evaluate(prompt, model, task.dev).score == prompt.info["fitness"]
+
+
+def test_votes_and_templates_of_ones_own() -> None:
+    task, model = toy_task(), ToyLanguageModel()
+    prompt = run(TemplateEnsemble(OTHER, combine="vote", weights="uniform"), task, model)
+    said = [task.evaluate(m, model, task.dev).predictions for m in prompt.members]
+    for votes, found in zip(zip(*said, strict=True), task.evaluate(prompt, model, task.dev).predictions, strict=True):
+        assert votes.count(found) >= 2
+    assert prompt.members[1].render(Example("x")) == "Some say: x They felt it was"
+
+
+def test_a_start_is_a_candidate() -> None:
+    task = toy_task()
+    start = Prompt.for_task(task, "Honestly now.")
+    prompt = run(TemplateEnsemble(OTHER), start=start)
+    assert prompt.info["evaluations"] == 4 and prompt.members[0].render(X) == start.render(X)
+    again = run(TemplateEnsemble(OTHER[:1]), start=prompt)
+    assert again.info["evaluations"] == 5
+    found = run(TemplateSearch(OTHER[:1], rounds=0), start=start)
+    assert found.info["candidates"][0][0] == "start 0" and found.info["evaluations"] == 2
+
+
+X = Example("x")
+
+
+def test_generation_tasks_are_voted_on() -> None:
+    task, model = toy_task(generation=True), ToyLanguageModel()
+    prompt = run(TemplateEnsemble(), task, model)
+    assert prompt.info["fitness"] == task.evaluate(prompt, model, task.dev).score
+    assert prompt.weights == [c[1] for c in prompt.info["candidates"]]
+    found = run(TemplateSearch(), task, model)
+    assert found.info["fitness"] == max(c[1] for c in found.info["candidates"])
+
+
+def test_the_search_improves_on_its_pool() -> None:
+    # The toy model hears the words before the last eight: an instruction in front is what can be worded better.
+    pool = ("Read the lines below and judge.\n[X] it is[Z]", "What did the writer feel?\n[X] so[Z]",
+            "Here is a review.\n[X] hence[Z]")
+    gains = []
+    for seed in range(5):
+        task = toy_task(seed)
+        few = run(TemplateSearch(pool, rounds=0), task)
+        more = run(TemplateSearch(pool, rounds=3), task)
+        before, after = ((p.info["fitness"], p.info["log_likelihood"]) for p in (few, more))
+        assert after >= before and more.info["evaluations"] > few.info["evaluations"] == 3
+        gains.append(after > before)
+    assert any(gains)
+
+
+def test_examples_are_shared_by_the_classes() -> None:
+    examples = [Example(str(n), "a" if n < 90 else "b") for n in range(100)]
+    chosen = some(examples, 10, 0)
+    assert sum(e.label == "b" for e in chosen) == 5 and chosen == some(examples, 10, 0) != some(examples, 10, 1)
+    task = dataclasses.replace(toy_task(), dev=())
+    assert run(TemplateEnsemble(num_examples=6), task).info["examples"] == 6
+
+
+@pytest.mark.parametrize(("cls", "field", "wrong"), [
+    (TemplateEnsemble, "weights", "best"), (TemplateEnsemble, "combine", "sum"), (TemplateEnsemble, "templates", "[X]"),
+    (TemplateEnsemble, "num_examples", 0), (TemplateSearch, "rounds", -1), (TemplateSearch, "beam", 0),
+    (TemplateSearch, "paraphrases", 0), (TemplateSearch, "temperature", 0.0)])
+def test_bad_parameters(cls: Any, field: str, wrong: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{cls.__name__}\.{field}=.*allowed is"):
+        cls(**{field: wrong})
+
+
+@pytest.mark.parametrize(("templates", "message"), [
+    (("[X] so",), "0 answer slots"), (("{premise} so[Z]",), r"wants \['premise'\]"),
+    (("[X] [Z] [Z:b]",), "2 answer slots")])
+def test_templates_that_do_not_fit(templates: tuple[str, ...], message: str) -> None:
+    for cls in (TemplateEnsemble, TemplateSearch):
+        with pytest.raises(ValueError, match=message):
+            run(cls(templates))
+
+
+def test_bad_input() -> None:
+    task = toy_task()
+    with pytest.raises(ValueError, match="above 0, or None"):
+        run(TemplateEnsemble(), budget=Budget(calls=0))
+    with pytest.warns(UserWarning, match="1 of 1 test examples are also in train or dev"):
+        run(TemplateEnsemble(OTHER), dataclasses.replace(task, test=[task.train[0]]))
+
+    class Mute(ToyLanguageModel):
+        def tokenize(self, text: str) -> list[int]:
+            return [] if text == " positive" else super().tokenize(text)
+
+    with pytest.raises(ValueError, match="has no tokens"):
+        run(TemplateEnsemble(), model=Mute())
+
+
+def test_a_small_budget_still_gives_an_ensemble(tmp_path: Path) -> None:
+    task, model = toy_task(), ToyLanguageModel()
+    prompt = run(TemplateEnsemble(), task, model, budget=Budget(calls=40), state_dir=tmp_path)
+    assert prompt.info["stopped"] == "budget: calls" and len(prompt.members) == 2 and model.calls == 32
+    more = ToyLanguageModel()
+    whole = run(TemplateEnsemble(), task, more, state_dir=tmp_path)
+    assert whole.info["stopped"] == "done" and more.calls == 16 * (len(default_pool(task)) - 2)
+    plain = run(TemplateEnsemble(), budget=Budget(calls=3))
+    assert not plain.members and plain.info["evaluations"] == 0
+
+
+# -- servers ------------------------------------------------------------------------------------------------------
+
+@contextmanager
+def server(log_probs: bool) -> Iterator[str]:
+    """An OpenAI-compatible server around the toy model, with log-probabilities of the prompt or with none."""
+    toy = ToyLanguageModel()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path != "/v1/completions":
+                self.send_error(404)
+                return
+            choice: dict[str, Any] = {"text": ""}
+            if body.get("echo") and log_probs:
+                head, _, tail = body["prompt"].rpartition(" ")
+                choice["logprobs"] = {"tokens": [head, " " + tail, "."],
+                                      "token_logprobs": [None, toy.score([head], [[" " + tail]])[0][0], -1.0]}
+            elif not body.get("logprobs"):
+                choice["text"] = toy.generate([body["prompt"]], body["max_tokens"], None, body["temperature"],
+                                              body["seed"])[0]
+            raw = json.dumps({"choices": [choice]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(raw)))
+            self.end_headers()
+            self.wfile.write(raw)
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    made = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{made.server_port}/v1"
+    finally:
+        made.shutdown()
+        made.server_close()
+
+
+@pytest.mark.parametrize("optimizer", [TemplateEnsemble(calibrate=True), TemplateSearch(OTHER, paraphrases=2)])
+def test_through_a_server(optimizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    task = toy_task(size=4)
+    local = run(optimizer, task)
+    with server(True) as url:
+        remote = run(optimizer, task, EndpointModel(url, "toy"))
+    assert remote.render(X) == local.render(X)
+    assert remote.info["fitness"] == local.info["fitness"]
+    assert remote.weights == (None if local.weights is None else pytest.approx(local.weights))
+
+
+def test_a_server_without_log_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    task = toy_task(size=4)
+    with server(False) as url:
+        with pytest.raises(EndpointError, match=r'returns no log-probabilities.*scoring="generate"'):
+            run(TemplateEnsemble(), task, EndpointModel(url, "toy"))
+        # accuracy alone is left to vote with
+        made = run(TemplateEnsemble(combine="vote", weights="accuracy"), task,
+                   EndpointModel(url, "toy", scoring="generate"))
+    local = run(TemplateEnsemble(combine="vote", weights="accuracy"), task)
+    assert [c[1] for c in made.info["candidates"]] == [c[1] for c in local.info["candidates"]]
