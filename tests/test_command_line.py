@@ -104,11 +104,12 @@ def test_compare(place: Path, kind: str) -> None:
 
 def test_an_interrupted_comparison_keeps_what_it_has_and_resumes(place: Path) -> None:
     state = place / "interrupted"
-    # started in a group of its own, so that the signal reaches it alone, as Ctrl-C does
+    # in a group of its own, and hearing SIGINT even where this process was started in the background, deaf to it
     process = subprocess.Popen(
         [*COMMAND, "compare", "pruners", "--model", "tiny", "--sparsity", *(str(n / 20) for n in range(1, 19)),
          "--state", str(state), "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=place,
-        env=_environment(place), start_new_session=True)
+        env=_environment(place), start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     until = time.monotonic() + 120
     while len(list(state.glob("*.json"))) < 3 and process.poll() is None and time.monotonic() < until:
         time.sleep(0.05)

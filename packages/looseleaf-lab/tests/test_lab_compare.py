@@ -323,7 +323,7 @@ def test_commands_run(tmp_path: Path) -> None:
     assert looseleaf.Masks.load(path).sparsity() == 0.5 == report.facts["sparsity reached"]
     path = tmp_path / "prompt.json"
     report = commands.run("prompts", "first", First(), calls=40, save=path)
-    assert Prompt.load(path).exemplars and report.facts["calls"] == 8
+    assert Prompt.load(path).exemplars and report.facts["calls used"] == 8
     report = commands.run("probes", "count", Count(), save=tmp_path / "probe.json")
     assert "parameters" in (tmp_path / "probe.json").read_text()
     text = tmp_path / "text.txt"

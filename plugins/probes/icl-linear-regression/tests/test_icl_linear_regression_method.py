@@ -222,7 +222,7 @@ def test_converged_is_told_apart() -> None:
     found = train(TASK, 1, (0,), steps=48, batch=32, validation=64, progress=False)
     assert found.converged() == [False]
     for start, end, settled in ((0.5, 0.499, True), (0.5, 0.3, False), (1.1, 1.099, False)):
-        found.risks = torch.linspace(start, end, len(found.steps))[None]
+        found.losses = torch.linspace(start, end, len(found.steps))[None]
         assert found.converged() == [settled]
 
 

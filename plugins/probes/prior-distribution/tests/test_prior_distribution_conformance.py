@@ -5,5 +5,4 @@ from looseleaf_prior_distribution import PriorProbe
 
 
 def test_conformance() -> None:
-    check_probe(PriorProbe, lambda: PriorProbe(tasks=("counting", "acronym"), instances=6, demonstrations=1, scaled=4,
-                                               layers=1))
+    check_probe(PriorProbe, lambda: PriorProbe(tasks=("counting",), instances=5, demonstrations=1, scaled=3, layers=1))

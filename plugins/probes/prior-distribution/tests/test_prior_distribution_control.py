@@ -46,6 +46,9 @@ def test_prior_and_answers_are_what_was_planted(span: int) -> None:
     assert [a for a, ok in zip(made.responses, made.correct, strict=True) if ok] == [
         i.answer for i, ok in zip(task.instances, made.correct, strict=True) if ok]
     assert made.slope().positive and (made.pull or 0) > 0
+    chances = torch.tensor(wanted).softmax(1)
+    rights = [task.answers.index(i.answer) for i in task.instances]
+    np.testing.assert_allclose(made.surprise, -chances[range(len(rights)), rights].log(), atol=1e-4)
 
 
 @pytest.mark.parametrize("span", [1, 2])

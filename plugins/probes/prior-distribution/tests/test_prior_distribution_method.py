@@ -78,6 +78,8 @@ def test_prompts() -> None:
     assert task.continuation("two") == " two"
     asked = dataclasses.replace(task, template="Q: {input}\nA:", end="\n", demonstrations=())
     assert asked.uninformative() == "Q:\nA:" and asked.continuation("two") == " two\n"
+    assert asked.line(task.instances[0]) == "Q: a a\nA: two\n"
+    assert dataclasses.replace(asked, end=".").line(task.instances[0]) == "Q: a a\nA: two.\n"
 
 
 def test_tasks_as_text() -> None:

@@ -58,5 +58,7 @@ def test_real_model() -> None:
     torch.testing.assert_close(torch.tensor(values[-1]), torch.tensor([row[0] / 3 for row in own], dtype=torch.float32),
                                atol=1e-3, rtol=1e-3)
     assert 0 < found.accuracy <= 1
-    tuned = mitigate(model, tokenizer, task, [25], epochs=2, lr=1e-4, pack=4)
-    assert tuned.info["loss"][-1] < tuned.info["loss"][0]
+    tuned = mitigate(model, tokenizer, task, [25], epochs=6, lr=1e-4, pack=4)
+    with tuned.apply(model):
+        after = local.score([task.prompt(i) for i in task.instances], [[task.continuation(a)] for a in rights])
+    assert sum(row[0] for row in after) > sum(row[0] for row in own), "what was trained on is no likelier"

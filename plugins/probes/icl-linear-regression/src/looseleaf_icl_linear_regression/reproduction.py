@@ -67,7 +67,7 @@ def _signature(report: Report, trained: dict[str, Trained], scale: ex.Scale, qui
                progress: bool | None) -> None:
     table = report.table("Signature after training", [
         "layer", "seed", *LIMITS, "value row", "converged", "heads on both sides", "omega", "mu"],
-        note="means over heads, weighted by |mu omega|; converged: the risk had settled at the full learning rate")
+        note="means over heads, weighted by |mu omega|; converged: the loss had settled at the full learning rate")
     for name, found in trained.items():
         if found.attention != "softmax":
             continue
@@ -85,7 +85,7 @@ def _signature(report: Report, trained: dict[str, Trained], scale: ex.Scale, qui
             source="abstract; section 3", paper="from random initialisation, consistently [abstract]",
             measured=f"{sum(good)} of {len(good)} seeds within all limits; "
                      + ", ".join(f"{s} {_interval([score.mean(s) for score in scores])}" for s in wanted)
-                     + f"; risk settled in {sum(found.converged())} of {len(good)}",
+                     + f"; loss settled in {sum(found.converged())} of {len(good)}",
             rule="every seed converged and within: " + ", ".join(
                 f"{s} {'>' if s == 'last_entry' else '<'} {LIMITS[s]:g}" for s in wanted)))
         show_heads(report, found.kq(0), found.ov(0), f"{name}, seed {found.seeds[0]}")

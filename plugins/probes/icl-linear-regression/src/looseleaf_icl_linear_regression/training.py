@@ -16,8 +16,8 @@ from looseleaf_icl_linear_regression.transformer import Weights, initial_weights
 CHECKS = 24
 """How often it is measured in a training."""
 SETTLED, LEARNED = 0.01, 0.9
-"""Converged: from the third to the fourth sixth of the steps, all at the full learning rate, the mean risk falls by
-less than the first part, and it is below the second part of the risk of predicting 0."""
+"""Converged: from the third to the fourth sixth of the steps, all at the full learning rate, the mean loss falls by
+less than the first part, and it is below the second part of that of predicting 0."""
 
 
 @dataclasses.dataclass
@@ -30,7 +30,9 @@ class Trained:
         seeds: of the rows of everything below.
         weights: the matrices, with a leading dimension S.
         steps: at which the risk was measured.
-        risks: (S, len(steps)) risk on validation sequences, noise of y_q included, sum over tasks.
+        losses: (S, len(steps)) mean loss of the steps since the measurement before, on the sequences of the training, all
+            of them fresh. At the full learning rate it is far steadier than the risk of the weights of one step.
+        risks: (S, len(steps)) risk on validation sequences. Both with the noise of y_q, sum over tasks.
         omegas, mus: (S, len(steps), H) mean diagonal of KQ, and last entry of OV, of the first task.
     """
 
@@ -39,6 +41,7 @@ class Trained:
     seeds: tuple[int, ...]
     weights: Weights
     steps: list[int]
+    losses: Tensor
     risks: Tensor
     omegas: Tensor
     mus: Tensor
@@ -54,13 +57,11 @@ class Trained:
         return ov if seed is None else ov[seed]
 
     def converged(self) -> list[bool]:
-        """For each seed: whether the risk had settled before the learning rate fell, see :data:`SETTLED`.
+        """For each seed: whether the loss had settled before the learning rate fell, see :data:`SETTLED`.
 
         A saddle or a local minimum looks settled too: compare the risk with that of debiased gradient descent.
         """
-        last = self.steps[-1]
-        third = self.risks[:, [last / 3 < s <= last / 2 for s in self.steps]].mean(1)
-        fourth = self.risks[:, [last / 2 < s <= last * 2 / 3 for s in self.steps]].mean(1)
+        third, fourth = (self.losses[:, CHECKS * i // 6:CHECKS * (i + 1) // 6].mean(1) for i in (2, 3))
         nothing = (1 + self.task.sigma2) * self.task.tasks
         return ((fourth > (1 - SETTLED) * third) & (fourth < LEARNED * nothing)).tolist()
 
@@ -110,8 +111,10 @@ def train(task: Regression, heads: int, seeds: Sequence[int] = (0,), *, attentio
     weights = Weights(*(torch.stack(parts).requires_grad_() for parts in zip(*starts, strict=True)))
     held_out = task.sample(validation, torch.Generator().manual_seed(2 ** 31))
     optimizer = torch.optim.Adam(weights, lr=lr)
-    found = Trained(task, attention, tuple(seeds), weights, [], torch.zeros(len(seeds), 0),
-                    torch.zeros(len(seeds), 0, heads), torch.zeros(len(seeds), 0, heads))
+    none = torch.zeros(len(seeds), 0)
+    found = Trained(task, attention, tuple(seeds), weights, [], none, none, none[:, :, None].expand(-1, -1, heads),
+                    none[:, :, None].expand(-1, -1, heads))
+    sums = torch.zeros(len(seeds))
     checks = {round(steps * (i + 1) / CHECKS) for i in range(CHECKS)}
     with progress_.bar(f"{heads} heads, {attention}", steps, progress) as moving, torch.enable_grad():
         for step in range(1, steps + 1):
@@ -123,8 +126,10 @@ def train(task: Regression, heads: int, seeds: Sequence[int] = (0,), *, attentio
             loss = error.square().sum(-1).mean(-1)
             loss.sum().backward()
             optimizer.step()
+            sums += loss.detach()
             if step in checks:
-                _check(found, held_out, step)
+                _check(found, held_out, step, sums)
+                sums.zero_()
             moving.update()
     found.weights = Weights(*(w.detach() for w in weights))
     return found
@@ -143,7 +148,7 @@ def risk(kq: Tensor, ov: Tensor, task: Regression, data: Sequences, attention: s
     return total / len(data.target) + task.sigma2 * task.tasks
 
 
-def _check(found: Trained, held_out: Sequences, step: int) -> None:
+def _check(found: Trained, held_out: Sequences, step: int, sums: Tensor) -> None:
     with torch.no_grad():
         kq, ov = found.weights.kq(), found.weights.ov()
         now = risk(kq, ov, found.task, held_out, found.attention, found.task.L)
@@ -151,7 +156,9 @@ def _check(found: Trained, held_out: Sequences, step: int) -> None:
             raise ValueError(f"the risk is not finite after {step} steps: choose a smaller lr")
         d = found.task.d
         omega = kq.diagonal(dim1=-2, dim2=-1)[..., :d].mean(-1)
+        loss = sums / (step - (found.steps[-1] if found.steps else 0)) + found.task.sigma2 * found.task.tasks
         found.steps.append(step)
+        found.losses = torch.cat([found.losses, loss[:, None]], 1)
         found.risks = torch.cat([found.risks, now[:, None].to(found.risks)], 1)
         found.omegas = torch.cat([found.omegas, omega[:, None]], 1)
         found.mus = torch.cat([found.mus, ov[:, None, :, 0, d]], 1)

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from looseleaf import LocalModel
-from looseleaf_prior_distribution.scoring import answer_scores, priors, right
+from looseleaf_prior_distribution.scoring import answer_scores, gold, priors, right
 from looseleaf_prior_distribution.statistics import Slope, slope
 from looseleaf_prior_distribution.tasks import PriorTask
 
@@ -21,12 +21,15 @@ class Behaviour:
         prior: answer -> log prior, nats a token.
         correct: (n,) 1.0 where the likeliest answer is the right one.
         responses: the likeliest answer to each question.
+        surprise: (n,) negative log-probability of each right answer among the answer space, nats; log of the number of
+            answers where the model cannot tell them apart. It still moves where accuracy has reached its limit.
     """
 
     task: PriorTask
     prior: dict[str, float]
     correct: np.ndarray
     responses: list[str]
+    surprise: np.ndarray
 
     @property
     def accuracy(self) -> float:
@@ -72,7 +75,8 @@ def behaviour(model: LocalModel, task: PriorTask, prior: dict[str, float] | None
     """
     prior = priors(model, task) if prior is None else prior
     scores = answer_scores(model, task, careful)
-    return Behaviour(task, prior, right(task, scores), [task.answers[k] for k in scores.argmax(1)])
+    surprise = np.logaddexp.reduce(scores, 1) - scores[np.arange(len(scores)), gold(task)]
+    return Behaviour(task, prior, right(task, scores), [task.answers[k] for k in scores.argmax(1)], surprise)
 
 
 __all__ = ["Behaviour", "behaviour"]

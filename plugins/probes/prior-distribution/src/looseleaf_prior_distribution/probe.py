@@ -126,9 +126,9 @@ def show_behaviour(report: Report, plain: Behaviour, careful: Behaviour, count: 
              "log prior of the wrong answers given less that of the right ones")
     for label, found in (("plain", plain), ("with the instruction", careful)):
         one, two = found.slope(seed=seed), found.slope(True, seed=seed)
+        if found is plain:
+            report.facts[f"{name}: dominated by the prior"] = one.positive
         table.add(label, found.accuracy, one.value, one.low, one.high, two.value, two.low, two.high, found.pull)
-    slope_ = plain.slope(seed=seed)
-    report.facts[f"{name}: dominated by the prior"] = bool(slope_.positive)
     wrong = [n for n, mark in enumerate(plain.correct) if not mark]
     for n in wrong[:1]:
         instance = plain.task.instances[n]

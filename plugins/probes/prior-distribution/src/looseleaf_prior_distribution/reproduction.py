@@ -36,7 +36,7 @@ class Sizes:
     questions: int = 192
     answers: int = 96
     counting: int = 48
-    observed: int = 96
+    observed: int = 64
     scaled: int = 24
 
 
@@ -52,7 +52,7 @@ class Seed:
             tuned.
         layers: the logit lens, on training questions where layers are tuned.
         located, control: the layers located, and as many others drawn at random.
-        tuned, tuned_control: answers after tuning the one and the other.
+        tuned, tuned_control: answers after tuning the one and the other; the other on acronyms only.
         loss: of the located layers, by epoch.
         scaled: what turning down each layer changes, on acronyms; of the first seed only.
     """
@@ -114,7 +114,8 @@ def measure(model: Any, tokenizer: Any, seed: int, sizes: Sizes = Sizes()) -> Se
         out.located[name] = locate(found.correlation.tolist(), count)
         others = [n for n in range(len(lens.names)) if n not in out.located[name]]
         out.control[name] = sorted(random.Random(seed).sample(others, count))
-        for chosen, into in ((out.located[name], out.tuned), (out.control[name], out.tuned_control)):
+        both = [(out.located[name], out.tuned), (out.control[name], out.tuned_control)]
+        for chosen, into in both if name == "acronym" else both[:1]:
             tuned = mitigate(model, tokenizer, train, chosen, epochs=EPOCHS, lr=LR, seed=seed, progress=False)
             if into is out.tuned:
                 out.loss[name] = tuned.info["loss"]
@@ -194,7 +195,8 @@ def _lens(report: Report, measured: Sequence[Seed]) -> None:
     report.figure("Correlation of the logit lens with the prior", x_label="layer", y_label="correlation over questions",
                   series=lines, note="right answers; mean over seeds, 95 % bootstrap")
     report.table("Located layers", ["seed", "task", "located", "control"],
-                 [[n, name, ", ".join(map(str, s.located[name])), ", ".join(map(str, s.control[name]))]
+                 [[n, name, ", ".join(map(str, s.located[name])),
+                   ", ".join(map(str, s.control[name])) if name in s.tuned_control else None]
                   for n, s in enumerate(measured) for name in s.located])
     scaled = measured[0].scaled
     if scaled is not None:
@@ -216,14 +218,17 @@ def _lens(report: Report, measured: Sequence[Seed]) -> None:
 
 def _tuning(report: Report, measured: Sequence[Seed]) -> None:
     table = report.table("Tuning four layers, answers never trained on", [
-        "task", "layers", "accuracy", "low", "high", "slope", "low", "high"],
+        "task", "layers", "accuracy", "low", "high", "slope", "low", "high", "surprise"],
         note="accuracy: mean over seeds, 95 % bootstrap over seeds; slope over the questions of all seeds, 95 % "
-             "bootstrap over answers; the prior is that of the model before tuning")
+             "bootstrap over answers; the prior is that of the model before tuning; surprise: mean negative "
+             "log-probability of the right answer among the answers, nats")
     for name in measured[0].tuned:
         for label, kind in (("none", "plain"), ("located", "tuned"), ("control", "tuned_control")):
-            seeds = [getattr(s, kind)[name] for s in measured]
-            found = _pooled(seeds)
-            table.add(name, label, *bootstrap([f.accuracy for f in seeds]), found.value, found.low, found.high)
+            seeds = [getattr(s, kind)[name] for s in measured if name in getattr(s, kind)]
+            if seeds:
+                found = _pooled(seeds)
+                table.add(name, label, *bootstrap([f.accuracy for f in seeds]), found.value, found.low, found.high,
+                          float(np.mean([f.surprise.mean() for f in seeds])))
 
 
 def _gain(measured: Sequence[Seed], kind: str, name: str) -> list[float]:

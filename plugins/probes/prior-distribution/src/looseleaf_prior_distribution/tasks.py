@@ -37,7 +37,7 @@ class Instance:
 class PriorTask:
     """Questions of one kind, and the answers among which a model chooses by likelihood.
 
-    A prompt is the demonstrations, each ``template + " " + answer + "\\n"``, and the template with the question.
+    A prompt is the demonstrations, each a line of template, answer and ``end``, and the template with the question.
 
     Attributes:
         name: short name.
@@ -97,7 +97,8 @@ class PriorTask:
 
     def line(self, instance: Instance) -> str:
         """A solved question, as it stands among the demonstrations."""
-        return f"{self.template.replace('{input}', instance.text)} {instance.answer}{self.end or chr(10)}"
+        text = self.template.replace("{input}", instance.text) + self.continuation(instance.answer)
+        return text if text.endswith("\n") else text + "\n"
 
     def _head(self, careful: bool) -> str:
         return (self.careful if careful else "") + "".join(self.line(d) for d in self.demonstrations)

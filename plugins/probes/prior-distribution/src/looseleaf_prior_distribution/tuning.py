@@ -186,12 +186,11 @@ def _packs(local: LocalModel, task: PriorTask, pack: int, rng: random.Random) ->
     """Texts of ``pack`` solved questions as (ids (L,), targets (L,)); the target is -100 but where an answer is due."""
     order = rng.sample(range(len(task.instances)), len(task.instances))
     out = []
-    bare = task.part(task.instances)
     for start in range(0, len(order), pack):
-        chosen = [bare.instances[n] for n in order[start:start + pack]]
-        before = ["".join(map(bare.line, chosen[:i])) for i in range(len(chosen))]
-        prompts = [text + bare.template.replace("{input}", i.text) for text, i in zip(before, chosen, strict=True)]
-        heads, tails = local.encode_pairs(prompts, [[bare.continuation(i.answer)] for i in chosen])
+        chosen = [task.instances[n] for n in order[start:start + pack]]
+        before = ["".join(map(task.line, chosen[:i])) for i in range(len(chosen))]
+        prompts = [text + task.template.replace("{input}", i.text) for text, i in zip(before, chosen, strict=True)]
+        heads, tails = local.encode_pairs(prompts, [[task.continuation(i.answer)] for i in chosen])
         whole = [*heads[-1], *tails[-1][0]]
         targets = [-100] * len(whole)
         for head, (tail,) in zip(heads, tails, strict=True):
