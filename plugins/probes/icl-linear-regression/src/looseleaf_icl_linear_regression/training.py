@@ -30,8 +30,8 @@ class Trained:
         seeds: of the rows of everything below.
         weights: the matrices, with a leading dimension S.
         steps: at which the risk was measured.
-        losses: (S, len(steps)) mean loss of the steps since the measurement before, on the sequences of the training, all
-            of them fresh. At the full learning rate it is far steadier than the risk of the weights of one step.
+        losses: (S, len(steps)) mean loss of the steps since the measurement before, on the sequences of the training,
+            all of them fresh. At the full learning rate it is far steadier than the risk of the weights of one step.
         risks: (S, len(steps)) risk on validation sequences. Both with the noise of y_q, sum over tasks.
         omegas, mus: (S, len(steps), H) mean diagonal of KQ, and last entry of OV, of the first task.
     """
