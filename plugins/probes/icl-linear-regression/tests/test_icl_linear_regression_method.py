@@ -251,8 +251,13 @@ def test_reproduction_pieces() -> None:
     ov[0, 0, 5], ov[1, 0, 5], ov[2, 1, 6], ov[3, 1, 6] = 1, -1, 2, -2
     one = ex.sharing(kq, ov, 5)
     assert one.dedicated == pytest.approx(1) and one.shared_heads == 0
+    assert one.from_values == pytest.approx(1)
     ov[0, 1, 6] = 1
     assert ex.sharing(kq, ov, 5).shared_heads == 1
+    about = torch.zeros(4, 2, 7)
+    about[:, 0, 0], about[:, 0, 5] = 5.0, 1e-3  # y in KQ, covariates in OV
+    other = ex.sharing(torch.eye(7).flip(0).expand(4, 7, 7), about, 5)
+    assert other.from_values < 0.01 and other.dedicated < 0.01
 
 
 # ----------------------------------------------------------------------------------------------------- bad input

@@ -151,15 +151,19 @@ class Sharing:
     """How the heads of one layer share the tasks.
 
     Attributes:
-        part: (H, N) part of each task in each head.
-        weight: (H,) share of the head in sum_h |omega_h| sum_t |mu_ht|.
-        dedicated: mean over heads, by weight, of the largest part: 1 where each head serves one task, 1 / N where
-            each serves all alike.
+        part: (H, N) part of task t in head h, |mu_ht| over its sum over tasks.
+        weight: (H,) the head's sum of |OV| times its sum of |KQ|, over the sum over heads.
+        from_values: mean over heads, by weight, of sum_t |mu_ht| over the sum of |OV|: 1 where y is made of y alone. A
+            task of few covariates may be solved the other way about, with y in KQ and the covariates in OV; that gives
+            0, and no head of that kind counts as dedicated.
+        dedicated: the same of the largest |mu_ht|: 1 where each head serves one task, 1 / N where each serves all
+            alike.
         shared_heads: heads with at least a tenth of the weight whose largest part is below 0.9.
     """
 
     part: Tensor
     weight: Tensor
+    from_values: float
     dedicated: float
     shared_heads: int
 
@@ -167,11 +171,12 @@ class Sharing:
 def sharing(kq: Tensor, ov: Tensor, d: int) -> Sharing:
     """Read it from the matrices of one layer, (H, D, D) and (H, N, D)."""
     part = allocation(ov, d)
-    mu = ov[..., d:].diagonal(dim1=-2, dim2=-1).abs().sum(-1)
-    weight = mu * kq.diagonal(dim1=-2, dim2=-1)[:, :d].abs().mean(-1)
+    whole = ov.abs().sum((1, 2))
+    weight = whole * kq.abs().sum((1, 2))
     weight = weight / weight.sum().clamp(min=TINY)
-    main = part.max(-1).values
-    return Sharing(part, weight, float((weight * main).sum()), int(((weight >= 0.1) & (main < 0.9)).sum()))
+    values = ov[..., d:].diagonal(dim1=-2, dim2=-1).abs() / whole[:, None].clamp(min=TINY)
+    return Sharing(part, weight, float((weight * values.sum(-1)).sum()), float((weight * values.max(-1).values).sum()),
+                   int(((weight >= 0.1) & (part.max(-1).values < 0.9)).sum()))
 
 
 # ---------------------------------------------------------------------------------------- how often heads meet
