@@ -36,7 +36,8 @@ class ICLRegressionProbe(Probe):
         d: number of covariates of the regression.
         L: points in a context.
         sigma2: variance of the noise; 0.1 in the authors' code.
-        H: heads of the layer that is trained. Two may both end up as one head (see README); four did not.
+        H: heads of the layer that is trained. All on one side, they stay a single head (see README): that happened to 5
+            of 20 starts with two heads and to 1 of 20 with four.
         steps: of its training; the authors' code takes 500,000 at a tenth of the learning rate.
         lr: learning rate of Adam; constant for two thirds of the steps, then falling to zero along a cosine.
         batch: fresh sequences for each step; 256 in the authors' code.
