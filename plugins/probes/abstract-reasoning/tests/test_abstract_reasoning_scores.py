@@ -185,6 +185,9 @@ def test_items_of_ones_own() -> None:
     assert one.to_dict() == two.to_dict()
     assert [c.statement for c in one.claims] == ["Control: the memoriser has Gamma 1 and Delta 1"]
     assert [row[:2] for row in one.tables[1].rows] == [["mine", "both"]]
+    other = [dataclasses.replace(i, category="other" if i.kind == "both" else "mine") for i in items]
+    report = probe.run(tiny_text_llama(), other, tokenizer=tiny_tokenizer(), progress=False)
+    assert [row[0] for t in report.tables[:2] for row in t.rows] == ["mine", "mine"], "Delta is the original's category's"
 
 
 @pytest.mark.parametrize(("data", "message"), [

@@ -278,7 +278,7 @@ def test_bad_sizes() -> None:
     for arguments, message in (
             ({"dataset": "ad"}, "Did you mean 'add'"),
             ({"count": 97}, "count=97: allowed is a whole number from 1 to 96"),
-            ({"shots": 3}, "shots=3: allowed is a whole number from 4 to 50"), ({"digits": 1}, "digits=1"),
+            ({"shots": 3}, "shots=3: allowed is a whole number from 4 to 50"), ({"digits": 2}, "digits=2"),
             ({"choices": 1}, "choices=1")):
         with pytest.raises(ValueError, match=message):
             problems(**{"dataset": "add", **arguments})  # type: ignore[arg-type]

@@ -44,7 +44,7 @@ def problems(dataset: str, count: int | None = None, *, seed: int = 0, shots: in
                          + did_you_mean(dataset, DATASETS))
     made = DATASETS[dataset]
     count = made.size if count is None else count
-    for name, value, low, high in (("count", count, 1, made.size), ("shots", shots, 4, 50), ("digits", digits, 2, 9),
+    for name, value, low, high in (("count", count, 1, made.size), ("shots", shots, 4, 50), ("digits", digits, 3, 9),
                                    ("choices", choices, 2, 10)):
         if not isinstance(value, int) or not low <= value <= high:
             raise ValueError(f"{name}={value!r}: allowed is a whole number from {low} to {high}")

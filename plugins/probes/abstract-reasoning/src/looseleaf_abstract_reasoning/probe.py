@@ -25,7 +25,7 @@ class AbstractReasoningProbe(Probe):
 
     Args:
         shots: demonstrations before each question, 4 to 50; the authors' data has 50, which takes six times as long.
-        digits: most digits of decimal and other-base numbers, 2 to 9; the authors' data goes up to 9.
+        digits: most digits of decimal and other-base numbers, 3 to 9; the authors' data goes up to 9.
         per_category: problems of each category, spread evenly over its sub-datasets.
         choices: answers to choose from, 2 to 10, where scoring is by likelihood.
         scoring: likelihood: the right answer must be likelier than the wrong ones, for small models; match: the
@@ -46,7 +46,7 @@ class AbstractReasoningProbe(Probe):
         summary="Does my model apply the rule, or does it only know these symbols? Its accuracy after a remapping.")
 
     def validate(self) -> None:
-        for name, low, high in (("shots", 4, 50), ("digits", 2, 9), ("per_category", 1, 1000), ("choices", 2, 10)):
+        for name, low, high in (("shots", 4, 50), ("digits", 3, 9), ("per_category", 1, 1000), ("choices", 2, 10)):
             value = getattr(self, name)
             self.check(name, isinstance(value, int) and low <= value <= high, f"a whole number from {low} to {high}")
         self.check("scoring", self.scoring in ("likelihood", "match"), "'likelihood' or 'match'")

@@ -24,9 +24,8 @@ def of_category(marks: Sequence[Mark], category: str) -> list[Mark]:
 
 def categories_of(marks: Sequence[Mark]) -> list[str]:
     """The paper's categories that occur, in its order, then others."""
-    found = list(dict.fromkeys(mark.item.category for mark in marks))
-    known = [name for name in CATEGORIES if of_category(marks, name)]
-    return known + [name for name in found if name not in CATEGORIES]
+    found = dict.fromkeys([*CATEGORIES, *(mark.item.category for mark in marks)])
+    return [name for name in found if of_category(marks, name)]
 
 
 def write_report(report: Report, marks: Sequence[Mark]) -> None:
@@ -55,8 +54,8 @@ def _delta(report: Report, marks: Sequence[Mark], names: Sequence[str]) -> None:
     table = report.table("Delta, the memory dependence score", [
         "category", "remapped", "problems", "Gamma", "after", "Delta", "low", "high", "of Gamma", "from", "to"],
         note="Gamma of the same problems before and after, absolute and as a share of Gamma; 95% bootstrap over "
-             "problems. The paper has it for extended calculation alone. Guessing right survives a remapping, so with "
-             "choices Delta cannot exceed Gamma less chance")
+             "problems. The paper has it for extended calculation alone. Guesses survive a remapping, so with choices "
+             "Delta is at most Gamma less chance, but for luck")
     score: dict[str, list[Point]] = {kind: [] for kind in KINDS}
     gap: dict[str, list[Point]] = {kind: [] for kind in REMAPPINGS}
     places = [name for name in names if name != "symbolic-reasoning"]
