@@ -24,14 +24,15 @@ def check_pruner(cls: type[Pruner], make: Callable[[], Pruner] | None = None, *,
     """Everything a pruner must do.
 
     Its masks must follow its own rule (``selection().violations(masks)`` is empty), be the same each time, cover
-    weights only, and fit the model; the model must be untouched by scoring and pruning, also when they fail.
+    what the pruner says it removes, and fit it; the model must be untouched by scoring and pruning, also when they fail.
 
     Args:
         cls: the pruner class.
         make: how to make one for the checks; None: the defaults.
         data: what to hand to ``prune(model, data)``, made for each model; None: no data. The models are a small
             convolutional network (input (B, 8, 8, 8)), one with tied weights (input (B, 16)) and, where transformers is
-            installed, a random Llama (token ids below 64).
+            installed, a random Llama (token ids below 64); a pruner of tokens meets the Llama only, and its data are
+            batches.
 
     Raises:
         AssertionError: with every check that failed, one a line.
@@ -42,10 +43,11 @@ def check_pruner(cls: type[Pruner], make: Callable[[], Pruner] | None = None, *,
     if any(f.startswith(("is a dataclass", "constructs")) for f in findings.failures):
         findings.finish()
     give = data or (lambda model: None)
-    _parameters(findings, make, give)
-    models: list[tuple[str, Callable[[], nn.Module], Tensor]] = [
-        ("small network", small_network, torch.randn(2, 8, 8, 8, generator=_generator(1))),
-        ("tied weights", tied_network, torch.randn(2, 16, generator=_generator(2)))]
+    models: list[tuple[str, Callable[[], nn.Module], Tensor]] = []
+    if cls.removes != "tokens":
+        _parameters(findings, make, give)
+        models = [("small network", small_network, torch.randn(2, 8, 8, 8, generator=_generator(1))),
+                  ("tied weights", tied_network, torch.randn(2, 16, generator=_generator(2)))]
     with contextlib.suppress(ImportError):  # transformers is no dependency of the core
         tiny_llama()
         models.append(("Llama", tiny_llama, torch.arange(24).view(2, 12) * 7 % 61))
@@ -141,16 +143,19 @@ def _model(findings: Findings, title: str, make: Callable[[], Pruner], give: Cal
         _unchanged(before, model)
     if not made:
         return  # everything below needs masks
-    masks = made[0]
-    with findings.check(f"{title}: masks fit the model"):
+    masks, removes = made[0], make().removes
+    with findings.check(f"{title}: masks fit the {'batch' if removes == 'tokens' else 'model'}"):
         assert isinstance(masks, Masks), f"prune returns {type(masks).__name__}: allowed is looseleaf.Masks"
         assert len(masks), "prune returns no masks"
-        weights = {name: stored_parameter(*found[0]) for name, found in holders(model).items()}
+        known = {k: v for k, v in give(model).items() if isinstance(v, Tensor)} if removes == "tokens" else \
+            {name: stored_parameter(*found[0]) for name, found in holders(model).items()}
+        where = "tensor of the batch" if removes == "tokens" else "parameter of the model"
         for name, mask in masks.items():
-            assert name in weights, f"{name!r} is no parameter of the model (a tied weight has its first name)"
-            assert mask.shape == weights[name].shape, \
-                f"{name!r} has shape {tuple(weights[name].shape)}, its mask {tuple(mask.shape)}"
-            assert weights[name].ndim > 1, f"{name!r} is a bias or norm: only weights of Linear and Conv are pruned"
+            assert name in known, f"{name!r} is no {where} (a tied weight has its first name)"
+            assert mask.shape == known[name].shape, \
+                f"{name!r} has shape {tuple(known[name].shape)}, its mask {tuple(mask.shape)}"
+            assert removes != "weights" or mask.ndim > 1, \
+                f"{name!r} is a bias or norm: only weights of Linear and Conv are pruned"
     with findings.check(f"{title}: scores"):
         scores = make().score(model, give(model))
         assert scores, "no scores"
@@ -164,7 +169,7 @@ def _model(findings: Findings, title: str, make: Callable[[], Pruner], give: Cal
     with findings.check(f"{title}: exact counts"):
         rule = make().selection()
         assert isinstance(rule, Selection), f"selection() returns {type(rule).__name__}"
-        if hasattr(rule, "dims"):
+        if hasattr(rule, "dims") and removes == "weights":
             rule = dataclasses.replace(rule, dims=input_dims(model, masks))  # type: ignore[type-var]
         wrong = rule.violations(masks)
         assert not wrong, "; ".join(wrong[:3])
@@ -178,6 +183,13 @@ def _model(findings: Findings, title: str, make: Callable[[], Pruner], give: Cal
         state = torch.get_rng_state()
         make().prune(model, give(model))
         assert torch.equal(state, torch.get_rng_state()), "prune draws from the global random state"
+    with findings.check(f"{title}: file"), tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "masks.safetensors"
+        masks.save(path, {"by": "kit"})
+        loaded = Masks.load(path)
+        assert loaded == masks and loaded.metadata["by"] == "kit", "a saved and loaded mask differs"
+    if removes == "tokens":
+        return  # the rest is about parameters
     with findings.check(f"{title}: a NaN weight"):
         broken = build()
         last = list(masks)[-1]
@@ -191,18 +203,15 @@ def _model(findings: Findings, title: str, make: Callable[[], Pruner], give: Cal
             assert last in str(error), f"the error does not name {last!r}: {error}"
         _unchanged(was, broken)
     with findings.check(f"{title}: an exception in the data leaves the model as it was"):
-        with contextlib.suppress(_Stop):
-            make().prune(model, _stopping())
+        with contextlib.suppress(_Stop, TypeError, ValueError):
+            make().prune(model, _stop if callable(give(model)) else _stopping())
         _unchanged(before, model)
+    if removes == "updates":
+        return  # the rest is about masks on weights
     with findings.check(f"{title}: masks on the model"):
         _round_trip(masks, build(), inputs)
     with findings.check(f"{title}: training under masks"):
         _training(masks, build(), inputs)
-    with findings.check(f"{title}: file"), tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "masks.safetensors"
-        masks.save(path, {"by": "kit"})
-        loaded = Masks.load(path)
-        assert loaded == masks and loaded.metadata["by"] == "kit", "a saved and loaded mask differs"
     if hasattr(model, "save_pretrained"):
         with findings.check(f"{title}: save_pretrained after bake"), tempfile.TemporaryDirectory() as folder:
             masks.apply(model)
@@ -253,6 +262,10 @@ def _training(masks: Masks, model: nn.Module, inputs: Tensor) -> None:
 
 class _Stop(Exception):
     pass
+
+
+def _stop(*given: Any, **named: Any) -> None:
+    raise _Stop
 
 
 def _stopping() -> Iterator[Any]:
