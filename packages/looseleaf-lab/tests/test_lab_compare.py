@@ -296,6 +296,27 @@ class Count(Probe):
         return report
 
 
+@dataclasses.dataclass
+class Norm(Count):
+    """Norms of weights."""
+
+    def run(self, model: Any, data: Any = None, *, tokenizer: Any = None, seed: int = 0,
+            progress: bool | None = None) -> Report:
+        if self.fail:
+            raise RuntimeError("no")
+        norms = [float(p.detach().norm()) for p in model.parameters()]
+        report = Report("norm", {"first": norms[0]})
+        report.table("norms", ["place", "norm"], [["first", norms[0]], ["all", sum(norms)]])
+        if norms[0]:
+            report.table("only the dense", ["norm"], [[norms[0]]])
+        report.figure("norms", x_label="weight", y_label="norm",
+                      series=[looseleaf.Series("norm", [float(n) for n in range(len(norms))], norms)])
+        report.figure("picture", image=[norms])
+        report.claims.append(looseleaf.Claim.decide(True, statement="norms are norms", source="s", paper="p",
+                                                    measured="m", rule="r"))
+        return report
+
+
 def test_probes(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     report = compare.compare_probes({"tiny": (model, tokenizer)}, {"count": Count(), "fails": Count(fail=True)},
                                     state=tmp_path)
@@ -303,6 +324,31 @@ def test_probes(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     assert rows(report, "Left out")[0]["plugin"] == "fails on tiny"
     again = compare.compare_probes({"tiny": (model, tokenizer)}, {"count": Count()}, state=tmp_path)
     assert again.tables[0].rows == report.tables[0].rows
+
+
+def test_probes_side_by_side(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """Rows of the same place below each other, curves in one figure; a kept cell is of one set of weights."""
+    import copy
+
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        next(other.parameters()).zero_()
+    both = {"dense": (model, tokenizer), "pruned": (other, tokenizer)}
+    report = compare.compare_probes(both, {"norm": Norm(), "count": Count()}, state=tmp_path)
+    table = next(t for t in report.tables if t.title == "norm: norms")
+    assert table.columns == ["model", "place", "norm"]
+    assert [r[:2] for r in table.rows] == [["dense", "first"], ["pruned", "first"], ["dense", "all"], ["pruned", "all"]]
+    assert table.rows[0][2] != 0 == table.rows[1][2]
+    assert [t.title for t in report.tables if "only" in t.title] == ["norm: only the dense"]
+    assert [[s.name for s in f.series] for f in report.figures[:1]] == [["norm, dense", "norm, pruned"]]
+    assert [f.title for f in report.figures[1:]] == ["norm: picture, dense", "norm: picture, pruned"]
+    assert [c.statement for c in report.claims] == ["dense: norms are norms", "pruned: norms are norms"]
+    assert report.facts["count: parameters"] == sum(p.numel() for p in model.parameters())
+    assert report.facts["norm: dense: first"] > report.facts["norm: pruned: first"] == 0
+    again = compare.compare_probes({"x": (other, tokenizer)}, {"norm": Norm(fail=True)}, state=tmp_path)
+    assert rows(again, "Left out"), "other parameters, so nothing kept is taken"
+    again = compare.compare_probes({"x": (other, tokenizer)}, {"norm": Norm()}, state=tmp_path)
+    assert again.facts["norm on x: first"] == 0
 
 
 @pytest.fixture
@@ -321,6 +367,8 @@ def test_commands_run(tmp_path: Path) -> None:
     path = tmp_path / "masks.safetensors"
     report = commands.run("pruners", "half", Half(), context=64, save=path)
     assert looseleaf.Masks.load(path).sparsity() == 0.5 == report.facts["sparsity reached"]
+    with pytest.raises(ValueError, match="--save-model is for pruners"):
+        commands.run("probes", "count", Count(), save_model=tmp_path / "no")
     path = tmp_path / "prompt.json"
     report = commands.run("prompts", "first", First(), calls=40, save=path)
     assert Prompt.load(path).exemplars and report.facts["calls used"] == 8
@@ -373,3 +421,36 @@ def test_commands_compare(tmp_path: Path) -> None:
     report = commands.compare("probes", [("count", Count), ("needy", Needy)], state=state)
     assert rows(report, "Probes")
     assert rows(report, "Left out")[0]["plugin"] == "needy"
+    report = commands.compare("probes", [("count", Count)], model=["a", "b", "a"])
+    assert [r["model"] for r in rows(report, "Probes")] == ["a", "b"] and report.facts["model"].startswith("a (Llama")
+    with pytest.raises(ValueError, match="compare attention takes one model, got a, b"):
+        commands.compare("attention", [], model=["a", "b"])
+    report = commands.compare("pruners", [("half", Half), ("updates", Updates)], sparsities=[0.1], state=state)
+    assert rows(report, "Left out") == [{"plugin": "updates", "reason": "removes updates, not weights"}]
+
+
+@dataclasses.dataclass
+class Updates(Half):
+    """Masks of updates, which are not for a comparison of models."""
+
+    removes: ClassVar[Any] = "updates"
+
+
+def test_a_pruned_model_is_saved_for_transformers(model: Any, tokenizer: Any, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    import copy
+
+    monkeypatch.setattr(commands.models, "load", lambda name, device=None: (copy.deepcopy(model), tokenizer))
+    target = tmp_path / "pruned"
+    report = commands.run("pruners", "half", Half(), context=64, save_model=target)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(target)
+    assert transformers.AutoTokenizer.from_pretrained(target)("a")["input_ids"] == tokenizer("a")["input_ids"]
+    zeros = {n: float((p == 0).float().mean()) for n, p in plain.named_parameters() if "proj" in n}
+    assert report.facts["sparsity reached"] == 0.5 and set(zeros.values()) == {0.5}
+    with pytest.raises(ValueError, match="there is something already"):
+        commands.run("pruners", "half", Half(), context=64, save_model=target)
+    with pytest.raises(ValueError, match="does not exist"):
+        commands.run("pruners", "half", Half(), context=64, save_model=tmp_path / "a" / "b")
+    with pytest.raises(ValueError, match="removes updates, not weights"):
+        commands.run("pruners", "updates", Updates(), context=64)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pruned"], "nothing half-written is left"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from looseleaf_lab.compare import pruners as pruners_
 
 def run(kind: str, name: str, plugin: Any, *, model: str = "smollm2", text: str | None = None, context: int = 2048,
         task: str | None = None, calls: int | None = None, save: str | os.PathLike[str] | None = None,
-        seed: int = 0) -> Report:
+        save_model: str | os.PathLike[str] | None = None, seed: int = 0) -> Report:
     """One plugin on one model.
 
     Args:
@@ -31,6 +32,7 @@ def run(kind: str, name: str, plugin: Any, *, model: str = "smollm2", text: str 
         task: prompts: one of :func:`looseleaf_lab.data.tasks`; None: the first.
         calls: prompts: budget in model calls; None: 500.
         save: where what was found goes: masks, prompt, calibration or the probe's report.
+        save_model: pruners: a new folder for the pruned model and its tokenizer, which plain transformers reads.
         seed: the only source of randomness.
 
     Raises:
@@ -39,15 +41,19 @@ def run(kind: str, name: str, plugin: Any, *, model: str = "smollm2", text: str 
     if kind not in _RUN:
         raise ValueError(f"kind={kind!r}: allowed are {', '.join(_RUN)}")
     read = None if text is None else _read(text)
+    if save_model is not None:
+        if kind != "pruners":
+            raise ValueError(f"--save-model is for pruners: {name} does not change the weights (kind {kind})")
+        models.new_folder(save_model)
     if kind == "prompts" and task is not None and task not in data.tasks():
         data.pool_sizes(task)  # says which tasks there are before a model is loaded
     loaded, tokenizer = models.load(model, device=_device())
-    report: Report = _RUN[kind](name, plugin, loaded, tokenizer, read, context, task, calls, save, seed)
+    report = _RUN[kind](Job(name, plugin, loaded, tokenizer, read, context, task, calls, save, save_model, seed))
     report.facts = {"plugin": name, **report.facts, "model": f"{model} ({common.model_name(loaded)})"}
     return report
 
 
-def compare(kind: str, ready: Sequence[tuple[str, Any]], *, model: str = "smollm2",
+def compare(kind: str, ready: Sequence[tuple[str, Any]], *, model: str | Sequence[str] = "smollm2",
             contexts: Sequence[int] = (2048,), sparsities: Sequence[float] = (0.1, 0.3, 0.5),
             tasks: Sequence[str] | None = None, calls: int = 2000, seed: int = 0,
             state: str | os.PathLike[str] | None = None) -> Report:
@@ -56,7 +62,7 @@ def compare(kind: str, ready: Sequence[tuple[str, Any]], *, model: str = "smollm
     Args:
         kind: of the plugins.
         ready: (name, class) of each.
-        model: as for :func:`looseleaf_lab.models.load`.
+        model: as for :func:`looseleaf_lab.models.load`; probes: one or several, to stand side by side.
         contexts: attention: numbers of tokens.
         sparsities: pruners: shares of weights to remove.
         tasks: prompts: names of tasks; None: sentiment and topics.
@@ -65,7 +71,7 @@ def compare(kind: str, ready: Sequence[tuple[str, Any]], *, model: str = "smollm
         state: folder for what is finished; the same call resumes.
 
     Raises:
-        ValueError: an unknown kind or task, or a value out of range.
+        ValueError: an unknown kind or task, several models for a kind other than probes, or a value out of range.
     """
     if kind not in _RUN:
         raise ValueError(f"kind={kind!r}: allowed are {', '.join(_RUN)}")
@@ -73,9 +79,17 @@ def compare(kind: str, ready: Sequence[tuple[str, Any]], *, model: str = "smollm
     if kind == "prompts":
         for name in chosen:
             data.pool_sizes(name)
-    loaded, tokenizer = models.load(model, device=_device())
+    names = list(dict.fromkeys([model] if isinstance(model, str) else model))
+    if len(names) > 1 and kind != "probes":
+        raise ValueError(f"compare {kind} takes one model, got {', '.join(names)}: only probes stand several side by "
+                         "side; run the command once for each")
+    all_loaded = {name: models.load(name, device=_device()) for name in names}
+    loaded, tokenizer = all_loaded[names[0]]
     made, failed = dict[str, Any](), dict[str, str]()
     for name, cls in ready:
+        if kind == "pruners" and cls.removes != "weights":
+            failed[name] = f"removes {cls.removes}, not weights"
+            continue
         try:
             made[name] = cls if kind == "pruners" else cls()
         except Exception as error:  # a plugin without defaults for all its fields
@@ -89,16 +103,35 @@ def compare(kind: str, ready: Sequence[tuple[str, Any]], *, model: str = "smollm
         report = compare_.compare_prompts(looseleaf.LocalModel(loaded, tokenizer), made, given, calls=calls,
                                           seeds=(seed,), state=state)
     else:
-        report = compare_.compare_probes({model: (loaded, tokenizer)}, made, seed=seed, state=state)
+        report = compare_.compare_probes(all_loaded, made, seed=seed, state=state)
     common.left_out(report, failed)
-    report.facts = {**report.facts, "model": f"{model} ({common.model_name(loaded)})"}
+    report.facts = {**report.facts, "model": ", ".join(
+        f"{name} ({common.model_name(each)})" for name, (each, _) in all_loaded.items())}
     return report
 
 
-def _attention(name: str, plugin: Any, model: Any, tokenizer: Any, text: str | None, context: int, task: str | None,
-               calls: int | None, save: Any, seed: int) -> Report:
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What :func:`run` was asked for, with the model loaded and the text read."""
+
+    name: str
+    plugin: Any
+    model: Any
+    tokenizer: Any
+    text: str | None
+    context: int
+    task: str | None
+    calls: int | None
+    save: str | os.PathLike[str] | None
+    save_model: str | os.PathLike[str] | None
+    seed: int
+
+
+def _attention(job: Job) -> Report:
     import torch
 
+    name, plugin, model, tokenizer = job.name, job.plugin, job.model, job.tokenizer
+    text, context, seed = job.text, job.context, job.seed
     report = compare_.compare_attention(model, tokenizer, {name: plugin}, (context,), text=text, seed=seed)
     report.title = f"{name} at {context} tokens"
     if not any(t.title == "Left out" for t in report.tables):
@@ -106,17 +139,20 @@ def _attention(name: str, plugin: Any, model: Any, tokenizer: Any, text: str | N
         with torch.inference_mode(), looseleaf.attach(model, plugin) as attached:
             model(input_ids=ids.to(next(model.parameters()).device), use_cache=False, logits_to_keep=1)
             report.extend(attached.report())
-    if save is not None:
+    if job.save is not None:
         try:
-            plugin.save(save)
+            plugin.save(job.save)
         except NotImplementedError as error:
             raise ValueError(str(error)) from error
     return report
 
 
-def _pruners(name: str, plugin: Any, model: Any, tokenizer: Any, text: str | None, context: int, task: str | None,
-             calls: int | None, save: Any, seed: int) -> Report:
-    context = min(context, 512)
+def _pruners(job: Job) -> Report:
+    name, plugin, model, tokenizer = job.name, job.plugin, job.model, job.tokenizer
+    text, context, seed = job.text, min(job.context, 512), job.seed
+    if plugin.removes != "weights":
+        raise ValueError(f"{name} removes {plugin.removes}, not weights, and so needs more than a model: "
+                         f"see its README, or measure it with `looseleaf reproduce {name}`")
     windows = 4
     device = next(model.parameters()).device
     if text is None:
@@ -141,22 +177,25 @@ def _pruners(name: str, plugin: Any, model: Any, tokenizer: Any, text: str | Non
     report.table("Perplexity", ["model", "perplexity", "from", "to"], [["whole", *before], ["pruned", *after]],
                  note=f"windows of {context} tokens; interval: bootstrap over windows; no retraining")
     report.tables.append(masks.table())
-    if save is not None:
-        masks.save(save, {"plugin": name})
+    if job.save is not None:
+        masks.save(job.save, {"plugin": name})
+    if job.save_model is not None:
+        masks.bake(model)  # nobody else has this model
+        models.save(model, tokenizer, job.save_model)
     return report
 
 
-def _prompts(name: str, plugin: Any, model: Any, tokenizer: Any, text: str | None, context: int, task: str | None,
-             calls: int | None, save: Any, seed: int) -> Report:
+def _prompts(job: Job) -> Report:
     from looseleaf_lab.compare.prompts import PLAIN, rival
 
-    if text is not None:
+    name, plugin, seed = job.name, job.plugin, job.seed
+    if job.text is not None:
         raise ValueError("--text is not for prompt optimisers: choose data with --task "
                          f"({', '.join(data.tasks())})")
-    wanted = task or next(iter(data.tasks()))
+    wanted = job.task or next(iter(data.tasks()))
     chosen = data.classification_task(wanted, seed, train=48, dev=48, test=96)
-    local = looseleaf.LocalModel(model, tokenizer)
-    budget = looseleaf.Budget(calls=500 if calls is None else calls)
+    local = looseleaf.LocalModel(job.model, job.tokenizer)
+    budget = looseleaf.Budget(calls=500 if job.calls is None else job.calls)
     start = time.perf_counter()
     prompt = plugin.optimize(chosen, local, budget, seed=seed)
     seconds = time.perf_counter() - start
@@ -170,20 +209,20 @@ def _prompts(name: str, plugin: Any, model: Any, tokenizer: Any, text: str | Non
         marks = chosen.evaluate(made, local).marks
         table.add(label, chosen.evaluate(made, local, list(chosen.dev)).score, *metrics.bootstrap(marks, seed))
     report.examples.append(("the prompt around the first test example", prompt.render(chosen.test[0])))
-    if save is not None:
-        prompt.save(Path(save))
+    if job.save is not None:
+        prompt.save(Path(job.save))
     return report
 
 
-def _probes(name: str, plugin: Any, model: Any, tokenizer: Any, text: str | None, context: int, task: str | None,
-            calls: int | None, save: Any, seed: int) -> Report:
-    report: Report = plugin.run(model, text, tokenizer=tokenizer, seed=seed)
-    if save is not None:
-        report.to_json(save)
+def _probes(job: Job) -> Report:
+    report: Report = job.plugin.run(job.model, job.text, tokenizer=job.tokenizer, seed=job.seed)
+    if job.save is not None:
+        report.to_json(job.save)
     return report
 
 
-_RUN = {"attention": _attention, "pruners": _pruners, "prompts": _prompts, "probes": _probes}
+_RUN: dict[str, Callable[[Job], Report]] = {
+    "attention": _attention, "pruners": _pruners, "prompts": _prompts, "probes": _probes}
 
 
 def _read(path: str) -> str:

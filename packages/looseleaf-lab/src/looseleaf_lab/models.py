@@ -207,6 +207,44 @@ def _convert(gguf: Path, folder: Path) -> None:
         _save(model, tokenizer, folder)
 
 
+def save(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> None:
+    """Write model and tokenizer to a new folder that any version of transformers reads.
+
+    Args:
+        model: a transformers model without masks on it (``masks.bake(model)`` first).
+        tokenizer: its tokenizer.
+        folder: made here; whole or not at all.
+
+    Raises:
+        ValueError: there is something at ``folder``.
+    """
+    target = new_folder(folder)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.part-"))
+    try:
+        _save(model, tokenizer, temporary)
+        temporary.chmod(0o755)
+        if target.is_dir():
+            target.rmdir()
+        os.replace(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def new_folder(folder: str | os.PathLike[str]) -> Path:
+    """``folder``, if a model can be written there.
+
+    Raises:
+        ValueError: it is a file or has something in it, or the folder it would be in does not exist.
+    """
+    target = Path(folder)
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise ValueError(f"cannot write a model to {target}: there is something already. Choose a new folder")
+    if not target.resolve().parent.is_dir():
+        raise ValueError(f"cannot write a model to {target}: the folder {target.resolve().parent} does not exist")
+    return target
+
+
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:
     # The weights are plain floats by now, but transformers still takes the model for a quantised one.
     model.hf_quantizer = None

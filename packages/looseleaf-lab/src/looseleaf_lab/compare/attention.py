@@ -105,10 +105,10 @@ def compare_attention(model: Any, tokenizer: Any, backends: Mapping[str, Attenti
         except Exception as error:  # one backend that fails must not cost the others their figures
             failed[name] = common.reason(error)
             del ready[name]
-    cells = Cells(state)
+    cells, whose = Cells(state), common.whose(model)
     found: dict[int, dict[str, Any]] = {}
     for context in progress_.track(contexts, "contexts", show=progress):
-        key = {"what": "attention", "context": context, "model": common.model_name(model), "last": last,
+        key = {"what": "attention", "context": context, **whose, "last": last,
                "rounds": rounds, "passkeys": passkeys, "seed": seed, "text": fingerprint(ids[0, :context].tolist()),
                "backends": {name: common.identity(b) for name, b in ready.items()}}
         found[context] = cells.do(key, lambda n=context: _measure(  # type: ignore[misc]

@@ -9,6 +9,7 @@ import platform
 from collections.abc import Mapping
 from typing import Any
 
+from looseleaf.fingerprint import fingerprint
 from looseleaf.report import Report
 
 
@@ -25,8 +26,13 @@ def facts(**given: Any) -> dict[str, Any]:
 
 
 def model_name(model: Any) -> str:
-    """Class and size: what a kept cell was measured on."""
+    """Class and size, for people."""
     return f"{type(model).__name__}-{sum(p.numel() for p in model.parameters())}"
+
+
+def whose(model: Any) -> dict[str, str]:
+    """What makes a kept cell that of this model: class, size and a fingerprint of the weights."""
+    return {"model": model_name(model), "weights": fingerprint(model)}
 
 
 def identity(plugin: Any) -> dict[str, Any]:

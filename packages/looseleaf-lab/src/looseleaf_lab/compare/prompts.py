@@ -51,13 +51,14 @@ def compare_prompts(model: LanguageModel, optimizers: Mapping[str, PromptOptimiz
         task.validate(model)
         if not task.dev or not task.test:
             raise ValueError(f"task {task.name!r} needs dev and test examples to be compared on")
-    cells, failed = Cells(state), dict[str, str]()
+    cells, failed, weights = Cells(state), dict[str, str](), model.fingerprint()
     found: list[tuple[str, str, int, dict[str, Any]]] = []
     jobs = [(t, n, s, b) for t in tasks for n in (PLAIN, FEW, SEARCH, *optimizers) for s in seeds
             for b in (budgets[-1:] if n in (PLAIN, FEW) else budgets)]
     for task, name, seed, most in progress_.track(jobs, "searches", show=progress):
         key = {"what": "prompt", "task": task.name, "optimizer": name, "seed": seed, "calls": most, "shots": shots,
-               "model": model.name, "examples": task.fingerprint(), "test": fingerprint([str(e) for e in task.test]),
+               "model": model.name, "weights": weights,
+               "examples": task.fingerprint(), "test": fingerprint([str(e) for e in task.test]),
                "parameters": common.identity(optimizers[name]) if name in optimizers else None}
         folder = None if state is None else Path(state) / "searches" / fingerprint(key)
         try:

@@ -51,12 +51,13 @@ def compare_pruners(model: Any, tokenizer: Any, pruners: Mapping[str, type[Prune
     for name in (RANDOM, MAGNITUDE, *pruners):
         jobs += [(name, s) for s in sparsities] if _swept(pruners.get(name)) else [(name, None)]
     cells, failed = Cells(state), dict[str, str]()
+    whose = common.whose(model)
     found: list[tuple[str, float | None, dict[str, Any]]] = []
     for name, sparsity in progress_.track(jobs, "pruners", show=progress):
         label = name if sparsity is None else f"{name} at {sparsity}"
         try:
             pruner = None if name == WHOLE else _make(name, pruners, sparsity, seed)
-            key = {"what": "pruner", "pruner": name, "sparsity": sparsity, "model": common.model_name(model),
+            key = {"what": "pruner", "pruner": name, "sparsity": sparsity, **whose,
                    "context": context, "windows": windows, "seed": seed,
                    "parameters": common.identity(pruner) if pruner is not None else None}
             found.append((name, sparsity, cells.do(key, lambda p=pruner: measure(  # type: ignore[misc]

@@ -102,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("--task", help="task of a prompt optimiser (default: the lab's first)")
     made.add_argument("--calls", type=int, help="budget of a prompt optimiser in model calls")
     made.add_argument("--save", metavar="FILE", help="write what was found (masks, prompt)")
+    made.add_argument("--save-model", metavar="DIR", help="pruners: write the pruned model there, for transformers")
     made.add_argument("--help-plugin", action="store_true", help="list the plugin's own options")
     made.set_defaults(takes_plugin_options=True)
     outputs(made)
@@ -109,7 +110,8 @@ def build_parser() -> argparse.ArgumentParser:
     made = command("compare", "every installed plugin of a kind side by side, and against the unmodified model",
                    _lazy("running", "compare"))
     made.add_argument("kind", choices=KINDS)
-    made.add_argument("--model", default="smollm2", help="short name, folder or hub id (default smollm2)")
+    made.add_argument("--model", action="append", metavar="MODEL", help=(
+        "short name, folder or hub id (default smollm2); give it again to see probes on several models side by side"))
     made.add_argument("--plugins", nargs="+", help="only these")
     made.add_argument("--context", type=int, nargs="+", default=[2048], help="attention: numbers of tokens")
     made.add_argument("--sparsity", type=float, nargs="+", default=[0.1, 0.3, 0.5], help="pruners: sparsities")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from looseleaf.fingerprint import fingerprint
 from looseleaf.prompts.model import LanguageModel
 
 if TYPE_CHECKING:
@@ -64,6 +65,10 @@ class LocalModel(LanguageModel):
         # Without position_ids a model counts places itself, and would count padding between shared part and rest.
         self.share_prefixes = share_prefixes and self._positions
         self._caches = self._positions
+
+    def fingerprint(self) -> str:
+        """Of the weights as they are now, see :func:`looseleaf.fingerprint.fingerprint`."""
+        return fingerprint(self.model)
 
     @property
     def device(self) -> torch.device:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from looseleaf.errors import UnsupportedModelError
+from looseleaf.fingerprint import fingerprint
 from looseleaf.prompts.model import LanguageModel
 
 if TYPE_CHECKING:
@@ -53,6 +54,10 @@ class MaskedModel(LanguageModel):
         bare, whole = self.tokenize("a"), list(tokenizer("a")["input_ids"])
         place = next((n for n in range(len(whole)) if whole[n:n + len(bare)] == bare), 0)
         self._begin, self._end = whole[:place], whole[place + len(bare):]
+
+    def fingerprint(self) -> str:
+        """Of the weights as they are now, see :func:`looseleaf.fingerprint.fingerprint`."""
+        return fingerprint(self.model)
 
     def tokenize(self, text: str) -> Ids:
         """Token ids of ``text``, without special tokens."""

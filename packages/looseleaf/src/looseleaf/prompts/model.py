@@ -26,6 +26,10 @@ class LanguageModel(ABC):
     calls: int = 0
     tokens: int = 0
 
+    def fingerprint(self) -> str | None:
+        """What tells the weights apart from others of the same ``name``, for searches that resume; None: not known."""
+        return None
+
     @abstractmethod
     def score(self, prefixes: list[str], continuations: list[list[str]]) -> list[list[float]]:
         """Log-probability of each continuation after its prefix, summed over its tokens.
@@ -123,6 +127,10 @@ class MeteredModel(LanguageModel):
         self.model = model
         self.budget = budget
         self.name = model.name
+
+    def fingerprint(self) -> str | None:
+        """That of the model behind."""
+        return self.model.fingerprint()
 
     @property
     def calls(self) -> int:  # type: ignore[override]

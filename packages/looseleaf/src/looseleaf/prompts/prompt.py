@@ -158,7 +158,7 @@ class Prompt:
 
         target = Path(path)
         tensors: dict[str, Tensor] = {}
-        data: dict[str, Any] = {"schema": SCHEMA, **self._to_dict(tensors, "soft")}
+        data: dict[str, Any] = {"schema": SCHEMA, **self.to_dict(tensors, "soft")}
         if tensors:
             from safetensors.torch import save_file
 
@@ -168,7 +168,7 @@ class Prompt:
             data["tensors"] = beside.name
         write_text(target, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
 
-    def _to_dict(self, tensors: dict[str, Tensor], key: str) -> dict[str, Any]:
+    def to_dict(self, tensors: dict[str, Tensor], key: str = "soft") -> dict[str, Any]:
         """Plain data; soft tokens go into ``tensors``, those of members under ``<key>.<number of the member>``."""
         from looseleaf.report import _plain
 
@@ -176,7 +176,7 @@ class Prompt:
                                 if f.name not in ("soft", "exemplars", "verbalizer", "members")}
         data["exemplars"] = [e.to_dict() for e in self.exemplars]
         data["verbalizer"] = self.verbalizer and self.verbalizer.to_dict()
-        data["members"] = [m._to_dict(tensors, f"{key}.{n}") for n, m in enumerate(self.members)]
+        data["members"] = [m.to_dict(tensors, f"{key}.{n}") for n, m in enumerate(self.members)]
         data["soft"] = None
         if self.soft is not None:
             tensors[key] = self.soft.detach().contiguous()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from looseleaf.errors import LooseleafError
 from looseleaf.files import write_text
+from looseleaf.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from looseleaf.prompts.model import LanguageModel
@@ -33,11 +34,13 @@ def identity(optimizer: PromptOptimizer, task: Task, model: LanguageModel, start
     """
     begin = None
     if start is not None:
-        begin = {"text": start.text, "messages": start.messages, "exemplars": [e.to_dict() for e in start.exemplars]}
+        tensors: dict[str, Any] = {}
+        begin = {k: v for k, v in start.to_dict(tensors).items() if k != "info"}
+        begin["soft"] = fingerprint(tensors) if tensors else None
     return json.loads(json.dumps({
         "optimizer": f"{type(optimizer).__module__}:{type(optimizer).__qualname__}",
         "parameters": optimizer.parameters(), "task": task.fingerprint(), "model": model.name,
-        "start": begin, "seed": seed}, default=str))
+        "weights": model.fingerprint(), "start": begin, "seed": seed}, default=str))
 
 
 class SearchState:

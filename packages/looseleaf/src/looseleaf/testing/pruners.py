@@ -24,7 +24,8 @@ def check_pruner(cls: type[Pruner], make: Callable[[], Pruner] | None = None, *,
     """Everything a pruner must do.
 
     Its masks must follow its own rule (``selection().violations(masks)`` is empty), be the same each time, cover
-    what the pruner says it removes, and fit it; the model must be untouched by scoring and pruning, also when they fail.
+    what the pruner says it removes, and fit it; the model must be untouched by scoring and pruning, also when they
+    fail.
 
     Args:
         cls: the pruner class.
