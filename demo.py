@@ -54,7 +54,8 @@ def pruning(model: Any, tokenizer: Any, quick: bool) -> Report:
 
     sweep = (0.3, 0.6) if quick else (0.1, 0.3, 0.5, 0.7)
     pruners = installed("pruners", "essential-sparsity")
-    return compare_pruners(model, tokenizer, pruners, sweep, windows=2 if quick else 4, progress=True)
+    return compare_pruners(model, tokenizer, pruners, sweep, windows=2 if quick else 4, published=False,
+                           progress=True)
 
 
 def prompting(model: Any, tokenizer: Any, quick: bool) -> Report:
@@ -66,7 +67,7 @@ def prompting(model: Any, tokenizer: Any, quick: bool) -> Report:
     task = data.classification_task("sentiment", 0, train=size, dev=size, test=2 * size)
     optimizers = {name: cls() for name, cls in installed("prompts", "promptquine", "tapruning").items()}
     return compare_prompts(looseleaf.LocalModel(model, tokenizer), optimizers, [task], calls=200 if quick else 600,
-                           progress=True)
+                           published=False, progress=True)
 
 
 def steering(model: Any, tokenizer: Any, quick: bool) -> Report:

@@ -28,7 +28,7 @@ RUN_NEEDS = ["torch", "triton", "transformers", "accelerate", "gguf", "llm-smoll
              "tqdm", "tyro", "httpx", "packaging", "argcomplete", "Jinja2", "filelock"]
 TEST_NEEDS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-tqdm", "types-PyYAML",
               "hatchling", "editables", "build", "virtualenv", "diffusers", "sentence-transformers", "playwright",
-              "ray", "fastapi", "uvicorn", "openai", "pydantic", "peft", "lm-eval", "mkdocs", "mkdocs-material",
+              "ray", "fastapi", "uvicorn", "openai", "pydantic", "peft", "lm-eval", "dspy", "mkdocs", "mkdocs-material",
               "mkdocs-gen-files", "mkdocstrings[python]", "nox"]
 
 nox.options.default_venv_backend = "virtualenv"
@@ -139,6 +139,32 @@ def isolation(session: nox.Session) -> None:
     """Each wheel alone in a clean layer: only its declared dependencies, no other plugin, its README runs."""
     python = shared(session, *RUN_NEEDS, *TEST_NEEDS)
     run(session, python, "tools/isolation.py", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def rivals(session: nox.Session) -> None:
+    """Wanda and SparseGPT from llm-compressor, in a layer with the version of transformers that it wants.
+
+    Arguments go to `looseleaf compare pruners` there; without any its tests run.
+    """
+    below, layer = shared(session, *RUN_NEEDS, *TEST_NEEDS), ROOT / ".nox" / "rivals"
+    python = layer / Path(below).parent.name / Path(below).name
+    if not python.exists():
+        session.run(sys.executable, "-m", "venv", str(layer), external=True)
+        site = session.run(below, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", external=True,
+                           silent=True)
+        own = session.run(str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", external=True,
+                          silent=True)
+        (Path(own.strip()) / "below.pth").write_text(f"import site; site.addsitedir({site.strip()!r})\n")
+    pins = [p for p in CPU.read_text().splitlines() if not p.startswith(("transformers", "tokenizers", "huggingface"))]
+    mine = layer / "constraints.txt"
+    mine.write_text("\n".join(pins) + "\n")
+    session.run(str(python), "-m", "pip", "install", "-q", "-c", str(mine), "llmcompressor", external=True,
+                env={**environment(), "PIP_CONSTRAINT": str(mine)})
+    if session.posargs:
+        run(session, str(python), "-m", "looseleaf.cli.main", "compare", "pruners", *session.posargs)
+    else:
+        run(session, str(python), "-m", "pytest", "-q", "packages/looseleaf-lab/tests/test_lab_compare_published.py")
 
 
 @nox.session(venv_backend="none")

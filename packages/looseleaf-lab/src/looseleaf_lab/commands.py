@@ -56,7 +56,7 @@ def run(kind: str, name: str, plugin: Any, *, model: str = "smollm2", text: str 
 def compare(kind: str, ready: Sequence[tuple[str, Any]], *, model: str | Sequence[str] = "smollm2",
             contexts: Sequence[int] = (2048,), sparsities: Sequence[float] = (0.1, 0.3, 0.5),
             tasks: Sequence[str] | None = None, calls: int = 2000, seed: int = 0,
-            state: str | os.PathLike[str] | None = None) -> Report:
+            seeds: int = 1, state: str | os.PathLike[str] | None = None) -> Report:
     """Every plugin of a kind side by side, with its default parameters.
 
     Args:
@@ -65,9 +65,10 @@ def compare(kind: str, ready: Sequence[tuple[str, Any]], *, model: str | Sequenc
         model: as for :func:`looseleaf_lab.models.load`; probes: one or several, to stand side by side.
         contexts: attention: numbers of tokens.
         sparsities: pruners: shares of weights to remove.
-        tasks: prompts: names of tasks; None: sentiment and topics.
+        tasks: names of tasks; None: prompts: sentiment and topics; pruners: topics.
         calls: prompts: budget of each search.
         seed: the only source of randomness.
+        seeds: prompts: how many searches, with ``seed`` and those after it.
         state: folder for what is finished; the same call resumes.
 
     Raises:
@@ -76,7 +77,7 @@ def compare(kind: str, ready: Sequence[tuple[str, Any]], *, model: str | Sequenc
     if kind not in _RUN:
         raise ValueError(f"kind={kind!r}: allowed are {', '.join(_RUN)}")
     chosen = list(tasks or ("sentiment", "topics"))
-    if kind == "prompts":
+    if kind in ("prompts", "pruners"):
         for name in chosen:
             data.pool_sizes(name)
     names = list(dict.fromkeys([model] if isinstance(model, str) else model))
@@ -97,11 +98,12 @@ def compare(kind: str, ready: Sequence[tuple[str, Any]], *, model: str | Sequenc
     if kind == "attention":
         report = compare_.compare_attention(loaded, tokenizer, made, contexts, seed=seed, state=state)
     elif kind == "pruners":
-        report = compare_.compare_pruners(loaded, tokenizer, made, sparsities, seed=seed, state=state)
+        scored = [data.classification_task(name, seed, train=48, dev=4, test=96) for name in tasks or ("topics",)]
+        report = compare_.compare_pruners(loaded, tokenizer, made, sparsities, tasks=scored, seed=seed, state=state)
     elif kind == "prompts":
         given = [data.classification_task(name, seed, train=48, dev=48, test=96) for name in chosen]
         report = compare_.compare_prompts(looseleaf.LocalModel(loaded, tokenizer), made, given, calls=calls,
-                                          seeds=(seed,), state=state)
+                                          seeds=range(seed, seed + seeds), state=state)
     else:
         report = compare_.compare_probes(all_loaded, made, seed=seed, state=state)
     common.left_out(report, failed)

@@ -50,5 +50,10 @@ def reason(error: BaseException) -> str:
 
 def left_out(report: Report, failed: Mapping[str, str]) -> None:
     """Say which plugins could not be measured, and why; one that fails never stops the others."""
-    if failed:
-        report.table("Left out", ["plugin", "reason"], [[name, why] for name, why in failed.items()])
+    if not failed:
+        return
+    table = next((t for t in report.tables if t.title == "Left out"), None)
+    if table is None:
+        table = report.table("Left out", ["plugin", "reason"])
+    for name, why in failed.items():
+        table.add(name, why)

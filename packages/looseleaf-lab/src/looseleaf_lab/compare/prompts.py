@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from looseleaf import Budget, BudgetExhausted, Prompt, PromptOptimizer, Report, Series
 from looseleaf import progress as progress_
 from looseleaf_lab import metrics
-from looseleaf_lab.compare import common
+from looseleaf_lab.compare import common, dspy_few_shot
 from looseleaf_lab.state import Cells, fingerprint
 
 if TYPE_CHECKING:
@@ -24,11 +24,12 @@ PLAIN, FEW, SEARCH = "(plain)", "(few-shot)", "(random search)"
 
 def compare_prompts(model: LanguageModel, optimizers: Mapping[str, PromptOptimizer], tasks: Sequence[Task], *,
                     calls: int | Sequence[int] = 2000, seeds: Sequence[int] = (0,), shots: int = 2,
-                    state: str | os.PathLike[str] | None = None, progress: bool | None = None) -> Report:
+                    published: bool = True, state: str | os.PathLike[str] | None = None,
+                    progress: bool | None = None) -> Report:
     """Accuracy on dev and test, and the cost, of every optimiser on every task, all with the same budget of calls.
 
     Three rivals are always there: the task's plain prompt, ``shots`` random exemplars of each class, and the best of
-    as many random sets of exemplars as the budget allows.
+    as many random sets of exemplars as the budget allows; DSPy's few-shot optimiser too where DSPy is installed.
 
     Args:
         model: what the prompts are for.
@@ -38,6 +39,7 @@ def compare_prompts(model: LanguageModel, optimizers: Mapping[str, PromptOptimiz
             start. Tables of summaries are for the largest.
         seeds: each search is run once with each.
         shots: exemplars of each class in the few-shot rivals.
+        published: run DSPy's optimiser where it is installed.
         state: folder for finished and for interrupted searches; the same call resumes.
         progress: show a progress bar; None: only on a terminal.
 
@@ -53,16 +55,19 @@ def compare_prompts(model: LanguageModel, optimizers: Mapping[str, PromptOptimiz
             raise ValueError(f"task {task.name!r} needs dev and test examples to be compared on")
     cells, failed, weights = Cells(state), dict[str, str](), model.fingerprint()
     found: list[tuple[str, str, int, dict[str, Any]]] = []
-    jobs = [(t, n, s, b) for t in tasks for n in (PLAIN, FEW, SEARCH, *optimizers) for s in seeds
+    searches: dict[str, Any] = dict(optimizers)
+    if published and dspy_few_shot.installed():
+        searches[dspy_few_shot.NAME] = dspy_few_shot.DSPyFewShot()
+    jobs = [(t, n, s, b) for t in tasks for n in (PLAIN, FEW, SEARCH, *searches) for s in seeds
             for b in (budgets[-1:] if n in (PLAIN, FEW) else budgets)]
     for task, name, seed, most in progress_.track(jobs, "searches", show=progress):
         key = {"what": "prompt", "task": task.name, "optimizer": name, "seed": seed, "calls": most, "shots": shots,
                "model": model.name, "weights": weights,
                "examples": task.fingerprint(), "test": fingerprint([str(e) for e in task.test]),
-               "parameters": common.identity(optimizers[name]) if name in optimizers else None}
+               "parameters": common.identity(searches[name]) if name in searches else None}
         folder = None if state is None else Path(state) / "searches" / fingerprint(key)
         try:
-            work = functools.partial(measure, task, name, optimizers.get(name), model, most, seed, shots, folder,
+            work = functools.partial(measure, task, name, searches.get(name), model, most, seed, shots, folder,
                                      progress)
             found.append((task.name, name, seed, cells.do(key, work)))
         except Exception as error:
@@ -75,7 +80,7 @@ def compare_prompts(model: LanguageModel, optimizers: Mapping[str, PromptOptimiz
     return report
 
 
-def measure(task: Task, name: str, optimizer: PromptOptimizer | None, model: LanguageModel, calls: int, seed: int,
+def measure(task: Task, name: str, optimizer: Any, model: LanguageModel, calls: int, seed: int,
             shots: int = 2, state: Path | None = None, progress: bool | None = None) -> dict[str, Any]:
     """One search, and what its prompt is worth: marks on dev and test, cost, length, curve and the prompt itself."""
     budget = Budget(calls=calls)

@@ -1,6 +1,6 @@
 """Essential sparsity: one-shot magnitude pruning and the search for its knee."""
 
-from looseleaf_essential_sparsity.knee import Curve, Interval, Knee, essential_sparsity
+from looseleaf.pruning.knee import Curve, Interval, Knee, essential_sparsity
 from looseleaf_essential_sparsity.pruner import MagnitudePruner
 from looseleaf_essential_sparsity.sweep import sparsity_curve, sparsity_sweep
 

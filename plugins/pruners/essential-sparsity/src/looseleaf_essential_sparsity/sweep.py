@@ -10,7 +10,7 @@ from torch import nn
 
 from looseleaf import Pruner, Report, Series
 from looseleaf.progress import track
-from looseleaf_essential_sparsity.knee import Curve, Mean, essential_sparsity, relative_drops
+from looseleaf.pruning.knee import Curve, Mean, essential_sparsity, relative_drops
 from looseleaf_essential_sparsity.pruner import MagnitudePruner
 
 LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -1,4 +1,7 @@
-"""Where a curve of quality over sparsity falls off the cliff."""
+"""Where a curve of quality over sparsity falls off the cliff (essential sparsity, arXiv 2306.03805, section 3).
+
+In the core, because comparisons of all pruners mark it too.
+"""
 
 from __future__ import annotations
 
