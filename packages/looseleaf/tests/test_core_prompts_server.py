@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import socket
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,78 +14,23 @@ import pytest
 from looseleaf import Budget, EndpointError, EndpointModel, LocalModel, Prompt
 from looseleaf.prompts.model import MeteredModel
 from looseleaf.testing.prompts import toy_task
+from looseleaf.testing.servers import TransformersServer, letters_model
 
 transformers = pytest.importorskip("transformers")
 
 
-def _command() -> str | None:
-    beside = Path(sys.executable).with_name("transformers")
-    return str(beside) if beside.exists() else shutil.which("transformers")
-
-
 def _tiny(folder: Path) -> tuple[Any, Any]:
-    import torch
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    made = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, **{chr(c): c - 29 for c in range(32, 127)},
-                                       "\n": 98}, unk_token=" "))
-    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    made.decoder = decoders.Fuse()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>",
-                                                     eos_token="</s>")
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.3, bos_token_id=1, eos_token_id=2)).eval()
+    model, tokenizer = letters_model()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model, tokenizer
 
 
-class Server:
-    """``transformers serve`` on a free port, for the model in ``folder``; it can be killed and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}/v1"
-        self.start()
-
-    def start(self) -> None:
-        command, log = _command(), self.folder / "server.log"
-        assert command is not None
-        with log.open("w") as out:
-            self.process = subprocess.Popen(
-                [command, "serve", str(self.folder), "--host", "127.0.0.1", "--port", str(self.port), "--device",
-                 "cpu", "--dtype", "float32"], stdout=out, stderr=out,
-                env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
-        until = time.monotonic() + 180
-        while True:
-            try:
-                if httpx.get(f"http://127.0.0.1:{self.port}/health", trust_env=False).status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            if self.process.poll() is not None or time.monotonic() > until:
-                self.kill()
-                pytest.skip(f"transformers serve did not start: {log.read_text()[-500:]}")
-            time.sleep(0.5)
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait(20)
-
-
-def _serve(folder: Path) -> Server:
+def _serve(folder: Path) -> TransformersServer:
     try:
-        from transformers.utils.import_utils import is_serve_available
-    except ImportError:
-        pytest.skip("this transformers has no server")
-    if _command() is None or not is_serve_available():
-        pytest.skip("transformers serve is not installed: pip install 'transformers[serving]'")
-    return Server(folder)
+        return TransformersServer(folder)
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")

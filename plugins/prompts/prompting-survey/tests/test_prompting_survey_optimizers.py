@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +10,7 @@ import pytest
 
 from looseleaf import Budget, EndpointError, EndpointModel, Example, Prompt, Template
 from looseleaf.testing.prompts import ToyLanguageModel, toy_task
+from looseleaf.testing.servers import toy_server
 from looseleaf_prompting_survey import TemplateEnsemble, TemplateSearch, default_pool
 from looseleaf_prompting_survey.candidates import some
 
@@ -157,59 +153,20 @@ def test_a_small_budget_still_gives_an_ensemble(tmp_path: Path) -> None:
 
 # -- servers ------------------------------------------------------------------------------------------------------
 
-@contextmanager
-def server(log_probs: bool) -> Iterator[str]:
-    """An OpenAI-compatible server around the toy model, with log-probabilities of the prompt or with none."""
-    toy = ToyLanguageModel()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if self.path != "/v1/completions":
-                self.send_error(404)
-                return
-            choice: dict[str, Any] = {"text": ""}
-            if body.get("echo") and log_probs:
-                head, _, tail = body["prompt"].rpartition(" ")
-                choice["logprobs"] = {"tokens": [head, " " + tail, "."],
-                                      "token_logprobs": [None, toy.score([head], [[" " + tail]])[0][0], -1.0]}
-            elif not body.get("logprobs"):
-                choice["text"] = toy.generate([body["prompt"]], body["max_tokens"], None, body["temperature"],
-                                              body["seed"])[0]
-            raw = json.dumps({"choices": [choice]}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(raw)))
-            self.end_headers()
-            self.wfile.write(raw)
-
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-    made = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=made.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{made.server_port}/v1"
-    finally:
-        made.shutdown()
-        made.server_close()
-
-
 @pytest.mark.parametrize("optimizer", [TemplateEnsemble(calibrate=True), TemplateSearch(OTHER, paraphrases=2)])
-def test_through_a_server(optimizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+def test_through_a_server(optimizer: Any) -> None:
     task = toy_task(size=4)
     local = run(optimizer, task)
-    with server(True) as url:
+    with toy_server() as url:
         remote = run(optimizer, task, EndpointModel(url, "toy"))
     assert remote.render(X) == local.render(X)
     assert remote.info["fitness"] == local.info["fitness"]
     assert remote.weights == (None if local.weights is None else pytest.approx(local.weights))
 
 
-def test_a_server_without_log_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+def test_a_server_without_log_probabilities() -> None:
     task = toy_task(size=4)
-    with server(False) as url:
+    with toy_server(log_probs=False) as url:
         with pytest.raises(EndpointError, match=r'returns no log-probabilities.*scoring="generate"'):
             run(TemplateEnsemble(), task, EndpointModel(url, "toy"))
         # accuracy alone is left to vote with

@@ -322,52 +322,18 @@ def test_on_a_local_model() -> None:
     assert model.forwarded < model.tokens
 
 
-def test_through_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against an OpenAI-compatible server that echoes log-probabilities, and one that only generates."""
-    import json
-    import threading
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
+def test_through_a_server() -> None:
+    """Against an OpenAI-compatible server that echoes log-probabilities, and by what it generates."""
     from looseleaf import EndpointModel
+    from looseleaf.testing.servers import toy_server
 
-    toy = ToyLanguageModel()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            choice: dict[str, Any] = {"text": ""}
-            if self.path != "/v1/completions":
-                self.send_error(404)
-                return
-            if body.get("echo"):
-                head, _, tail = body["prompt"].rpartition(" ")
-                choice["logprobs"] = {"tokens": [head, " " + tail, "."],
-                                      "token_logprobs": [None, toy.score([head], [[" " + tail]])[0][0], -1.0]}
-            elif not body.get("logprobs"):
-                choice["text"] = toy.generate([body["prompt"]], 4)[0]
-            raw = json.dumps({"choices": [choice]}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(raw)))
-            self.end_headers()
-            self.wfile.write(raw)
-
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        url = f"http://127.0.0.1:{server.server_port}/v1"
-        optimizer = PromptQuine(population_size=3, reproduction_size=4, max_prompts=8)
-        task = toy_task(size=8)
-        local = run(optimizer, task=task)
+    optimizer = PromptQuine(population_size=3, reproduction_size=4, max_prompts=8)
+    task = toy_task(size=8)
+    local = run(optimizer, task=task)
+    with toy_server() as url:
         remote = run(optimizer, EndpointModel(url, "toy"), task)
-        assert (remote.text, remote.info["fitness"]) == (local.text, pytest.approx(local.info["fitness"]))
         by_text = run(dataclasses.replace(optimizer, reward_driven=False),
                       EndpointModel(url, "toy", scoring="generate"), task)
-        by_score = run(dataclasses.replace(optimizer, reward_driven=False), task=task)
-        assert by_text.info["start_accuracy"] == by_score.info["start_accuracy"]
-    finally:
-        server.shutdown()
-        server.server_close()
+    assert (remote.text, remote.info["fitness"]) == (local.text, pytest.approx(local.info["fitness"]))
+    by_score = run(dataclasses.replace(optimizer, reward_driven=False), task=task)
+    assert by_text.info["start_accuracy"] == by_score.info["start_accuracy"]

@@ -214,7 +214,7 @@ def _scores(report: Report, measured: dict[str, list[Seed]]) -> None:
     for name, runs in measured.items():
         for method in runs[0].found:
             rows = [bootstrap([run.found[method][i] for run in runs]) for i in range(2)]
-            table.add(name, method, len(runs[0].scores[method]), *rows[0], *rows[1],
+            table.add(name, method, float(np.mean([len(run.scores[method]) for run in runs])), *rows[0], *rows[1],
                       float(np.mean([run.seconds[method] for run in runs])))
             report.arrays[f"{name}, {method}: validation scores in the order tried"] = [r.scores[method] for r in runs]
         drawn = [score for run in runs for score in run.scores["Best-of-N"]]
