@@ -361,7 +361,7 @@ def test_probes_side_by_side(model: Any, tokenizer: Any, tmp_path: Path) -> None
 
 @pytest.fixture
 def loaded(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands.models, "load", lambda name, device=None: (model, tokenizer))
+    monkeypatch.setattr(commands.models, "load", lambda name, dtype=None, device=None: (model, tokenizer))
     monkeypatch.setattr(commands, "_device", lambda: "cpu")
     monkeypatch.setattr(commands.data, "classification_task", lambda *_, **__: small_task())
 
@@ -426,6 +426,8 @@ def test_commands_compare(tmp_path: Path) -> None:
                 "Pruning without retraining")
     assert rows(commands.compare("prompts", [("first", First)], tasks=["topics"], calls=20, state=state),
                 "Prompts found")
+    report = commands.compare("prompts", [("vectors", Vectors)], tasks=["topics"], calls=20, state=state)
+    assert {"plugin": "vectors", "reason": "improves embeddings, not answers"} in rows(report, "Left out")
     report = commands.compare("probes", [("count", Count), ("needy", Needy)], state=state)
     assert rows(report, "Probes")
     assert rows(report, "Left out")[0]["plugin"] == "needy"
@@ -435,6 +437,13 @@ def test_commands_compare(tmp_path: Path) -> None:
         commands.compare("attention", [], model=["a", "b"])
     report = commands.compare("pruners", [("half", Half), ("updates", Updates)], sparsities=[0.1], state=state)
     assert {"plugin": "updates", "reason": "removes updates, not weights"} in rows(report, "Left out")
+
+
+@dataclasses.dataclass
+class Vectors(First):
+    """Accuracy says nothing of it."""
+
+    improves: ClassVar[Any] = "embeddings"
 
 
 @dataclasses.dataclass
@@ -448,7 +457,7 @@ def test_a_pruned_model_is_saved_for_transformers(model: Any, tokenizer: Any, tm
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     import copy
 
-    monkeypatch.setattr(commands.models, "load", lambda name, device=None: (copy.deepcopy(model), tokenizer))
+    monkeypatch.setattr(commands.models, "load", lambda name, dtype=None, device=None: (copy.deepcopy(model), tokenizer))
     target = tmp_path / "pruned"
     report = commands.run("pruners", "half", Half(), context=64, save_model=target)
     plain = transformers.AutoModelForCausalLM.from_pretrained(target)

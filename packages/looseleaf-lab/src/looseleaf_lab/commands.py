@@ -17,16 +17,17 @@ from looseleaf_lab.compare import common
 from looseleaf_lab.compare import pruners as pruners_
 
 
-def run(kind: str, name: str, plugin: Any, *, model: str = "smollm2", text: str | None = None, context: int = 2048,
-        task: str | None = None, calls: int | None = None, save: str | os.PathLike[str] | None = None,
-        save_model: str | os.PathLike[str] | None = None, seed: int = 0) -> Report:
+def run(kind: str, name: str, plugin: Any, *, model: str = "smollm2", dtype: str | None = None, text: str | None = None,
+        context: int = 2048, task: str | None = None, calls: int | None = None,
+        save: str | os.PathLike[str] | None = None, save_model: str | os.PathLike[str] | None = None,
+        seed: int = 0) -> Report:
     """One plugin on one model.
 
     Args:
         kind: of the plugin: attention, pruners, prompts or probes.
         name: of the plugin, for people.
         plugin: the instance.
-        model: as for :func:`looseleaf_lab.models.load`.
+        model, dtype: as for :func:`looseleaf_lab.models.load`.
         text: a file to read instead of the prose that ships with Python.
         context: attention: tokens of text; pruners: tokens in a window.
         task: prompts: one of :func:`looseleaf_lab.data.tasks`; None: the first.
@@ -47,14 +48,14 @@ def run(kind: str, name: str, plugin: Any, *, model: str = "smollm2", text: str 
         models.new_folder(save_model)
     if kind == "prompts" and task is not None and task not in data.tasks():
         data.pool_sizes(task)  # says which tasks there are before a model is loaded
-    loaded, tokenizer = models.load(model, device=_device())
+    loaded, tokenizer = models.load(model, dtype, device=_device())
     report = _RUN[kind](Job(name, plugin, loaded, tokenizer, read, context, task, calls, save, save_model, seed))
     report.facts = {"plugin": name, **report.facts, "model": f"{model} ({common.model_name(loaded)})"}
     return report
 
 
 def compare(kind: str, ready: Sequence[tuple[str, Any]], *, model: str | Sequence[str] = "smollm2",
-            contexts: Sequence[int] = (2048,), sparsities: Sequence[float] = (0.1, 0.3, 0.5),
+            dtype: str | None = None, contexts: Sequence[int] = (2048,), sparsities: Sequence[float] = (0.1, 0.3, 0.5),
             tasks: Sequence[str] | None = None, calls: int = 2000, seed: int = 0,
             seeds: int = 1, state: str | os.PathLike[str] | None = None) -> Report:
     """Every plugin of a kind side by side, with its default parameters.
@@ -63,6 +64,7 @@ def compare(kind: str, ready: Sequence[tuple[str, Any]], *, model: str | Sequenc
         kind: of the plugins.
         ready: (name, class) of each.
         model: as for :func:`looseleaf_lab.models.load`; probes: one or several, to stand side by side.
+        dtype: of their weights; None: float32.
         contexts: attention: numbers of tokens.
         sparsities: pruners: shares of weights to remove.
         tasks: names of tasks; None: prompts: sentiment and topics; pruners: topics.
@@ -84,12 +86,15 @@ def compare(kind: str, ready: Sequence[tuple[str, Any]], *, model: str | Sequenc
     if len(names) > 1 and kind != "probes":
         raise ValueError(f"compare {kind} takes one model, got {', '.join(names)}: only probes stand several side by "
                          "side; run the command once for each")
-    all_loaded = {name: models.load(name, device=_device()) for name in names}
+    all_loaded = {name: models.load(name, dtype, device=_device()) for name in names}
     loaded, tokenizer = all_loaded[names[0]]
     made, failed = dict[str, Any](), dict[str, str]()
     for name, cls in ready:
         if kind == "pruners" and cls.removes != "weights":
             failed[name] = f"removes {cls.removes}, not weights"
+            continue
+        if kind == "prompts" and cls.improves != "answers":
+            failed[name] = f"improves {cls.improves}, not answers"
             continue
         try:
             made[name] = cls if kind == "pruners" else cls()

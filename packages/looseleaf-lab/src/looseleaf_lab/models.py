@@ -73,12 +73,14 @@ def load(name: str = "smollm2", dtype: Any = None, *, device: str | None = None)
 
     Raises:
         MissingModelError: the package that ships the model is absent; the message has the pip command.
-        ValueError: neither a short name, nor a folder, nor something a hub could hold.
+        ValueError: no floating-point type, or neither a short name, nor a folder, nor something a hub could hold.
     """
     transformers = _transformers()
     import torch
 
-    kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.float32
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise ValueError(f"dtype={dtype!r}: allowed are floating-point types such as 'float32', 'bfloat16', 'float16'")
     source = resolve(name)
     causal = PACKAGED[name].causal if name in PACKAGED else True
     model: Any

@@ -79,6 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
         name.completer = _plugin_names  # type: ignore[attr-defined]
         made.add_argument("--kind", choices=KINDS, help="where one name is claimed by plugins of several kinds")
 
+    def dtype(made: argparse.ArgumentParser) -> None:
+        made.add_argument("--dtype", default="float32", help="of the model's weights, as bfloat16 (default float32)")
+
     def outputs(made: argparse.ArgumentParser) -> None:
         made.add_argument("--out", metavar="FILE", help="also write the report there (.html or .json)")
         made.add_argument("--seed", type=int, default=0, help="the only source of randomness (default 0)")
@@ -97,6 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
                    _lazy("running", "run"))
     plugin_name(made)
     made.add_argument("--model", default="smollm2", help="short name, folder or hub id (default smollm2)")
+    dtype(made)
     made.add_argument("--text", metavar="FILE", help="text to run on (default: prose that ships with the lab)")
     made.add_argument("--context", type=int, default=2048, help="tokens of text for attention (default 2048)")
     made.add_argument("--task", help="task of a prompt optimiser (default: the lab's first)")
@@ -112,6 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("kind", choices=KINDS)
     made.add_argument("--model", action="append", metavar="MODEL", help=(
         "short name, folder or hub id (default smollm2); give it again to see probes on several models side by side"))
+    dtype(made)
     made.add_argument("--plugins", nargs="+", help="only these")
     made.add_argument("--context", type=int, nargs="+", default=[2048], help="attention: numbers of tokens")
     made.add_argument("--sparsity", type=float, nargs="+", default=[0.1, 0.3, 0.5], help="pruners: sparsities")

@@ -26,8 +26,8 @@ def run(arguments: argparse.Namespace) -> int:
     commands: Any = need("looseleaf_lab.commands", LAB)
     with _messages_to_stderr(arguments.json):
         report = commands.run(
-            entry.kind, entry.name, plugin, model=arguments.model, text=arguments.text, context=arguments.context,
-            task=arguments.task, calls=arguments.calls, save=arguments.save,
+            entry.kind, entry.name, plugin, model=arguments.model, dtype=arguments.dtype, text=arguments.text,
+            context=arguments.context, task=arguments.task, calls=arguments.calls, save=arguments.save,
             save_model=arguments.save_model, seed=arguments.seed)
     return _show(report, arguments)
 
@@ -48,8 +48,8 @@ def compare(arguments: argparse.Namespace) -> int:
     commands: Any = need("looseleaf_lab.commands", LAB)
     with _messages_to_stderr(arguments.json):
         report = commands.compare(
-            arguments.kind, ready, model=arguments.model or ["smollm2"], contexts=arguments.context,
-            sparsities=arguments.sparsity, tasks=arguments.task, calls=arguments.calls,
+            arguments.kind, ready, model=arguments.model or ["smollm2"], dtype=arguments.dtype,
+            contexts=arguments.context, sparsities=arguments.sparsity, tasks=arguments.task, calls=arguments.calls,
             seed=arguments.seed, seeds=arguments.seeds, state=arguments.state)
     return _show(report, arguments)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from looseleaf.plugin import Plugin
 
@@ -19,9 +19,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class PromptOptimizer(Plugin):
-    """Searches for a prompt that makes a language model do a task well."""
+    """Searches for a prompt that makes a language model do a task well.
+
+    Attributes:
+        improves: what the prompt is good for: the model's answers, or its embeddings, which accuracy says nothing of.
+    """
 
     kind: ClassVar[str] = "prompts"
+    improves: ClassVar[Literal["answers", "embeddings"]] = "answers"
 
     @abstractmethod
     def optimize(self, task: Task, model: LanguageModel, budget: Budget | None = None, *,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from looseleaf import (
     Budget,
@@ -65,6 +65,7 @@ class TokenPrepending(PromptOptimizer):
     tidy: bool = True
     max_length: int | None = None
     batch_tokens: int = 8192
+    improves: ClassVar[Literal["answers", "embeddings"]] = "embeddings"
     paper: ClassVar[Paper] = Paper(
         title="Token Prepending: A Training-Free Approach for Eliciting Better Sentence Embeddings from LLMs",
         authors=("Yuchen Fu", "Zifeng Cheng", "Zhiwei Jiang", "Zhonghui Wang", "Yafeng Yin", "Zhengliang Li",
