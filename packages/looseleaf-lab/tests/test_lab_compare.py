@@ -457,7 +457,8 @@ def test_a_pruned_model_is_saved_for_transformers(model: Any, tokenizer: Any, tm
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     import copy
 
-    monkeypatch.setattr(commands.models, "load", lambda name, dtype=None, device=None: (copy.deepcopy(model), tokenizer))
+    monkeypatch.setattr(commands.models, "load",
+                        lambda name, dtype=None, device=None: (copy.deepcopy(model), tokenizer))
     target = tmp_path / "pruned"
     report = commands.run("pruners", "half", Half(), context=64, save_model=target)
     plain = transformers.AutoModelForCausalLM.from_pretrained(target)

@@ -35,6 +35,8 @@ def example() -> Report:
     for holds, text in ((True, "It is faster."), (False, "It loses nothing."), (None, "It scales.")):
         report.claims.append(Claim.decide(holds, statement=text, source="Section 5", paper="2.43x [memory]",
                                           measured="1.7x [1.5, 1.9], 5 seeds", rule="interval above 1"))
+    report.strip("What distracts", ["The ", "<b>", "cat", " sat"], [0.1, 0.9, None, -0.5], [False, True, True, False],
+                 "a note")
     report.examples.append(("prompt found", "Classify </script><script>alert(1)</script> the text"))
     return report
 
@@ -46,6 +48,16 @@ def test_page_is_self_contained_and_escaped() -> None:
         assert word not in text, word
     assert text.count("<svg class=\"plot\"") == 3
     assert "nan" in text and "There is nothing to draw" in text
+
+
+def test_tokens_are_shaded_and_marked() -> None:
+    made = html.page([example()])
+    assert '<del style="background:#' in made and ' title="0.9, marked">&lt;b&gt;</del>' in made
+    assert '<del title="not scored, marked">cat</del>' in made and "a note" in made
+    flat = Report("flat")
+    flat.strip("one value", ["a", "b"], [2.0, 2.0], [False, False])
+    flat.strip("none", ["a"], [None], [False])
+    assert html.page([flat]).count("<span") >= 3
 
 
 def test_several_reports_get_contents(tmp_path: Path) -> None:

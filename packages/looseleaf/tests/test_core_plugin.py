@@ -76,6 +76,23 @@ def full_report() -> Report:
     return report
 
 
+def test_strips() -> None:
+    report = Report("x")
+    strip = report.strip("tokens", ["a", " b", " c", " d"], [0.5, None, 1.0, 2.0], [True, True, False, True],
+                         "low first")
+    assert strip.text() == "[[a b]] c[[ d]]"
+    assert "[[a b]] c[[ d]]\nlow first" in report.to_text()
+    assert Report.from_dict(report.to_dict()).strips == report.strips
+    both = Report("y")
+    both.extend(report, "x: ")
+    assert both.strips[0].title == "x: tokens" and report.strips[0].title == "tokens"
+    with pytest.raises(ValueError, match="2 tokens, 1 values and 2 marks"):
+        report.strip("t", ["a", "b"], [1.0], [True, False])
+    old = report.to_dict()
+    del old["strips"]
+    assert Report.from_dict(old).strips == [], "reports of earlier versions have none"
+
+
 def test_report_survives_json() -> None:
     report = full_report()
     assert Report.from_dict(json.loads(report.to_json())) == report

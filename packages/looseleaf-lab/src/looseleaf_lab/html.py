@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from importlib import resources
 
 from looseleaf.files import write_text
-from looseleaf.report import Cell, Claim, Figure, Report, Series, Table, format_cell
+from looseleaf.report import Cell, Claim, Figure, Report, Series, Table, TokenStrip, format_cell
 
 WIDTH, HEIGHT = 640, 360
 LEFT, RIGHT, TOP, BOTTOM = 74, 18, 14, 52
@@ -82,6 +82,7 @@ def _report(report: Report, number: int, alone: bool) -> str:
     if report.figures:
         parts.append('<div class="figures">' + "".join(
             figure(f, f"f{number}-{i}") for i, f in enumerate(report.figures)) + "</div>")
+    parts += [_strip(s) for s in report.strips]
     for label, text in report.examples:
         parts.append(f"<details><summary>{_e(label)}</summary><pre>{_e(text)}</pre></details>")
     return f'<section id="r{number}" aria-label="{_e(report.title)}">' + "\n".join(parts) + "</section>\n"
@@ -117,6 +118,28 @@ def _table(table: Table) -> str:
     return (f'<div class="scroll" tabindex="0" role="region" aria-label="{_e(table.title)}"><table>'
             f"<caption>{_e(table.title)}</caption><thead><tr>{head}</tr></thead>"
             f"<tbody>{''.join(rows)}</tbody></table></div>{note}")
+
+
+def _strip(strip: TokenStrip) -> str:
+    known = [v for v in strip.values if v is not None and math.isfinite(v)]
+    low, high = (min(known), max(known)) if known else (0.0, 0.0)
+    out = []
+    for token, value, mark in zip(strip.tokens, strip.values, strip.marked, strict=True):
+        style, tip = "", "not scored"
+        if value is not None and math.isfinite(value):
+            colour = _colour((value - low) / (high - low) if high > low else 0.5)
+            style, tip = f' style="background:{colour};color:{_ink(colour)}"', format_cell(value)
+        tag = "del" if mark else "span"
+        out.append(f'<{tag}{style} title="{_e(tip)}{", marked" if mark else ""}">{_e(token)}</{tag}>')
+    note = f'<p class="note">{_e(strip.note)}</p>' if strip.note else ""
+    scale = f'<p class="note">from {_tick3(low)} (dark) to {_tick3(high)} (light); struck out: marked</p>'
+    return f'<section class="strip"><h3>{_e(strip.title)}</h3><p>{"".join(out)}</p>{scale}{note}</section>'
+
+
+def _ink(colour: str) -> str:
+    """Black or white, whichever can be read on ``#rrggbb``."""
+    red, green, blue = (int(colour[i:i + 2], 16) for i in (1, 3, 5))
+    return "#000" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "#fff"
 
 
 def _cell(cell: Cell) -> str:

@@ -15,7 +15,9 @@ _HOME = {
     "Attached": "attention.attach", "attach": "attention.attach", "SlidingWindow": "attention.window",
     "Pruner": "pruning.pruner", "Masks": "pruning.masks", "Unstructured": "pruning.selection",
     "NM": "pruning.selection", "Structured": "pruning.selection", "Selection": "pruning.selection",
-    "prunable_parameters": "pruning.targets",
+    "prunable_parameters": "pruning.targets", "IterativePruner": "pruning.iterative",
+    "find_tickets": "pruning.iterative", "Ticket": "pruning.tickets", "TrainingRun": "pruning.training",
+    "train_ticket": "pruning.training",
     "PromptOptimizer": "prompts.optimizer", "Prompt": "prompts.prompt", "Budget": "prompts.budget",
     "Example": "prompts.task", "Task": "prompts.task", "LanguageModel": "prompts.model",
     "LocalModel": "prompts.local", "EndpointModel": "prompts.endpoint", "MaskedModel": "prompts.masked",
@@ -24,7 +26,7 @@ _HOME = {
     "LogitLens": "probes.lens", "decoder_layers": "probes.layers", "patch": "probes.scaling",
     "scale_layers": "probes.scaling",
     "Plugin": "plugin", "Paper": "paper", "Claim": "report", "Report": "report", "Table": "report",
-    "Figure": "report", "Series": "report",
+    "Figure": "report", "Series": "report", "TokenStrip": "report",
     "get": "discovery", "plugins": "discovery", "load": "discovery",
     "LooseleafError": "errors", "PluginError": "errors", "UnknownPluginError": "errors",
     "BrokenPluginError": "errors", "AmbiguousPluginError": "errors", "UnsupportedModelError": "errors",
@@ -80,8 +82,11 @@ if TYPE_CHECKING:
     from looseleaf.prompts.task import Example, Task
     from looseleaf.prompts.template import Template
     from looseleaf.prompts.verbalizer import Verbalizer
+    from looseleaf.pruning.iterative import IterativePruner, find_tickets
     from looseleaf.pruning.masks import Masks
     from looseleaf.pruning.pruner import Pruner
     from looseleaf.pruning.selection import NM, Selection, Structured, Unstructured
     from looseleaf.pruning.targets import prunable_parameters
-    from looseleaf.report import Claim, Figure, Report, Series, Table
+    from looseleaf.pruning.tickets import Ticket
+    from looseleaf.pruning.training import TrainingRun, train_ticket
+    from looseleaf.report import Claim, Figure, Report, Series, Table, TokenStrip

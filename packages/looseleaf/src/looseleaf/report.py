@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from looseleaf.files import write_text
@@ -86,6 +86,33 @@ class Figure:
 
 
 @dataclass
+class TokenStrip:
+    """A text whose tokens are shaded by a value each; some may be marked, as removed for instance.
+
+    ``values`` are numbers or None (not shaded); ``marked`` and ``values`` are as long as ``tokens``.
+    """
+
+    title: str
+    tokens: list[str]
+    values: list[float | None]
+    marked: list[bool]
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if not len(self.tokens) == len(self.values) == len(self.marked):
+            raise ValueError(f"strip {self.title!r} has {len(self.tokens)} tokens, {len(self.values)} values and "
+                             f"{len(self.marked)} marks: allowed is as many of each")
+
+    def text(self) -> str:
+        """The text with what is marked in double brackets."""
+        out, before = "", False
+        for token, mark in zip(self.tokens, self.marked, strict=True):
+            out += ("[[" if mark and not before else "]]" if before and not mark else "") + token
+            before = mark
+        return out + ("]]" if before else "")
+
+
+@dataclass
 class Report:
     """What a run measured.
 
@@ -95,6 +122,7 @@ class Report:
         tables, figures, claims: see the classes.
         arrays: name -> nested lists of numbers; raw data a reader may want to plot again.
         examples: texts worth reading, as (label, text).
+        strips: texts with shaded tokens.
     """
 
     title: str
@@ -104,6 +132,7 @@ class Report:
     claims: list[Claim] = field(default_factory=list)
     arrays: dict[str, list[Any]] = field(default_factory=dict)
     examples: list[tuple[str, str]] = field(default_factory=list)
+    strips: list[TokenStrip] = field(default_factory=list)
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Cell]] = (),
               note: str = "") -> Table:
@@ -120,6 +149,13 @@ class Report:
         self.figures.append(made)
         return made
 
+    def strip(self, title: str, tokens: Sequence[str], values: Sequence[float | None], marked: Sequence[bool],
+              note: str = "") -> TokenStrip:
+        """Add a text with shaded tokens and return it; ValueError when the lengths differ."""
+        made = TokenStrip(title, list(tokens), list(values), list(marked), note)
+        self.strips.append(made)
+        return made
+
     def extend(self, other: Report, prefix: str = "") -> None:
         """Take everything of ``other`` in; titles and names get ``prefix``."""
         self.facts.update({prefix + k: v for k, v in other.facts.items()})
@@ -130,6 +166,7 @@ class Report:
         self.claims.extend(other.claims)
         self.arrays.update({prefix + k: v for k, v in other.arrays.items()})
         self.examples.extend((prefix + label, text) for label, text in other.examples)
+        self.strips.extend(replace(strip, title=prefix + strip.title) for strip in other.strips)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data; NaN and infinities become None so that any JSON reader takes it."""
@@ -153,7 +190,8 @@ class Report:
             tables=[Table(**t) for t in data["tables"]],
             figures=[Figure(**{**f, "series": [Series(**s) for s in f["series"]]}) for f in data["figures"]],
             claims=[Claim(**c) for c in data["claims"]], arrays=dict(data["arrays"]),
-            examples=[(label, text) for label, text in data["examples"]])
+            examples=[(label, text) for label, text in data["examples"]],
+            strips=[TokenStrip(**s) for s in data.get("strips", [])])
 
     def to_text(self) -> str:
         """The report for a terminal, without colours."""
@@ -164,6 +202,8 @@ class Report:
         for claim in self.claims:
             parts += ["", f"[{claim.verdict}] {claim.statement}", f"  source:   {claim.source}",
                       f"  paper:    {claim.paper}", f"  measured: {claim.measured}", f"  rule:     {claim.rule}"]
+        for strip in self.strips:
+            parts += ["", f"-- {strip.title}", strip.text(), *([strip.note] if strip.note else [])]
         for label, text in self.examples:
             parts += ["", f"-- {label}", text]
         return "\n".join(parts)

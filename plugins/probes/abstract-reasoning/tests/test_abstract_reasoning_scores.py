@@ -187,7 +187,8 @@ def test_items_of_ones_own() -> None:
     assert [row[:2] for row in one.tables[1].rows] == [["mine", "both"]]
     other = [dataclasses.replace(i, category="other" if i.kind == "both" else "mine") for i in items]
     report = probe.run(tiny_text_llama(), other, tokenizer=tiny_tokenizer(), progress=False)
-    assert [row[0] for t in report.tables[:2] for row in t.rows] == ["mine", "mine"], "Delta is the original's category's"
+    found = [row[0] for t in report.tables[:2] for row in t.rows]
+    assert found == ["mine", "mine"], "Delta is the original's category's"
 
 
 @pytest.mark.parametrize(("data", "message"), [

@@ -8,9 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-from looseleaf import Report
+from looseleaf import Masks, Report, prunable_parameters
 from looseleaf_essential_sparsity import Curve, essential_sparsity
-from looseleaf_essential_sparsity.reproduction import _cliff, _falls, _passages, reproduce
+from looseleaf_essential_sparsity.reproduction import (
+    BODY,
+    TUNING,
+    _cliff,
+    _falls,
+    _imp,
+    _mlp,
+    _passages,
+    _train,
+    reproduce,
+)
 
 torch.set_num_threads(1)
 
@@ -73,6 +83,29 @@ def test_a_cliff_and_its_absence() -> None:
 
 def test_falls_beyond_noise_are_found() -> None:
     assert _falls(curve([2, 2.1, 1.5, 2.2])) == [0.2] and _falls(curve([2, 2.1, 2.2])) == []
+
+
+def test_iterative_masks_are_those_of_the_loop_written_out() -> None:
+    """Tune, cut what is smallest, put the start weights back; a removed weight keeps the score -1."""
+    g = torch.Generator().manual_seed(0)
+    data, model, levels = (torch.rand(80, 64, generator=g), torch.arange(80) % 10), _mlp(0), [0.2, 0.36, 0.488]
+    start, kept, expected = {k: v.clone() for k, v in model.state_dict().items()}, None, []
+    for level in levels:
+        if kept is not None:
+            kept.apply(model)
+        _train(model, data, 3, TUNING["steps"], TUNING["rate"])  # type: ignore[arg-type]
+        if kept is not None:
+            kept.remove(model)
+        scores = {n: p.detach().abs() for n, p in prunable_parameters(model, BODY).items()}
+        flat = torch.cat([(s if kept is None else s.masked_fill(~kept[n], -1.0)).flatten() for n, s in scores.items()])
+        keep = torch.ones(len(flat), dtype=torch.bool)
+        keep[flat.sort(stable=True).indices[:round(level * len(flat))]] = False
+        parts = keep.split([s.numel() for s in scores.values()])
+        kept = Masks({n: part.view(s.shape) for (n, s), part in zip(scores.items(), parts)})
+        expected.append(kept)
+        model.load_state_dict(start)
+    assert _imp(model, data, levels, 3) == expected
+    assert all(torch.equal(v, start[k]) for k, v in model.state_dict().items())
 
 
 def test_too_little_text() -> None:

@@ -93,6 +93,7 @@ def side_by_side(reports: Mapping[str, Report]) -> Report:
         out.claims.extend(dataclasses.replace(c, statement=f"{on}: {c.statement}") for c in report.claims)
         out.arrays.update({f"{on}: {name}": values for name, values in report.arrays.items()})
         out.examples.extend((f"{on}: {label}", text) for label, text in report.examples)
+        out.strips.extend(dataclasses.replace(s, title=f"{on}: {s.title}") for s in report.strips)
     return out
 
 

@@ -30,7 +30,8 @@ def check_pruner(cls: type[Pruner], make: Callable[[], Pruner] | None = None, *,
     Args:
         cls: the pruner class.
         make: how to make one for the checks; None: the defaults.
-        data: what to hand to ``prune(model, data)``, made for each model; None: no data. The models are a small
+        data: what to hand to ``prune(model, data)``, made for each model; None: for pruners of updates
+            :func:`earlier`, for those of several rounds :func:`training`, else no data. The models are a small
             convolutional network (input (B, 8, 8, 8)), one with tied weights (input (B, 16)) and, where transformers is
             installed, a random Llama (token ids below 64); a pruner of tokens meets the Llama only, and its data are
             batches.
@@ -43,7 +44,7 @@ def check_pruner(cls: type[Pruner], make: Callable[[], Pruner] | None = None, *,
     check_plugin(findings, cls, Pruner, make)
     if any(f.startswith(("is a dataclass", "constructs")) for f in findings.failures):
         findings.finish()
-    give = data or (lambda model: None)
+    give = data or _default_data(cls)
     models: list[tuple[str, Callable[[], nn.Module], Tensor]] = []
     if cls.removes != "tokens":
         _parameters(findings, make, give)
@@ -55,6 +56,39 @@ def check_pruner(cls: type[Pruner], make: Callable[[], Pruner] | None = None, *,
     for title, build, inputs in models:
         _model(findings, title, make, give, build, inputs)
     findings.finish()
+
+
+def _default_data(cls: type[Pruner]) -> Callable[[nn.Module], Any]:
+    from looseleaf.pruning.iterative import IterativePruner
+
+    if cls.removes == "updates":
+        return earlier
+    return training if issubclass(cls, IterativePruner) else lambda model: None
+
+
+def earlier(model: nn.Module) -> dict[str, Tensor]:
+    """A state that ``model`` could have been trained from: data for pruners of updates."""
+    generator = _generator(5)
+    return {name: p.detach() + 0.01 * torch.randn(p.shape, generator=generator)
+            for name, p in model.named_parameters()}
+
+
+def training(model: nn.Module) -> Callable[[nn.Module], None]:
+    """A function that trains a model of the kit for two steps of Adam: data for pruners of several rounds."""
+    if hasattr(model, "config"):
+        inputs = torch.arange(24).view(2, 12) * 7 % 61
+    else:
+        inputs = torch.randn((2, 16) if hasattr(model, "again") else (2, 8, 8, 8), generator=_generator(0))
+
+    def train(model: nn.Module) -> None:
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            out: Any = model(inputs)
+            (out.logits if hasattr(out, "logits") else out).square().mean().backward()
+            optimizer.step()
+
+    return train
 
 
 class _Small(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -130,7 +131,9 @@ class Candidates:
         """What every search says about itself."""
         self.save()
         self.bar.close()
+        best = list(itertools.accumulate((s.accuracy for s in found), max))
         return {"fitness": fitness, "evaluations": len(found), "stopped": stopped, "examples": len(self.examples),
+                "history": [[(n + 1) * len(self.examples), best[n]] for n in range(len(found))],
                 "candidates": [[s.name, s.accuracy, s.log_likelihood] for s in found]}
 
 

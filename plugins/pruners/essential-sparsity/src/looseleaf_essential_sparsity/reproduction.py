@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from looseleaf import Claim, Masks, Report, Series, Unstructured, prunable_parameters
+from looseleaf import Claim, Masks, Report, Series, Unstructured, find_tickets, prunable_parameters
 from looseleaf.progress import track
-from looseleaf_essential_sparsity.knee import Curve, Knee, essential_sparsity, relative_drops
+from looseleaf.pruning.knee import Curve, Knee, essential_sparsity, relative_drops
 from looseleaf_essential_sparsity.pruner import MagnitudePruner
 from looseleaf_essential_sparsity.sweep import add_curves, masked_metric, sparsity_curve
 
@@ -361,20 +361,12 @@ TUNING = {"steps": 200, "rate": 0.01}
 
 def _imp(model: nn.Module, data: tuple[Tensor, Tensor], levels: list[float], seed: int) -> list[Masks]:
     """Masks of iterative magnitude pruning that goes back to the start weights after each round."""
-    start = {k: v.clone() for k, v in model.state_dict().items()}
-    out: list[Masks] = []
-    for level in levels:
-        if out:
-            out[-1].apply(model)
-        _train(model, data, seed, TUNING["steps"], TUNING["rate"])  # type: ignore[arg-type]
-        if out:
-            out[-1].remove(model)
-        scores = {n: p.detach().abs() for n, p in prunable_parameters(model, BODY).items()}
-        if out:  # what is gone stays gone
-            scores = {n: s.masked_fill(~out[-1][n], -1.0) for n, s in scores.items()}
-        out.append(Unstructured(level).select(scores))
-        model.load_state_dict(start)
-    return out
+    def tune(copied: nn.Module) -> None:
+        _train(copied, data, seed, TUNING["steps"], TUNING["rate"])  # type: ignore[arg-type]
+
+    tickets = find_tickets(model, tune, [Unstructured(level) for level in levels],
+                           weights=prunable_parameters(model, BODY), seed=seed, train_last=False, progress=False)
+    return [ticket.masks for ticket in tickets[1:]]
 
 
 def _one_shot(model: nn.Module, data: tuple[Tensor, Tensor], levels: list[float], seed: int,

@@ -1,0 +1,163 @@
+"""Small images and networks that train in seconds on one core, for methods that need many trainings."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from looseleaf import TrainingRun
+from looseleaf_lab.data import MissingDataError
+
+Labelled = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images (N, 1, H, W) in [0, 1], float32, and classes (N,), int64, in three parts that share none."""
+
+    train: Labelled
+    validation: Labelled
+    test: Labelled
+
+
+def digits(seed: int = 0, train: int = 900, validation: int = 300) -> Images:
+    """The 1,797 handwritten digits of scikit-learn, 8 x 8, split by ``seed``; the test part is what is left.
+
+    Raises:
+        MissingDataError: scikit-learn is not installed.
+        ValueError: a part would be empty.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        raise MissingDataError("the digits ship in scikit-learn, which is not installed: pip install scikit-learn"
+                               ) from error
+    x, y = load_digits(return_X_y=True)
+    if train < 1 or validation < 1 or train + validation >= len(x):
+        raise ValueError(f"train={train}, validation={validation}: allowed is 1 or more each, less than {len(x)} "
+                         "in all")
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    images, classes = torch.tensor(x / 16, dtype=torch.float32).view(-1, 1, 8, 8)[order], torch.tensor(y)[order]
+    cuts = [train, validation, len(x) - train - validation]
+    return Images(*zip(images.split(cuts), classes.split(cuts)))
+
+
+def glorot(model: nn.Module) -> None:
+    """Draw new weights in place: Gaussian with variance 2 / (inputs + outputs), biases 0 (Glorot and Bengio, 2010).
+
+    Draws from torch's global generator. Only for Linear layers and what has no parameters.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_normal_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+def mlp(seed: int = 0, inputs: int = 64, widths: Iterable[int] = (300, 100), classes: int = 10) -> nn.Sequential:
+    """A fully connected network with ReLU and :func:`glorot` weights; of LeNet's widths unless told otherwise."""
+    sizes = [inputs, *widths, classes]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers: list[nn.Module] = [nn.Flatten()]
+        for i, o in itertools.pairwise(sizes):
+            layers += [nn.Linear(i, o), nn.ReLU()]
+        model = nn.Sequential(*layers[:-1])
+        glorot(model)
+    return model
+
+
+class Block(nn.Module):
+    """Two 3 x 3 convolutions with batch norm, and the input added to what they give (He et al., 2016)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.first_norm = nn.BatchNorm2d(outputs)
+        self.second = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.second_norm = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity() if inputs == outputs and stride == 1 else nn.Sequential(
+            nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, H, W) to (B, outputs, H / stride, W / stride)."""
+        out = torch.relu(self.first_norm(self.first(x)))
+        return torch.relu(self.shortcut(x) + self.second_norm(self.second(out)))
+
+
+def resnet(seed: int = 0, width: int = 8, blocks: int = 2, classes: int = 10) -> nn.Sequential:
+    """A residual network in three stages of ``width``, 2 and 4 times ``width`` channels, 6 ``blocks`` + 2 layers deep.
+
+    Weights are drawn as torch does it, so that ``reset_parameters`` draws new ones.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers: list[nn.Module] = [nn.Conv2d(1, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        channels = width
+        for stage in range(3):
+            for block in range(blocks):
+                layers.append(Block(channels, width << stage, 2 if stage and not block else 1))
+                channels = width << stage
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+
+
+def fit(model: nn.Module, images: Images, run: TrainingRun, optimizer: Callable[[Any], torch.optim.Optimizer], *,
+        steps: int, batch: int = 60, drops: Iterable[float] = (), every: int = 0) -> dict[str, float]:
+    """Train a classifier in place with the cross-entropy; ``run`` says where to begin.
+
+    The order of the images depends on ``run.seed`` and the number of the pass alone, so that a run that begins at a
+    later step sees the images that the first one saw there; the learning rate goes on in the same way.
+
+    Args:
+        model: ends in the scores of the classes.
+        images: training data, and validation data for early stopping.
+        run: of :func:`looseleaf.train_ticket`.
+        optimizer: makes one of the parameters.
+        steps: of a whole training.
+        batch: images a step; what is left at the end of a pass is not used.
+        drops: parts of the training after each of which the learning rate is divided by 10.
+        every: measure the validation loss after each so many steps; 0: never.
+
+    Returns:
+        With ``every``: ``early_stop``, the step of the least validation loss; ``stopped_accuracy``, the test accuracy
+        there; ``validation_loss``. Nothing otherwise.
+    """
+    x, y = images.train
+    a_pass = len(x) // batch
+    if a_pass < 1:
+        raise ValueError(f"batch={batch}: allowed is at most the number of training images, {len(x)}")
+    made = optimizer(model.parameters())
+    rates = [group["lr"] for group in made.param_groups]
+    changes = [round(part * steps) for part in drops]
+    best, stopped, right = math.inf, 0, 0.0
+    order = torch.empty(0)
+    model.train()
+    for step in run.steps(steps):
+        if not len(order) or step % a_pass == 0:
+            order = torch.randperm(len(x), generator=torch.Generator().manual_seed(
+                run.seed + 1_000_003 * (1 + step // a_pass)))
+        for group, rate in zip(made.param_groups, rates):
+            group["lr"] = rate * 0.1 ** sum(step >= change for change in changes)
+        chosen = order[step % a_pass * batch:(step % a_pass + 1) * batch]
+        made.zero_grad()
+        nn.functional.cross_entropy(model(x[chosen]), y[chosen]).backward()
+        made.step()
+        if every and (step + 1) % every == 0:
+            model.eval()
+            with torch.no_grad():
+                loss = float(nn.functional.cross_entropy(model(images.validation[0]), images.validation[1]))
+            if loss < best:
+                best, stopped, right = loss, step + 1, accuracy(model, images.test)
+            model.train()
+    return {"early_stop": float(stopped), "stopped_accuracy": right, "validation_loss": best} if every else {}
+
+
+def accuracy(model: nn.Module, part: Labelled) -> float:
+    """Share of the images whose class has the highest score, in [0, 1]; ``model`` in the mode that it is in."""
+    with torch.no_grad():
+        return float((model(part[0]).argmax(1) == part[1]).double().mean())
