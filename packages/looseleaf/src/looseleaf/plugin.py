@@ -44,6 +44,11 @@ class Plugin:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
 
     @classmethod
+    def kit(cls) -> dict[str, Any]:
+        """What the conformance kit should be given where its defaults will not do: its keyword arguments by name."""
+        return {}
+
+    @classmethod
     def parameter_info(cls) -> list[ParameterInfo]:
         """Name, type, default and help of every hyper-parameter, help taken from the class docstring."""
         hints = typing.get_type_hints(cls)

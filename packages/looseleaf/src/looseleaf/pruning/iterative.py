@@ -230,6 +230,13 @@ class IterativePruner(Pruner):
     exclude: tuple[str, ...] | None = None
     seed: int = 0
 
+    @classmethod
+    def kit(cls) -> dict[str, Any]:
+        """See :meth:`looseleaf.Plugin.kit`: a training function, and two rounds."""
+        from looseleaf.testing.pruners import training
+
+        return {"make": lambda: cls(rounds=2), "data": training}
+
     def validate(self) -> None:
         """See :class:`looseleaf.Plugin`. Also ValueError when the rounds do not reach the sparsity."""
         self.check("rounds", self.rounds is None or (_whole(self.rounds) and self.rounds >= 1),

@@ -16,6 +16,7 @@ from looseleaf.pruning.masks import Masks
 from looseleaf.pruning.pruner import Pruner
 from looseleaf.pruning.selection import Selection
 from looseleaf.pruning.targets import holders, input_dims, stored_parameter
+from looseleaf.pruning.training import TrainingRun
 from looseleaf.testing.common import Findings, check_plugin
 
 
@@ -29,9 +30,9 @@ def check_pruner(cls: type[Pruner], make: Callable[[], Pruner] | None = None, *,
 
     Args:
         cls: the pruner class.
-        make: how to make one for the checks; None: the defaults.
-        data: what to hand to ``prune(model, data)``, made for each model; None: for pruners of updates
-            :func:`earlier`, for those of several rounds :func:`training`, else no data. The models are a small
+        make: how to make one for the checks; None: as ``cls.kit()`` says, or by the defaults.
+        data: what to hand to ``prune(model, data)``, made for each model; None: as ``cls.kit()`` says, or no data;
+            :func:`earlier` and :func:`training` serve pruners of updates and of several rounds. The models are a small
             convolutional network (input (B, 8, 8, 8)), one with tied weights (input (B, 16)) and, where transformers is
             installed, a random Llama (token ids below 64); a pruner of tokens meets the Llama only, and its data are
             batches.
@@ -39,12 +40,12 @@ def check_pruner(cls: type[Pruner], make: Callable[[], Pruner] | None = None, *,
     Raises:
         AssertionError: with every check that failed, one a line.
     """
-    make = make or cls
+    make = make or cls.kit().get("make", cls)
     findings = Findings(cls.__name__)
     check_plugin(findings, cls, Pruner, make)
     if any(f.startswith(("is a dataclass", "constructs")) for f in findings.failures):
         findings.finish()
-    give = data or _default_data(cls)
+    give = data or cls.kit().get("data", lambda model: None)
     models: list[tuple[str, Callable[[], nn.Module], Tensor]] = []
     if cls.removes != "tokens":
         _parameters(findings, make, give)
@@ -58,14 +59,6 @@ def check_pruner(cls: type[Pruner], make: Callable[[], Pruner] | None = None, *,
     findings.finish()
 
 
-def _default_data(cls: type[Pruner]) -> Callable[[nn.Module], Any]:
-    from looseleaf.pruning.iterative import IterativePruner
-
-    if cls.removes == "updates":
-        return earlier
-    return training if issubclass(cls, IterativePruner) else lambda model: None
-
-
 def earlier(model: nn.Module) -> dict[str, Tensor]:
     """A state that ``model`` could have been trained from: data for pruners of updates."""
     generator = _generator(5)
@@ -73,16 +66,17 @@ def earlier(model: nn.Module) -> dict[str, Tensor]:
             for name, p in model.named_parameters()}
 
 
-def training(model: nn.Module) -> Callable[[nn.Module], None]:
-    """A function that trains a model of the kit for two steps of Adam: data for pruners of several rounds."""
+def training(model: nn.Module) -> Callable[[nn.Module, TrainingRun], None]:
+    """A function that trains a model of the kit for 20 steps of Adam, which it tells: data for pruners of several
+    rounds."""
     if hasattr(model, "config"):
         inputs = torch.arange(24).view(2, 12) * 7 % 61
     else:
         inputs = torch.randn((2, 16) if hasattr(model, "again") else (2, 8, 8, 8), generator=_generator(0))
 
-    def train(model: nn.Module) -> None:
+    def train(model: nn.Module, run: TrainingRun) -> None:
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=0.1)
-        for _ in range(2):
+        for _ in run.steps(20):
             optimizer.zero_grad()
             out: Any = model(inputs)
             (out.logits if hasattr(out, "logits") else out).square().mean().backward()

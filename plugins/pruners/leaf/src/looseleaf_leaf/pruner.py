@@ -77,6 +77,13 @@ class LeaF(Pruner):
         summary="Find the prompt tokens that distract a student but not its teacher, and distil so that it ignores "
                 "them.")
 
+    @classmethod
+    def kit(cls) -> dict[str, Any]:
+        """See :meth:`looseleaf.Plugin.kit`: a teacher, and batches."""
+        from looseleaf_leaf.kit import batch, teacher
+
+        return {"make": lambda: cls().with_teacher(teacher()), "data": batch}
+
     def validate(self) -> None:
         """See :class:`looseleaf.Plugin`."""
         try:

@@ -69,6 +69,13 @@ class IgnoreTopK(Pruner):
     removes: ClassVar[Literal["weights", "updates", "tokens"]] = "updates"
     paper: ClassVar[Paper] = PAPER
 
+    @classmethod
+    def kit(cls) -> dict[str, Any]:
+        """See :meth:`looseleaf.Plugin.kit`: a state before."""
+        from looseleaf.testing.pruners import earlier
+
+        return {"data": earlier}
+
     def validate(self) -> None:
         """See :class:`looseleaf.Plugin`."""
         number = isinstance(self.k, (int, float)) and not isinstance(self.k, bool)
