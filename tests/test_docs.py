@@ -26,6 +26,22 @@ def test_readme_example_runs() -> None:
         exec(block, {"model": tiny_text_llama(), "inputs": inputs})
 
 
+def test_pruned_models_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    import looseleaf
+    from looseleaf.testing.probes import tiny_text_llama
+
+    monkeypatch.chdir(tmp_path)
+    keep, compress = blocks("docs/how-to/pruned-models.md")
+    exec(keep, {"model": tiny_text_llama(), "looseleaf": looseleaf})
+    assert (tmp_path / "pruned" / "model.safetensors").exists()
+    if not torch.cuda.is_available():
+        compress = compress.replace(".cuda()", "")
+        with pytest.raises(looseleaf.UnsupportedModelError, match="Wanted is a CUDA device"):
+            exec(compress, {"model": tiny_text_llama(), "looseleaf": looseleaf})
+
+
 @pytest.mark.slow
 @pytest.mark.smollm2
 def test_five_minutes_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
