@@ -141,30 +141,42 @@ def isolation(session: nox.Session) -> None:
     run(session, python, "tools/isolation.py", *session.posargs)
 
 
+def layer(session: nox.Session, name: str, *what: str, free: tuple[str, ...] = ()) -> str:
+    """The Python of a layer on top of the shared environment, with packages that want other versions than ours.
+
+    Args:
+        session: the session.
+        name: of the layer, .nox/<name>.
+        what: to install in it.
+        free: packages whose versions are not held to constraints/cpu.txt there.
+    """
+    below, home = shared(session, *RUN_NEEDS, *TEST_NEEDS), ROOT / ".nox" / name
+    python = home / Path(below).parent.name / Path(below).name
+    if not python.exists():
+        session.run(sys.executable, "-m", "venv", str(home), external=True)
+        where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+        site, own = (str(session.run(p, "-c", where, external=True, silent=True)).strip() for p in (below, str(python)))
+        (Path(own) / "below.pth").write_text(f"import site; site.addsitedir({site!r})\n")
+    pins = home / "constraints.txt"
+    pins.write_text("".join(f"{p}\n" for p in CPU.read_text().splitlines() if not p.startswith(free or ("#",))))
+    session.run(str(python), "-m", "pip", "install", "-q", *what, external=True,
+                env={**environment(), "PIP_CONSTRAINT": str(pins)})
+    return str(python)
+
+
 @nox.session(venv_backend="none")
 def rivals(session: nox.Session) -> None:
-    """Wanda and SparseGPT from llm-compressor, in a layer with the version of transformers that it wants.
+    """Wanda and SparseGPT from llm-compressor, and the format of compressed-tensors, each with the versions they want.
 
-    Arguments go to `looseleaf compare pruners` there; without any its tests run.
+    Arguments go to `looseleaf compare pruners` beside llm-compressor; without any the tests run.
     """
-    below, layer = shared(session, *RUN_NEEDS, *TEST_NEEDS), ROOT / ".nox" / "rivals"
-    python = layer / Path(below).parent.name / Path(below).name
-    if not python.exists():
-        session.run(sys.executable, "-m", "venv", str(layer), external=True)
-        site = session.run(below, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", external=True,
-                           silent=True)
-        own = session.run(str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", external=True,
-                          silent=True)
-        (Path(own.strip()) / "below.pth").write_text(f"import site; site.addsitedir({site.strip()!r})\n")
-    pins = [p for p in CPU.read_text().splitlines() if not p.startswith(("transformers", "tokenizers", "huggingface"))]
-    mine = layer / "constraints.txt"
-    mine.write_text("\n".join(pins) + "\n")
-    session.run(str(python), "-m", "pip", "install", "-q", "-c", str(mine), "llmcompressor", external=True,
-                env={**environment(), "PIP_CONSTRAINT": str(mine)})
+    python = layer(session, "rivals", "llmcompressor", free=("transformers", "tokenizers", "huggingface"))
     if session.posargs:
-        run(session, str(python), "-m", "looseleaf.cli.main", "compare", "pruners", *session.posargs)
-    else:
-        run(session, str(python), "-m", "pytest", "-q", "packages/looseleaf-lab/tests/test_lab_compare_published.py")
+        run(session, python, "-m", "looseleaf.cli.main", "compare", "pruners", *session.posargs)
+        return
+    run(session, python, "-m", "pytest", "-q", "packages/looseleaf-lab/tests/test_lab_compare_published.py")
+    python = layer(session, "formats", "compressed-tensors<0.15")
+    run(session, python, "-m", "pytest", "-q", "packages/looseleaf-lab/tests/test_lab_compressed.py")
 
 
 @nox.session(venv_backend="none")

@@ -1,0 +1,105 @@
+"""2:4 pruned models in the compressed-tensors format, where the installed library still has it."""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from looseleaf import Masks
+from looseleaf.errors import LooseleafError
+from looseleaf.pruning.semi_structured import fewer_zeros
+
+
+class MissingFormatError(LooseleafError, ModuleNotFoundError):
+    """compressed-tensors is not installed, or is of a version without this format."""
+
+
+def save_compressed(model: Any, tokenizer: Any, masks: Masks, folder: str | os.PathLike[str]) -> list[str]:
+    """Write a pruned model with its 2:4 weights as values and bit masks (``sparse-24-bitmask``), half the size.
+
+    The weights that the masks cover are stored as ``<module>.compressed``, ``.bitmask`` and ``.shape``; the others as
+    they are. ``config.json`` says so under ``quantization_config``. What reads it: versions of compressed-tensors up to
+    0.14 and what is built on them. transformers 5.23 does not; :func:`looseleaf_lab.models.save` writes for it.
+
+    Args:
+        model: a transformers model, not changed.
+        tokenizer: its tokenizer.
+        masks: of the pattern 2:4 along the inputs, as ``NM(2, 4)`` makes them.
+        folder: a new one; whole or not at all.
+
+    Returns:
+        The names of the weights that were compressed.
+
+    Raises:
+        MissingFormatError: the library, or the format in it, is missing.
+        ValueError: a mask that keeps more than 2 of 4 inputs somewhere, masks for another model, or a folder with
+            something in it.
+    """
+    from looseleaf_lab import models
+
+    compressor, config = _library()
+    for name, mask in masks.items():
+        wrong = fewer_zeros(mask) if mask.ndim == 2 else 1
+        if wrong:
+            raise ValueError(f"{name!r}: {wrong} groups of 4 inputs keep more than 2: prune Linear layers with "
+                             "NM(2, 4)")
+    pruned = copy.deepcopy(model)
+    masks.bake(pruned)
+    target = models.new_folder(folder)
+    # first the plain model, whole or not at all; then its weights are replaced, and last the configuration
+    beside = target.with_name(f".{target.name}.part")
+    models.save(pruned, tokenizer, beside)
+    try:
+        _compress(beside, masks, compressor, config)
+        if target.is_dir():
+            target.rmdir()
+        os.replace(beside, target)
+    finally:
+        if beside.exists():
+            shutil.rmtree(beside)
+    return list(masks)
+
+
+def _compress(folder: Path, masks: Masks, compressor: Any, config: Any) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            dense = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        modules = {name.removesuffix(".weight") for name in dense if name in masks}
+        save_file(compressor.compress(dense, modules), path, {"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        raise ValueError("a model in several files is not supported: give save_pretrained one file's worth, or save it "
+                         "with looseleaf_lab.models.save")
+    whole = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    whole["quantization_config"] = {"quant_method": "compressed-tensors", "format": "dense", "version": _version(),
+                                    "sparsity_config": config.model_dump()}
+    (folder / "config.json").write_text(json.dumps(whole, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _library() -> tuple[Any, Any]:
+    try:
+        from compressed_tensors.compressors.sparse_compressors.sparse_24_bitmask import Sparse24BitMaskCompressor
+        from compressed_tensors.config.sparse_24_bitmask import Sparse24BitMaskConfig
+    except ModuleNotFoundError as error:
+        found = _version()
+        what = f"compressed-tensors {found} has no 2:4 format any more" if found else \
+            "compressed-tensors is not installed"
+        raise MissingFormatError(f"{what}: pip install 'compressed-tensors<0.15', or keep the pruned model as it is "
+                                 "(looseleaf_lab.models.save)") from error
+    config = Sparse24BitMaskConfig(targets=["Linear"], ignore=["lm_head"], global_sparsity=0.5)
+    return Sparse24BitMaskCompressor(config=config), config
+
+
+def _version() -> str | None:
+    try:
+        return importlib.metadata.version("compressed-tensors")
+    except importlib.metadata.PackageNotFoundError:
+        return None
