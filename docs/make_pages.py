@@ -36,7 +36,8 @@ MODULES = {
                  "looseleaf.testing",
                  "looseleaf.errors"],
     "The kernels": ["looseleaf_kernels"],
-    "The lab": ["looseleaf_lab.models", "looseleaf_lab.data", "looseleaf_lab.metrics", "looseleaf_lab.vision", "looseleaf_lab.compressed",
+    "The lab": ["looseleaf_lab.models", "looseleaf_lab.data", "looseleaf_lab.metrics", "looseleaf_lab.vision",
+                "looseleaf_lab.compressed",
                 "looseleaf_lab.compare",
                 "looseleaf_lab.sweep", "looseleaf_lab.html"],
 }
