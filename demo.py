@@ -26,7 +26,7 @@ MODEL = "smollm2"
 def installed(kind: str, *names: str) -> dict[str, Any]:
     """Name -> class of the installed plugins of a kind that can be loaded; with ``names``, of these only.
 
-    The demo has a time to keep, so that only attention, where a plugin costs seconds, takes all that there is.
+    The demo has a time to keep, so that its parts name what they take; `looseleaf compare` takes all that there is.
     """
     found = {}
     for entry in looseleaf.plugins(kind):
@@ -40,11 +40,11 @@ def installed(kind: str, *names: str) -> dict[str, Any]:
 
 
 def attention(model: Any, tokenizer: Any, quick: bool) -> Report:
-    """Every attention backend against dense attention."""
+    """An attention backend against dense attention."""
     from looseleaf_lab.compare import compare_attention
 
     contexts = (512, 1024, 1536) if quick else (2048, 4096, 8192)
-    backends = {name: cls() for name, cls in installed("attention").items()}
+    backends = {name: cls() for name, cls in installed("attention", "flexprefill").items()}
     return compare_attention(model, tokenizer, backends, contexts, rounds=1 if quick else 2, last=256, progress=True)
 
 

@@ -93,6 +93,9 @@ def compare(kind: str, ready: Sequence[tuple[str, Any]], *, model: str | Sequenc
         if kind == "pruners" and cls.removes != "weights":
             failed[name] = f"removes {cls.removes}, not weights"
             continue
+        if kind == "pruners" and issubclass(cls, looseleaf.IterativePruner):
+            failed[name] = f"needs a training function: {cls.__name__}().find(model, train)"
+            continue
         if kind == "prompts" and cls.improves != "answers":
             failed[name] = f"improves {cls.improves}, not answers"
             continue

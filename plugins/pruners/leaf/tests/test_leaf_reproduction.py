@@ -58,7 +58,7 @@ def test_from_end_to_end() -> None:
     rows = [from_scratch(seed, report if not seed else None, samples=200, steps=2, tests=40, corpus=24,
                          how=Distillation(1, 8, 1e-3)) for seed in range(2)]
     conclude(report, rows, [])
-    assert len(report.claims) == 10 and len(report.examples) == 3
+    assert len(report.claims) == 10 and len(report.strips) == 3
     assert {c.verdict for c in report.claims[1:]} == {"not shown at this scale"}, "nothing was learned in two steps"
     assert report.claims[0].verdict == "does not hold"
     assert all(c.rule and c.paper and c.source and c.measured for c in report.claims)

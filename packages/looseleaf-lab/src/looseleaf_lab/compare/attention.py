@@ -130,7 +130,7 @@ def _begun(tokenizer: Any, ids: Any) -> Any:
     return ids
 
 
-def calibrate(backend: AttentionBackend, model: Any, tokenizer: Any, tokens: int = 1024, count: int = 4) -> bool:
+def calibrate(backend: AttentionBackend, model: Any, tokenizer: Any, tokens: int = 2048, count: int = 2) -> bool:
     """Calibrate a backend that learns, on ``count`` batches of ``tokens`` tokens; says whether it is one."""
     if type(backend).calibrate is AttentionBackend.calibrate:
         return False

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from looseleaf import LocalModel, Pruner, Report, Series
+from looseleaf import Pruner, Report, Series
 from looseleaf import progress as progress_
 from looseleaf_lab import data, metrics, timing
 from looseleaf_lab.compare import common, llm_compressor
@@ -99,6 +99,8 @@ def calibration_batches(tokenizer: Any, context: int = 512, count: int = 8, devi
 
 def accuracies(model: Any, tokenizer: Any, tasks: Sequence[Task], seed: int = 0) -> dict[str, list[float]]:
     """Task -> mark of each test example, after two training examples of each class."""
+    from looseleaf import LocalModel
+
     local = LocalModel(model, tokenizer)
     return {task.name: task.evaluate(few_shot(task, random.Random(f"{task.name}:{seed}"), 2), local).marks
             for task in tasks}
