@@ -26,6 +26,8 @@ def test_the_ensemble_says_what_its_members_say() -> None:
     prompt = run(TemplateEnsemble(), task, model)
     assert len(prompt.members) == prompt.info["evaluations"] == len(default_pool(task))
     assert prompt.info["fitness"] == task.evaluate(prompt, model, task.dev).score
+    calls, best = zip(*prompt.info["history"], strict=True)
+    assert list(calls) == [len(task.dev) * n for n in range(1, len(prompt.members) + 1)] and list(best) == sorted(best)
     assert sum(prompt.weights or []) == pytest.approx(1.0)
     for member, (name, right, _) in zip(prompt.members, prompt.info["candidates"], strict=True):
         assert right == task.evaluate(member, model, task.dev).score
