@@ -94,7 +94,7 @@ def test_attention(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     backends = {"exact": Exact(), "zero": Zero(), "broken": Broken(), "learner": learner}
     report = compare.compare_attention(model, tokenizer, backends, [64, 128], rounds=1, last=16, passkeys=1,
                                        state=tmp_path)
-    assert learner.seen == 4 * 512
+    assert learner.seen == 2 * 512, "two texts, of as many tokens as the model takes"
     found = {(r["backend"], r["tokens"]): r for r in rows(report, "Prefill")}
     assert set(found) == {(n, c) for n in ("(exact)", "exact", "zero", "learner") for c in (64, 128)}
     assert found["exact", 64]["pass key"] is None and found["exact", 128]["pass key"] == 0
