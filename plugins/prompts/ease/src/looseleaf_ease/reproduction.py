@@ -85,8 +85,7 @@ def reproduce(*, seeds: int = 5, quick: bool = False, progress: bool | None = No
 
     if not isinstance(seeds, int) or seeds < 1:
         raise ValueError(f"seeds={seeds!r}: allowed is a whole number from 1")
-    # On processors made for it bfloat16 is several times as fast; elsewhere it would be slower.
-    fast = any(getattr(torch.cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    fast = models.bfloat16_is_fast()
     dtype = "bfloat16" if fast else "float32"
     model = LocalModel(*models.load("smollm2", dtype=dtype))
     encoder = sentence_encoder("minilm", dtype)
