@@ -100,9 +100,10 @@ class Peak:
 def peak_memory(every: float = 0.005) -> Iterator[Peak]:
     """Measure the peak memory of a ``with`` block, beyond what was in use at its start.
 
-    On CUDA and ROCm the allocator's own count is read. On the CPU the resident memory of the process is sampled
-    ``every`` so many seconds from another thread (Linux; elsewhere 0); short spikes can be missed. What the allocator
-    keeps of earlier blocks is given back first where the C library can (glibc); elsewhere it is not counted again.
+    On CUDA and ROCm the allocator's own count is read. On the CPU it is the resident memory of the process: the high
+    mark that Linux keeps, where it lets us reset it, and samples ``every`` so many seconds from another thread (Linux;
+    elsewhere 0), which can miss short spikes. What the allocator keeps of earlier blocks is given back first where the
+    C library can (glibc); elsewhere it is not counted again.
     """
     peak = Peak()
     torch = sys.modules.get("torch")
@@ -120,6 +121,7 @@ def peak_memory(every: float = 0.005) -> Iterator[Peak]:
         return
     _trim()
     before = resident_bytes()
+    kernel_counts = _reset_high_mark()
     stop = threading.Event()
 
     def watch() -> None:
@@ -135,7 +137,7 @@ def peak_memory(every: float = 0.005) -> Iterator[Peak]:
     finally:
         stop.set()
         thread.join()
-        peak.bytes = max(peak.bytes, resident_bytes() - before)
+        peak.bytes = max(peak.bytes, (_high_mark() if kernel_counts else resident_bytes()) - before)
 
 
 def _trim() -> None:
@@ -143,6 +145,25 @@ def _trim() -> None:
 
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _reset_high_mark() -> bool:
+    """Let Linux begin anew with the highest resident memory of this process; False where it does not."""
+    try:
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")
+    except OSError:
+        return False
+    return _high_mark() > 0
+
+
+def _high_mark() -> int:
+    """Highest resident memory of this process since the last reset, in bytes; 0 where the system does not say."""
+    with contextlib.suppress(OSError, ValueError, IndexError), open("/proc/self/status", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 def resident_bytes() -> int:
