@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -335,3 +336,44 @@ def test_diffusers_processors_and_steps() -> None:
         assert {c.phase for c in calls} == {"encode"} and len(attached.layers) == 2
         assert torch.equal(model(x, timestep=torch.tensor([9]), class_labels=label).sample, before[0])
         assert not model._forward_pre_hooks
+
+
+def test_step_and_steps_of_an_own_loop_reach_every_call() -> None:
+    model = made(tiny_llama)
+    ids = torch.arange(12).view(1, 12)
+    with torch.no_grad(), attach(model, Spy(), steps=4) as attached:
+        model(ids)
+        for step in (0, 1):
+            attached.step = step
+            model(ids)
+        attached.reset()
+        model(ids)
+    layers = len(attached.layers)
+    assert [c.step for c in attached.backend.calls] == [s for s in (None, 0, 1, None) for _ in range(layers)]
+    assert {c.steps for c in attached.backend.calls} == {4}
+
+
+@pytest.mark.parametrize("told", [None, 7])
+def test_steps_come_from_the_scheduler_unless_told(told: int | None) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    transformer = diffusers.DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4,
+                                                  num_layers=1, sample_size=8, patch_size=2, num_embeds_ada_norm=10,
+                                                  norm_num_groups=2, out_channels=4)
+    pipeline = SimpleNamespace(transformer=transformer, scheduler=diffusers.DDIMScheduler(num_train_timesteps=10))
+    x, label = torch.randn(1, 4, 8, 8), torch.tensor([1])
+    with torch.no_grad(), attach(pipeline, Spy(), steps=told) as attached:
+        for count in (3, 5):
+            pipeline.scheduler.set_timesteps(count)
+            for t in pipeline.scheduler.timesteps:
+                transformer(x, timestep=t[None], class_labels=label)
+    calls = attached.backend.calls
+    assert [c.step for c in calls] == [0, 1, 2, 0, 1, 2, 3, 4]
+    assert [c.steps for c in calls] == ([told] * 8 if told else [3] * 3 + [5] * 5)
+
+
+def test_steps_below_one() -> None:
+    model = made(tiny_llama)
+    with pytest.raises(ValueError, match="steps=0: allowed is None, or a whole number from 1"):
+        attach(model, Spy(), steps=0)
+    with attach(model, Spy()):
+        pass

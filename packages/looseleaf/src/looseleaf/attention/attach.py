@@ -24,10 +24,18 @@ class Attached:
         backend: the attention backend.
         layers: name of each attention layer of the model, in the model's order.
         chosen: indices of the layers that go through the backend; the others stay exact.
+        step: denoising step of the calls to come, from 0, or None. Set it in your own sampling loop; with diffusers it
+            is found from the timesteps.
+        steps: number of denoising steps of a run, or None where nobody said.
     """
 
-    def __init__(self, backend: AttentionBackend, layers: list[str], chosen: set[int]) -> None:
+    def __init__(self, backend: AttentionBackend, layers: list[str], chosen: set[int],
+                 steps: int | None = None) -> None:
+        if steps is not None and steps < 1:
+            raise ValueError(f"steps={steps}: allowed is None, or a whole number from 1")
         self.backend = backend
+        self.step: int | None = None
+        self.steps = steps
         self.layers = layers
         self.chosen = chosen
         self._states: dict[int, SimpleNamespace] = {}
@@ -48,7 +56,8 @@ class Attached:
             step()
 
     def reset(self) -> None:
-        """Forget the backend's state in every layer and all records."""
+        """Forget the backend's state in every layer, all records, and the step."""
+        self.step = None
         self._states.clear()
         self._calls.clear()
 
@@ -64,7 +73,7 @@ class Attached:
     def compute(self, call: AttentionCall, layer: int) -> Tensor:
         """Send one call to the backend, timed and recorded."""
         values: dict[str, Any] = {"layer": layer, "phase": call.phase}
-        call.layer = layer
+        call.layer, call.step, call.steps = layer, self.step, self.steps
         call.state = self._states.setdefault(layer, SimpleNamespace())
         call.record = lambda **given: values.update(given)
         stop = _stopwatch(call.query.device)
@@ -112,7 +121,8 @@ class Attached:
         return report
 
 
-def attach(model: Any, backend: AttentionBackend, layers: Sequence[int | str] | None = None) -> Attached:
+def attach(model: Any, backend: AttentionBackend, layers: Sequence[int | str] | None = None, *,
+           steps: int | None = None) -> Attached:
     """Let ``backend`` compute the attention of ``model`` until :meth:`Attached.detach` or the end of ``with``.
 
     Args:
@@ -121,6 +131,8 @@ def attach(model: Any, backend: AttentionBackend, layers: Sequence[int | str] | 
         backend: what computes the attention.
         layers: indices, names or name patterns (``"*.layers.3.*"``) of the layers to change; None: all. Layers with a
             sliding window of their own are left exact always.
+        steps: number of denoising steps of a run, for methods that change with them. In your own sampling loop also
+            set ``attached.step`` before each step; diffusers pipelines say both by themselves.
 
     Raises:
         UnsupportedModelError: the model offers no way to exchange its attention, or has a backend attached already.
@@ -137,7 +149,7 @@ def attach(model: Any, backend: AttentionBackend, layers: Sequence[int | str] | 
         if names is not None:
             if not names:
                 break
-            attached = Attached(backend, list(names), choose(list(names), layers))
+            attached = Attached(backend, list(names), choose(list(names), layers), steps)
             try:
                 way.install(model, attached)
             except BaseException:

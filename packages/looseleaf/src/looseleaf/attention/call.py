@@ -39,7 +39,8 @@ class AttentionCall:
             broadcastable to (B, Hq, Lq, Lk), or a :class:`~looseleaf.attention.mask.LazyMask` that makes rows of it.
             A backend that cannot honour a mask must use :meth:`fall_back`.
         layer: index of the layer in its model.
-        step: denoising step for diffusion models, else None.
+        step: denoising step for diffusion models, from 0, else None. One smaller than the last begins a new run.
+        steps: number of denoising steps of a run, or None where nobody said.
         phase: ``prefill`` (causal, Lq > 1), ``decode`` (Lq == 1 with a longer cache) or ``encode``.
         state: namespace kept per attached model and layer; cleared by ``attached.reset()``.
         module: the attention module, for backends that calibrate per module; None outside a model.
@@ -56,6 +57,7 @@ class AttentionCall:
     mask: Tensor | LazyMask | None = None
     layer: int = 0
     step: int | None = None
+    steps: int | None = None
     phase: Phase = "prefill"
     state: SimpleNamespace = dataclasses.field(default_factory=SimpleNamespace)
     module: Any = None

@@ -37,13 +37,13 @@ def install(model: Any, attached: Attached) -> None:
     """
     denoiser = _denoiser(model)
     assert denoiser is not None
-    steps = _Steps()
+    steps = _Steps(attached, getattr(model, "scheduler", None))
     for layer, (name, module) in enumerate(_modules(denoiser)):
         former = module.processor
         if isinstance(former, _Processor):
             raise UnsupportedModelError(f"{type(model).__name__} has a backend attached already (layer {name}): "
                                         "detach that one first")
-        module.processor = _Processor(former, attached, layer, steps)
+        module.processor = _Processor(former, attached, layer)
         attached._undo.append(partial(setattr, module, "processor", former))
     hook = denoiser.register_forward_pre_hook(steps.see, with_kwargs=True)
     attached._undo.append(hook.remove)
@@ -66,8 +66,8 @@ def _modules(denoiser: nn.Module) -> list[tuple[str, Any]]:
 class _Steps:
     """Counts denoising steps: a step begins when the denoiser is called with another timestep."""
 
-    def __init__(self) -> None:
-        self.step: int | None = None
+    def __init__(self, attached: Attached, scheduler: Any) -> None:
+        self.attached, self.scheduler, self.told = attached, scheduler, attached.steps
         self._last: float | None = None
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -77,17 +77,19 @@ class _Steps:
             return
         now = float(torch.as_tensor(given, dtype=torch.float64).flatten()[0])
         if self._last is None or now > self._last:
-            self.step = 0  # timesteps fall while a picture is made: a rise begins a new one
+            self.attached.step = 0  # timesteps fall while a picture is made: a rise begins a new one
+            if self.told is None:
+                self.attached.steps = getattr(self.scheduler, "num_inference_steps", None)
         elif now < self._last:
-            self.step = (self.step or 0) + 1
+            self.attached.step = (self.attached.step or 0) + 1
         self._last = now
 
 
 class _Processor:
     """The former processor, with its one call of attention taken over."""
 
-    def __init__(self, former: Callable[..., Any], attached: Attached, layer: int, steps: _Steps) -> None:
-        self.former, self.attached, self.layer, self.steps = former, attached, layer, steps
+    def __init__(self, former: Callable[..., Any], attached: Attached, layer: int) -> None:
+        self.former, self.attached, self.layer = former, attached, layer
         # diffusers looks at the processor's signature to see which arguments it may give.
         self.__signature__ = _signature(former)
 
@@ -133,4 +135,4 @@ class _TakeOver(TorchFunctionMode):
         if dropout_p or query.dim() != 4:
             return None
         return AttentionCall(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale, is_causal,
-                             mask=attn_mask, step=self.processor.steps.step, phase="encode", module=self.module)
+                             mask=attn_mask, phase="encode", module=self.module)
