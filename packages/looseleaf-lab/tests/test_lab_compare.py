@@ -14,6 +14,7 @@ import looseleaf
 from looseleaf import AttentionBackend, Example, Paper, Probe, Prompt, PromptOptimizer, Pruner, Report, Task
 from looseleaf_lab import commands, compare, html
 from looseleaf_lab.compare import attention as attention_
+from looseleaf_lab.compare import patterns
 from looseleaf_lab.compare import prompts as prompts_
 from looseleaf_lab.compare import pruners as pruners_
 
@@ -103,6 +104,12 @@ def test_attention(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     assert exact["density"] == 0.5 and zero["density"] == pytest.approx(0.1)
     assert exact["loss added"] == pytest.approx(0, abs=1e-5) and zero["loss added"] != 0
     assert found["(exact)", 64]["speed-up"] == 1 and exact["speed-up"] > 0
+    deep = {r["backend"]: r["50%"] for r in rows(report, "Pass keys by depth at 128 tokens")}
+    assert set(deep) == {"(exact)", "exact", "zero", "learner"} and 0 <= deep["exact"] == deep["(exact)"] <= 1
+    front = next(f for f in report.figures if f.title == "What speed costs at 128 tokens")
+    assert [s.name for s in front.series] == ["(exact)", "exact", "zero", "learner"]
+    drawn = {f.title: f.panels for f in report.figures if f.panels}
+    assert set(drawn) == {f"Attention of {n}, layer 1, 128 tokens" for n in ("(exact)", "exact", "zero", "learner")}
     left = rows(report, "Left out")
     assert {r["plugin"] for r in left} == {"broken at 64", "broken at 128"}
     assert all("out of ideas" in r["reason"] for r in left)
@@ -128,6 +135,27 @@ def test_side_by_side_counts_fallbacks(model: Any) -> None:
         model(torch.arange(40)[None], use_cache=False)
     found = attention_._density(both.found["window"])
     assert found["density"] == 1.0 and found["fallbacks"] == 2 and found["error"] == 0
+
+
+def test_pareto_front() -> None:
+    points = {"fast": (0.1, 3.0), "good": (0.9, 0.1), "both": (0.5, 0.2), "beaten": (0.5, 0.3), "twin": (0.1, 3.0)}
+    assert attention_._front(points) == ["fast", "good", "both", "twin"]
+
+
+def test_attention_maps_say_what_is_left_out() -> None:
+    g = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, h, 64, 8, generator=g) for h in (4, 2, 2))
+    call = looseleaf.AttentionCall(query, key, value, 8 ** -0.5, True)
+    exact = patterns.attention_map(None, call, 16)
+    assert exact.shape == (4, 8, 8), "no more cells than the heads have channels"
+    scores = torch.einsum("hqd,hkd->hqk", query[0], key[0].repeat_interleave(2, 0)) * 8 ** -0.5
+    p = scores.masked_fill(torch.ones(64, 64).triu(1).bool(), -torch.inf).softmax(-1)
+    torch.testing.assert_close(exact, p.view(4, 8, 8, 8, 8).sum(4).mean(2), atol=1e-6, rtol=1e-5)
+    window = patterns.attention_map(looseleaf.SlidingWindow(sink=8, window=8), call)
+    near = torch.arange(8)[:, None] - torch.arange(8)
+    seen = ((near >= 0) & (near <= 1)) | ((near > 0) & (torch.arange(8) == 0))
+    assert torch.equal(window > 0, seen.expand(4, 8, 8))
+    assert not vars(call.state)
 
 
 @pytest.mark.parametrize("contexts", [[8], [513], []])

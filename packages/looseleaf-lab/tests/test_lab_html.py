@@ -31,6 +31,7 @@ def example() -> Report:
         Series("random", [0.1, 0.3, 0.5], [20, 900, math.inf])])
     report.figure("Density by head", x_label="head", y_label="layer",
                   image=[[(i * j % 7) / 7 for j in range(9)] for i in range(30)])
+    report.figure("Heads", panels={f"head <{h}>": [[0.0, 10.0 ** -h], [0.5, 0.25]] for h in range(3)})
     report.figure("Nothing", series=[Series("empty", [], [])])
     for holds, text in ((True, "It is faster."), (False, "It loses nothing."), (None, "It scales.")):
         report.claims.append(Claim.decide(holds, statement=text, source="Section 5", paper="2.43x [memory]",
@@ -44,10 +45,34 @@ def example() -> Report:
 def test_page_is_self_contained_and_escaped() -> None:
     text = html.page([example()])
     assert "</script><script>alert" not in text and "<b>bold</b>" not in text
-    for word in ("http://", "https://", " src=", "url(http", "@import"):
+    for word in ("http://", "https://", "url(http", "@import"):
         assert word not in text, word
+    assert text.count(" src=") == text.count(' src="data:image/png;base64,') == 3
     assert text.count("<svg class=\"plot\"") == 3
     assert "nan" in text and "There is nothing to draw" in text
+
+
+def test_panels_are_pictures_on_one_scale() -> None:
+    import base64
+    import struct
+    import zlib
+
+    from looseleaf import Figure
+
+    made = html.figure(Figure("x", panels={"a": [[0.0, 1.0], [0.1, 0.01]], "b": [[0.1]], "c": [[math.nan]]}))
+    pictures = [base64.b64decode(part.split('"')[0]) for part in made.split("base64,")[1:]]
+    assert len(pictures) == 3 and "head" not in made and "empty: exactly zero" in made
+    cells = []
+    for picture in pictures:
+        assert picture[:8] == b"\x89PNG\r\n\x1a\n"
+        wide, high = struct.unpack(">II", picture[16:24])
+        at = picture.index(b"IDAT")
+        lines = zlib.decompress(picture[at + 4:at + 4 + struct.unpack(">I", picture[at - 4:at])[0]])
+        cells.append([[lines[r * (4 * wide + 1) + 1 + 4 * c:][:4] for c in range(wide)] for r in range(high)])
+    assert cells[0][0][0] == bytes(4) == cells[2][0][0], "nothing there, nothing drawn"
+    assert cells[0][1][0] == cells[1][0][0] == bytes.fromhex(html._colour(0.5)[1:]) + b"\xff"
+    assert cells[0][0][1][:3].hex() == html._colour(1.0)[1:] and cells[0][1][1][:3].hex() == html._colour(0.0)[1:]
+    assert "nothing to draw" in html.figure(Figure("x", panels={"a": [[0.0]]}))
 
 
 def test_tokens_are_shaded_and_marked() -> None:

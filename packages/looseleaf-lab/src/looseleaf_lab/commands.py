@@ -57,7 +57,7 @@ def run(kind: str, name: str, plugin: Any, *, model: str = "smollm2", dtype: str
 def compare(kind: str, ready: Sequence[tuple[str, Any]], *, model: str | Sequence[str] = "smollm2",
             dtype: str | None = None, contexts: Sequence[int] = (2048,), sparsities: Sequence[float] = (0.1, 0.3, 0.5),
             tasks: Sequence[str] | None = None, calls: int = 2000, seed: int = 0,
-            seeds: int = 1, state: str | os.PathLike[str] | None = None) -> Report:
+            seeds: int = 1, passkeys: int = 5, state: str | os.PathLike[str] | None = None) -> Report:
     """Every plugin of a kind side by side, with its default parameters.
 
     Args:
@@ -70,6 +70,7 @@ def compare(kind: str, ready: Sequence[tuple[str, Any]], *, model: str | Sequenc
         tasks: names of tasks; None: prompts: sentiment and topics; pruners: topics.
         calls: prompts: budget of each search.
         seed: the only source of randomness.
+        passkeys: attention: keys to find at each context, from 128 tokens on.
         seeds: prompts: how many searches, with ``seed`` and those after it.
         state: folder for what is finished; the same call resumes.
 
@@ -104,7 +105,9 @@ def compare(kind: str, ready: Sequence[tuple[str, Any]], *, model: str | Sequenc
         except Exception as error:  # a plugin without defaults for all its fields
             failed[name] = common.reason(error)
     if kind == "attention":
-        report = compare_.compare_attention(loaded, tokenizer, made, contexts, seed=seed, state=state)
+        made["(window)"] = looseleaf.SlidingWindow()  # StreamingLLM's: what every method must be better than
+        report = compare_.compare_attention(loaded, tokenizer, made, contexts, passkeys=passkeys, seed=seed,
+                                            state=state)
     elif kind == "pruners":
         scored = [data.classification_task(name, seed, train=48, dev=4, test=96) for name in tasks or ("topics",)]
         report = compare_.compare_pruners(loaded, tokenizer, made, sparsities, tasks=scored, seed=seed, state=state)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import math
 import os
+import struct
+import zlib
 from collections.abc import Iterable, Sequence
 from importlib import resources
 
@@ -162,9 +165,11 @@ def _right(numeric: bool) -> str:
 
 def figure(fig: Figure, name: str = "figure") -> str:
     """A figure as a ``<figure>`` element with inline SVG and, for readers who cannot see it, its numbers."""
-    drawn = _heat_map(fig, name) if fig.image is not None else _plot(fig, name)
+    drawn = _panels(fig) if fig.panels is not None else _heat_map(fig, name) if fig.image is not None \
+        else _plot(fig, name)
     note = f'<p class="note">{_e(fig.note)}</p>' if fig.note else ""
-    return f"<figure><figcaption>{_e(fig.title)}</figcaption>{drawn}{_numbers(fig)}{note}</figure>"
+    wide = ' class="wide"' if fig.panels is not None else ""
+    return f"<figure{wide}><figcaption>{_e(fig.title)}</figcaption>{drawn}{_numbers(fig)}{note}</figure>"
 
 
 def _plot(fig: Figure, name: str) -> str:
@@ -359,6 +364,41 @@ def _heat_map(fig: Figure, name: str) -> str:
             f'{"".join(ticks)}{legend}{labels}</svg>')
 
 
+def _panels(fig: Figure) -> str:
+    """Small heat maps as pictures: as SVG, a hundred of them would be a hundred thousand elements."""
+    panels = fig.panels or {}
+    positive = [v for rows in panels.values() for row in rows for v in row if v > 0 and math.isfinite(v)]
+    if not positive:
+        return '<p class="note">There is nothing to draw: no positive value.</p>'
+    low, high = math.log(min(positive)), math.log(max(positive))
+    pictures = "".join(
+        f'<div><img class="cells" src="{_png(rows, low, high)}" alt="{_e(name)}"><span>{_e(name)}</span></div>'
+        for name, rows in panels.items())
+    return (f'<div class="panels">{pictures}</div><p class="note">from {_tick3(math.exp(low))} (dark) to '
+            f"{_tick3(math.exp(high))} (light), logarithmic; empty: exactly zero</p>")
+
+
+def _png(rows: Sequence[Sequence[float]], low: float, high: float) -> str:
+    """A matrix as the data address of a PNG, one pixel a cell, in the colours of the heat maps."""
+    lines = bytearray()
+    for row in rows:
+        lines.append(0)  # no filter
+        for value in row:
+            if value > 0 and math.isfinite(value):
+                share = (math.log(value) - low) / (high - low) if high > low else 1.0
+                lines += bytes.fromhex(_colour(share)[1:]) + b"\xff"
+            else:
+                lines += bytes(4)
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    size = struct.pack(">IIBBBBB", len(rows[0]), len(rows), 8, 6, 0, 0, 0)
+    made = (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(bytes(lines)))
+            + chunk(b"IEND", b""))
+    return "data:image/png;base64," + base64.b64encode(made).decode()
+
+
 def _tick3(value: float) -> str:
     return f"{value:.3g}"
 
@@ -381,6 +421,8 @@ def _colour(share: float) -> str:
 
 def _numbers(fig: Figure) -> str:
     """The figure's numbers, folded away."""
+    if fig.panels is not None:
+        return ""
     if fig.image is not None:
         if sum(len(r) for r in fig.image) > 2000:
             return ""

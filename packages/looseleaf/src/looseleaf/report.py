@@ -73,13 +73,20 @@ class Series:
 
 @dataclass
 class Figure:
-    """A figure as data; drawn by the HTML report. ``image`` is a matrix for heat maps (rows top to bottom)."""
+    """A figure as data; drawn by the HTML report.
+
+    Attributes:
+        series: lines and points.
+        image: a matrix for a heat map, rows top to bottom.
+        panels: name -> matrix: small heat maps side by side, on one scale. Zero is drawn as empty.
+    """
 
     title: str
     x_label: str = ""
     y_label: str = ""
     series: list[Series] = field(default_factory=list)
     image: list[list[float]] | None = None
+    panels: dict[str, list[list[float]]] | None = None
     x_log: bool = False
     y_log: bool = False
     note: str = ""

@@ -15,7 +15,7 @@ import looseleaf
 from looseleaf import AttentionBackend, AttentionCall, Paper, Report, Series
 from looseleaf import progress as progress_
 from looseleaf_lab import data, metrics, timing
-from looseleaf_lab.compare import common
+from looseleaf_lab.compare import common, patterns
 from looseleaf_lab.state import Cells, fingerprint
 
 DENSE = "(exact)"
@@ -30,15 +30,18 @@ class SideBySide(AttentionBackend):
 
     Args:
         inner: name -> backend.
+        drawn: layers of whose attention maps are kept.
     """
 
     inner: Mapping[str, AttentionBackend] = dataclasses.field(default_factory=dict)
+    drawn: tuple[int, ...] = ()
     paper: ClassVar[Paper] = Paper("Side by side", ("The Looseleaf authors",), 2026)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.found: dict[str, list[dict[str, Any]]] = {name: [] for name in self.inner}
         self.failed: dict[str, str] = {}
+        self.maps: dict[int, dict[str, Any]] = {}
         self._states: dict[tuple[str, int], SimpleNamespace] = {}
 
     def attend(self, call: AttentionCall) -> Any:
@@ -56,7 +59,18 @@ class SideBySide(AttentionBackend):
                 continue
             said["error"] = metrics.relative_error(out, exact)
             self.found[name].append({k: v.tolist() if hasattr(v, "tolist") else v for k, v in said.items()})
+        if call.layer in self.drawn:
+            self._draw(call)
         return exact
+
+    def _draw(self, call: AttentionCall) -> None:
+        maps = self.maps[call.layer] = {}
+        for name, backend in {DENSE: None, **self.inner}.items():
+            fell_back = name != DENSE and (not self.found[name] or "fallback" in self.found[name][-1])
+            if name not in self.failed and not fell_back:
+                found = patterns.attention_map(backend, call).double().cpu()
+                # three digits are more than a colour shows
+                maps[name] = [[[float(f"{v:.3g}") for v in row] for row in head] for head in found.tolist()]
 
 
 def compare_attention(model: Any, tokenizer: Any, backends: Mapping[str, AttentionBackend],
@@ -77,7 +91,7 @@ def compare_attention(model: Any, tokenizer: Any, backends: Mapping[str, Attenti
         text: what is read; None: the evaluation part of :func:`looseleaf_lab.data.prose`.
         last: tokens whose perplexity is measured (fewer where the context is short).
         rounds: timed rounds.
-        passkeys: trials of pass-key retrieval at each length of 128 or more; 0: none.
+        passkeys: trials of pass-key retrieval at each length of 128 or more, spread over the depths; 0: none.
         seed: of intervals and keys.
         state: folder for finished lengths; the same call resumes.
         progress: show a progress bar; None: only on a terminal.
@@ -152,10 +166,12 @@ def _measure(model: Any, tokenizer: Any, backends: Mapping[str, AttentionBackend
     losses: dict[str, Any] = {}
     with torch.inference_mode(), progress_.bar(f"{context} tokens", 1 + rounds * (1 + len(backends)),
                                                progress) as moving:
-        with looseleaf.attach(model, SideBySide(inner=backends)) as attached:
+        both = SideBySide(inner=backends)
+        with looseleaf.attach(model, both) as attached:
+            both.drawn = (sorted(attached.chosen)[len(attached.chosen) // 2],) if attached.chosen else ()
             metrics.token_losses(model, ids, 1)
         moving.update()
-        both: Any = attached.backend
+        rows[DENSE]["maps"] = {str(layer): maps for layer, maps in both.maps.items()}
         for name in backends:
             failed = both.failed.get(name)
             rows[name] = _density(both.found[name]) if failed is None else {"failed": failed}
@@ -179,11 +195,11 @@ def _measure(model: Any, tokenizer: Any, backends: Mapping[str, AttentionBackend
             row["added"] = metrics.bootstrap((mine - exact).tolist(), seed)
             row["seconds"] = measured.median(name)
             row["ratio"] = measured.ratio(name, DENSE, seed)
-            row["passkey"] = None
+            row["passkey"] = row["depths"] = None
             if passkeys and context >= 128:  # the question and the key take about half of that
                 with _attached(model, backends.get(name)):
-                    row["passkey"] = metrics.passkey(
-                        model, tokenizer, context, trials=passkeys, seed=seed, progress=progress).accuracy
+                    found = metrics.passkey(model, tokenizer, context, trials=passkeys, seed=seed, progress=progress)
+                row["passkey"], row["depths"] = found.accuracy, [found.depths, found.digits]
     return rows
 
 
@@ -241,12 +257,40 @@ def _show(report: Report, names: Sequence[str], found: Mapping[int, Mapping[str,
         for name in names if name != DENSE
         for rows in [[f[name] for f in found.values() if "failed" not in f[name] and f[name]["density"] is not None]]])
     for context, rows in found.items():
+        shown = [n for n in names if "failed" not in rows[n]]
+        report.figure(
+            f"What speed costs at {context} tokens", x_label="share of the exact time",
+            y_label="loss added, nats a token",
+            note="lower and further left is better; whoever has nobody below and to the left is on the Pareto front: "
+                 + ", ".join(_front({n: (1 / rows[n]["ratio"][0], rows[n]["added"][0]) for n in shown})),
+            series=[Series(n, [1 / rows[n]["ratio"][0]], [rows[n]["added"][0]], [rows[n]["added"][1]],
+                           [rows[n]["added"][2]], style="points") for n in shown])
+        deep = {n: rows[n]["depths"] for n in shown if rows[n].get("depths")}
+        if deep:
+            report.table(f"Pass keys by depth at {context} tokens", [
+                "backend", *(f"{d:.0%}" for d in next(iter(deep.values()))[0])],
+                [[n, *d] for n, (_, d) in deep.items()],
+                note="share of the key's digits that were right, by where it stood: 0 % is the beginning")
+    for context, rows in found.items():
         # where every call fell back there is nothing to see
         kept = [n for n in names if any((rows[n].get("layers") or {}).get("error", ()))]
         if kept:
             report.figure(f"Attention error by layer at {context} tokens", x_label="layer", y_label="relative error",
                           series=[Series(n, [float(i) for i in range(len(rows[n]["layers"]["error"]))],
                                          rows[n]["layers"]["error"], style="line") for n in kept])
+    longest = max(found)
+    for layer, maps in found[longest][DENSE].get("maps", {}).items():
+        for name, heads in maps.items():
+            report.figure(
+                f"Attention of {name}, layer {layer}, {longest} tokens",
+                panels={f"head {h}": m for h, m in enumerate(heads)},
+                note="rows: queries, columns: keys, in cells of equal width; what a backend leaves out is empty")
+
+
+def _front(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """The names that no other betters in one coordinate without losing in the other."""
+    return [n for n, (x, y) in points.items()
+            if not any(a <= x and b <= y and (a, b) != (x, y) for a, b in points.values())]
 
 
 def _series(name: str, found: Mapping[int, Mapping[str, Any]], field: str) -> Series:

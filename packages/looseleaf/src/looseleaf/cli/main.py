@@ -120,6 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
     dtype(made)
     made.add_argument("--plugins", nargs="+", help="only these")
     made.add_argument("--context", type=int, nargs="+", default=[2048], help="attention: numbers of tokens")
+    made.add_argument("--passkeys", type=int, default=5, help="attention: keys to find, over depths (default 5)")
     made.add_argument("--sparsity", type=float, nargs="+", default=[0.1, 0.3, 0.5], help="pruners: sparsities")
     made.add_argument("--task", nargs="+", help="prompts and pruners: names of tasks")
     made.add_argument("--calls", type=int, default=2000, help="prompts: budget in model calls (default 2000)")
