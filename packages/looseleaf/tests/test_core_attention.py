@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from looseleaf import AttentionCall, SlidingWindow
 from looseleaf.attention.attach import choose
+from looseleaf.attention.call import Phase
 from looseleaf.attention.mask import LazyMask
 from looseleaf.testing import check_attention_backend
 
@@ -133,3 +136,36 @@ def test_kit_finds_a_wrong_backend() -> None:
         check_attention_backend(Leaky)
     text = str(caught.value)
     assert "causality" in text and "padding" in text and "width=nan is accepted" in text
+
+
+def test_the_kit_finds_what_is_wrong_with_a_method_for_denoising() -> None:
+    import dataclasses
+
+    from looseleaf import AttentionBackend
+
+    @dataclasses.dataclass
+    class Blurred(AttentionBackend):
+        """Bidirectional: padding and the other items are averaged in from the third step on."""
+
+        changes: ClassVar[Phase] = "encode"
+        paper = SlidingWindow.paper
+
+        def attend(self, call: AttentionCall) -> torch.Tensor:
+            if call.is_causal or call.phase != "encode" or call.mask is not None or call.step is None:
+                return call.fall_back("not for these")
+            return call.dense() + call.value.mean() if call.step > 2 else call.dense()
+
+    with pytest.raises(AssertionError) as caught:
+        check_attention_backend(Blurred)
+    text = str(caught.value)
+    assert "denoising: padding: step 3" in text and "denoising: shape" not in text and "causality" not in text
+
+    @dataclasses.dataclass
+    class Idle(Blurred):
+        """Never at work."""
+
+        def attend(self, call: AttentionCall) -> torch.Tensor:
+            return call.fall_back("holiday")
+
+    with pytest.raises(AssertionError, match=r"every call fell back \(holiday\): give the kit"):
+        check_attention_backend(Idle)

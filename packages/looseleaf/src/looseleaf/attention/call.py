@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -90,13 +90,21 @@ class AttentionBackend(Plugin):
     """
 
     kind: ClassVar[str] = "attention"
+    changes: ClassVar[Phase] = "prefill"
+    """The calls that the method is for: ``prefill`` (causal) or ``encode`` (bidirectional: encoders, denoisers)."""
 
     @abstractmethod
     def attend(self, call: AttentionCall) -> Tensor:
         """The attention output, (B, Hq, Lq, D), in the dtype of the query."""
 
-    def calibrate(self, model: torch.nn.Module, batches: Iterable[Any]) -> None:
-        """Learn what the method needs from ``batches`` (dicts of model inputs). The default needs nothing."""
+    def calibrate(self, model: torch.nn.Module, batches: Any) -> None:
+        """Learn what the method needs. The default needs nothing.
+
+        Args:
+            model: what :func:`looseleaf.attach` takes.
+            batches: dicts of model inputs; for methods that change ``encode`` calls also a function that runs the
+                model, given what ``attach`` returned, because a denoising run is a loop.
+        """
 
     def save(self, path: str | Path) -> None:
         """Write what :meth:`calibrate` learned. The default has nothing to write and raises."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ def check_attention_backend(cls: type[AttentionBackend], make: Callable[[], Atte
     with torch.no_grad():
         _calls(findings, make, length)
         _models(findings, make, length)
+        if cls.changes == "encode":
+            _denoising(findings, make, length)
     findings.finish()
 
 
@@ -134,6 +137,64 @@ def _calls(findings: Findings, make: Callable[[], AttentionBackend], length: int
         assert bool(torch.isfinite(out).all()), "not finite for scores of 1e4"
 
 
+STEPS = 5
+"""Denoising steps of a run in the checks."""
+
+
+def _denoise(backend: AttentionBackend, query: Tensor, key: Tensor, value: Tensor,
+             lengths: Tensor | None = None) -> list[Tensor]:
+    """The outputs of a run of bidirectional calls with the same tensors."""
+    state = SimpleNamespace()
+    return [backend.attend(_call(query, key, value, is_causal=False, phase="encode", step=step, steps=STEPS,
+                                 state=state, query_lengths=lengths, key_lengths=lengths)) for step in range(STEPS)]
+
+
+def _denoising(findings: Findings, make: Callable[[], AttentionBackend], length: int) -> None:
+    q, k, v = tensors(length)
+
+    def same(one: list[Tensor], two: list[Tensor], message: str) -> None:
+        for step, (a, b) in enumerate(zip(one, two, strict=True)):
+            _same(a, b, f"step {step}: {message}")
+
+    with findings.check("denoising: at work"):
+        said: list[dict[str, Any]] = []
+        backend, state = make(), SimpleNamespace()
+        for step in range(STEPS):
+            said.append({})
+            backend.attend(_call(q, k, v, is_causal=False, phase="encode", step=step, steps=STEPS, state=state,
+                                 record=said[-1].update))
+        assert not all("fallback" in r for r in said), \
+            f"every call fell back ({said[-1].get('fallback')}): give the kit one that is at work on {length} tokens"
+    with findings.check("denoising: shape and dtype"):
+        for dtype in (torch.float32, torch.bfloat16):
+            for out in _denoise(make(), q.to(dtype), k.to(dtype), v.to(dtype)):
+                assert out.shape == q.shape and out.dtype == dtype and bool(torch.isfinite(out).all()), \
+                    f"{tuple(out.shape)} {out.dtype} from a query of {tuple(q.shape)} {dtype}, or not finite"
+    with findings.check("denoising: inputs are left unchanged, two runs agree"):
+        copies = [x.clone() for x in (q, k, v)]
+        one, two = _denoise(make(), q, k, v), _denoise(make(), q, k, v)
+        assert all(torch.equal(a, b) for a, b in zip(copies, (q, k, v), strict=True)), "attend wrote into its inputs"
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True)), "two runs differ"
+    with findings.check("denoising: batch items do not see each other"):
+        order = torch.tensor([1, 0])
+        same([o[order] for o in _denoise(make(), q, k, v)], _denoise(make(), q[order], k[order], v[order]),
+             "swapping the batch items does not swap the outputs")
+    with findings.check("denoising: grouped-query attention"):
+        same(_denoise(make(), q, k, v), _denoise(make(), q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)),
+             "differs from the same with keys and values repeated")
+    with findings.check("denoising: padding"):
+        short = length - length // 3
+        lengths = torch.tensor([length, short])
+        padded = [x.clone() for x in (q, k, v)]
+        for x in padded:
+            x[1, :, short:] = torch.nan
+        outs = _denoise(make(), padded[0], padded[1], padded[2], lengths)
+        same([o[:1] for o in outs], _denoise(make(), q[:1], k[:1], v[:1]), "the full item differs from the item alone")
+        alone = _denoise(make(), q[1:], k[1:], v[1:], lengths[1:])
+        same([o[1:, :, :short] for o in outs], [o[:, :, :short] for o in alone],
+             "what lies in the padding, or the other item, changes the padded item")
+
+
 def _models(findings: Findings, make: Callable[[], AttentionBackend], length: int) -> None:
     model = tiny_llama()
     ids = torch.arange(2 * length).view(2, length) * 7 % 61
@@ -164,6 +225,13 @@ def _models(findings: Findings, make: Callable[[], AttentionBackend], length: in
             _same(model(left, attention_mask=mask, position_ids=position).logits[1:, length - short:], alone,
                   "left padding changes the item")
             assert attached.records and attached.report().to_text(), "nothing recorded"
+    with findings.check("in a model: layers with a sliding window are left alone"):
+        windowed = tiny_gemma3()
+        before = windowed(ids).logits
+        with attach(windowed, make()) as attached:
+            after = windowed(ids).logits
+            assert {r["layer"] for r in attached.records} == {1}, "layer 0 has a window of its own"
+        assert after.shape == before.shape and torch.equal(windowed(ids).logits, before), "the model is another now"
     with findings.check("in a model: generation"):
         with attach(model, make()):
             out = model.generate(ids[:, :40], max_new_tokens=3, do_sample=False, pad_token_id=0)
@@ -180,6 +248,18 @@ def tiny_llama(seed: int = 0, vocabulary: int = 64) -> Any:
                              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
                              initializer_range=0.2)
         return LlamaForCausalLM(config).eval()
+
+
+def tiny_gemma3(seed: int = 0) -> Any:
+    """A small Gemma 3 with random weights, whose layer 0 has a sliding window."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Gemma3ForCausalLM(Gemma3TextConfig(
+            vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=16, sliding_window=32, max_position_embeddings=2048,
+            layer_types=["sliding_attention", "full_attention"])).eval()
 
 
 def _same(one: Tensor, two: Tensor, message: str) -> None:
