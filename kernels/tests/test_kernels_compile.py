@@ -26,4 +26,5 @@ def test_one_target_fills_a_cache(tmp_path: Path) -> None:
                            str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "attention_forward bf16 D128 block128 causal" in done.stdout
+    assert "quantized_forward i8 D128 64x64 full" in done.stdout
     assert list(tmp_path.rglob("*.cubin"))

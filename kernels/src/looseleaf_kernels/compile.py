@@ -50,19 +50,20 @@ def compile_all(target: str) -> list[dict[str, Any]]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from looseleaf_kernels import config
-    from looseleaf_kernels.triton_kernels import compile_jobs
+    from looseleaf_kernels import config, importance_triton, quantized_triton, triton_kernels, vertical_slash_triton
 
     kind, _, arch = target.partition(":")
     gpu = GPUTarget(kind, int(arch) if kind == "cuda" else arch, 32 if kind == "cuda" else 64)
     rows = []
-    for job in compile_jobs():
+    modules = (triton_kernels, quantized_triton, importance_triton, vertical_slash_triton)
+    for job in [job for module in modules for job in module.compile_jobs()]:
         names = job["kernel"].arg_names
         signature = {n: job["signature"].get(n, "constexpr") for n in names}
         constants = {(names.index(n),): value for n, value in job["constants"].items()}
         # Pointers and most sizes are multiples of 16 in practice; Triton specialises on it when launching.
         attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in names if signature[n].startswith("*")}
-        launch = config.attention(arch, job["block"], job["block"], job["head_dim"], 2)
+        choose, *sizes = job.get("launch") or (config.attention, job["block"], job["block"], job["head_dim"], 2)
+        launch = choose(arch, *sizes)
         done = triton.compile(ASTSource(job["kernel"], signature, constants, attributes), target=gpu,
                               options={"num_warps": launch.num_warps, "num_stages": launch.num_stages})
         usage = _nvidia(done) if kind == "cuda" else _amd(done)

@@ -1,7 +1,7 @@
 """Launch parameters of the Triton kernels: no tuning happens at import or on a user's first call.
 
-The numbers are starting points chosen from the register and shared-memory reports of ahead-of-time compilation; they
-were not tuned on the devices.
+Those of sm_90 were chosen from times on an H200 (benchmarks/gpu_tune.py); the others from the register and
+shared-memory reports of ahead-of-time compilation, not tuned on the devices.
 """
 
 from __future__ import annotations
@@ -32,4 +32,27 @@ def attention(arch: str, block_q: int, block_k: int, head_dim: int, itemsize: in
     # K and V tiles of every stage lie in shared memory; keep well below 164 KiB (sm_80) or 227 KiB (sm_90, sm_100).
     tile = 2 * block_k * max(head_dim, 16) * itemsize
     limit = 96 * 1024 if arch == "80" else 160 * 1024
-    return Launch(warps, 2 if 2 * tile <= limit else 1)
+    # Measured on an H200 at D 128 (benchmarks/gpu_tune.py): blocks of 64 are fastest with 3 stages, of 128 with 2.
+    stages = 3 if arch == "90" and block_k <= 64 else 2
+    return Launch(warps, stages if stages * tile <= limit else 1)
+
+
+def quantized_attention(arch: str, block_q: int, block_k: int, head_dim: int, value_itemsize: int) -> Launch:
+    """Launch parameters of quantised block-sparse attention; as :func:`attention`, V being int8 or floats.
+
+    Args:
+        arch, block_q, block_k, head_dim: as in :func:`attention`.
+        value_itemsize: bytes of one element of V; those of Q and K are one byte.
+    """
+    warps = 8 if block_q >= 128 else 4
+    if arch.startswith("gfx"):
+        return Launch(warps, 1)
+    tile = block_k * max(head_dim, 32) * (1 + value_itemsize)
+    limit = 96 * 1024 if arch == "80" else 160 * 1024
+    return Launch(warps, 3 if 3 * tile <= limit else 1)
+
+
+def quantizer(arch: str, block: int, head_dim: int) -> Launch:
+    """Launch parameters of quantising (block, head_dim) tiles, each read once: about 64 numbers for each thread."""
+    threads = 64 if arch.startswith("gfx") else 32
+    return Launch(min(8, max(2, block * head_dim // (64 * threads))), 1)

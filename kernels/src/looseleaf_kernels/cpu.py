@@ -16,13 +16,15 @@ from torch import Tensor
 
 CHUNK_BYTES = 1 << 22
 """Keys and values gathered at a time: what two cores keep in their second-level caches."""
+SCORES = 1 << 27
+"""Scores made at a time on a GPU, where one head after another would be a launch after another."""
 
 
 def block_sparse_attention(query: Tensor, key: Tensor, value: Tensor, row_ptr: Tensor, col: Tensor, scale: float,
                            causal: bool, block_q: int, block_k: int, query_lengths: Tensor,
                            key_lengths: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`looseleaf_kernels.reference.block_sparse_attention`; products in fp32 (fp64 for fp64)."""
-    batch, heads, lq, width = query.shape
+    batch, heads, lq, _ = query.shape
     kv_heads, lk = key.shape[1], key.shape[2]
     nq, nk = -(-lq // block_q), -(-lk // block_k)
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -60,13 +62,19 @@ def block_sparse_attention(query: Tensor, key: Tensor, value: Tensor, row_ptr: T
 
     parts.run(torch.where(square, ends, middle), ends, hidden)
     parts.run(starts, middle, None)
-    out, lse = parts.out, parts.lse
-    beyond = (row % nq)[:, None] * block_q + positions >= query_lengths[item][:, None]
+    return _unblocked(parts.out, parts.lse, query, block_q, query_lengths)
+
+
+def _unblocked(out: Tensor, lse: Tensor, query: Tensor, block_q: int, query_lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks of rows, (B * H * Nq, block_q, D) and (B * H * Nq, block_q), as (B, H, Lq, D) in the query's dtype and
+    (B, H, Lq); 0 and -inf beyond the lengths."""
+    batch, heads, lq, width = query.shape
+    out = out.view(batch, heads, -1, width)[:, :, :lq]
+    lse = lse.view(batch, heads, -1)[:, :, :lq]
+    beyond = (torch.arange(lq) >= query_lengths[:, None])[:, None]
     if bool(beyond.any()):
         out.masked_fill_(beyond[..., None], 0.0)
         lse.masked_fill_(beyond, -torch.inf)
-    out = out.view(batch, heads, nq * block_q, width)[:, :, :lq]
-    lse = lse.view(batch, heads, nq * block_q)[:, :, :lq]
     return out.to(query.dtype).contiguous(), lse.contiguous()
 
 
@@ -157,10 +165,10 @@ def block_mean(x: Tensor, block: int, lengths: Tensor) -> Tensor:
 
 def last_query_scores(query: Tensor, key: Tensor, last_q: int, scale: float, query_lengths: Tensor,
                       key_lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """As the reference; one (last_q x Lk) matrix per head at a time."""
+    """As the reference; the (last_q x Lk) matrices of the heads of one key head at a time, on a GPU of more."""
     batch, heads, _, _ = query.shape
-    lk = key.shape[2]
-    group = heads // key.shape[1]
+    kv_heads, lk = key.shape[1], key.shape[2]
+    group = heads // kv_heads
     wide = torch.promote_types(query.dtype, torch.float32)
     vertical = torch.zeros(batch, heads, lk, dtype=wide, device=query.device)
     slash = torch.zeros_like(vertical)
@@ -171,14 +179,16 @@ def last_query_scores(query: Tensor, key: Tensor, last_q: int, scale: float, que
             continue
         last = torch.arange(rows, device=query.device)[:, None] + (nk - rows)
         hidden = torch.arange(nk, device=query.device) > last
-        for h in range(0, heads, group):
-            q = query[b, h:h + group, nq - rows:nq].to(wide) * scale
-            p = (q.reshape(-1, q.shape[-1]) @ key[b, h // group, :nk].to(wide).T).view(group, rows, nk)
-            first = max(0, nk - rows)
+        first = max(0, nk - rows)
+        many = 1 if query.device.type == "cpu" else max(1, SCORES // (group * rows * nk))
+        for start in range(0, kv_heads, many):
+            of_key, of_query = slice(start, start + many), slice(start * group, (start + many) * group)
+            q = query[b, of_query, nq - rows:nq].to(wide).unflatten(0, (-1, group)).flatten(1, 2) * scale
+            p = (q @ key[b, of_key, :nk].to(wide).transpose(1, 2)).view(-1, rows, nk)
             p[:, :, first:].masked_fill_(hidden[:, first:], -torch.inf)
             p = torch.softmax(p, -1) / rows
-            vertical[b, h:h + group, :nk] = p.sum(1)
-            slash[b, h:h + group, :nk] = _diagonal_sums(p)
+            vertical[b, of_query, :nk] = p.sum(1)
+            slash[b, of_query, :nk] = _diagonal_sums(p)
     return vertical, slash
 
 
@@ -199,20 +209,3 @@ def top_mass(scores: Tensor, mass: Tensor) -> Tensor:
     wanted = mass.double().unsqueeze(-1) * values.sum(-1, keepdim=True, dtype=torch.float64)
     keep = (before < wanted) & (values > 0)
     return torch.zeros_like(keep).scatter_(-1, order, keep)
-
-
-def block_importance(query: Tensor, key: Tensor, block_q: int, block_k: int, scale: float, causal: bool,
-                     mean: bool) -> Tensor:
-    """As the reference; one row of blocks at a time, so that memory is of size L x block."""
-    from looseleaf_kernels import reference
-
-    batch, heads, lq, _ = query.shape
-    lk = key.shape[2]
-    parts = []
-    for start in range(0, lq, block_q):
-        end = min(lq, start + block_q)
-        seen = min(lk, max(0, end + lk - lq)) if causal else lk
-        row = reference.block_importance(query[:, :, start:end], key[:, :, :max(seen, 1)], block_q, block_k, scale,
-                                         causal, mean)
-        parts.append(torch.nn.functional.pad(row, (0, -(-lk // block_k) - row.shape[-1])))
-    return torch.cat(parts, 2) if parts else query.new_zeros(batch, heads, 0, -(-lk // block_k))

@@ -18,11 +18,13 @@ from looseleaf_kernels.index import BlockIndex
 IMPLEMENTATIONS = ("reference", "cpu", "triton")
 _OPERATIONS: dict[str, tuple[str, ...]] = {
     "block_sparse_attention": IMPLEMENTATIONS,
+    "quantized_block_sparse_attention": IMPLEMENTATIONS,
+    "vertical_slash_attention": IMPLEMENTATIONS,
     "block_mean": IMPLEMENTATIONS,
+    "block_importance": IMPLEMENTATIONS,
     # Plain torch code, the same on every device; "cpu" names it for that reason.
     "last_query_scores": ("reference", "cpu"),
     "top_mass": ("reference", "cpu"),
-    "block_importance": ("reference", "cpu"),
 }
 _forced: list[str] = []
 
@@ -272,38 +274,6 @@ def top_mass(scores: Tensor, mass: float | Tensor) -> Tensor:
     share = torch.as_tensor(mass, dtype=torch.float32, device=scores.device)
     made: Tensor = _top(scores, share.expand(scores.shape[:-1]).contiguous(),
                         implementation_for("top_mass", scores.device, scores.dtype, 64)[0])
-    return made
-
-
-@torch.library.custom_op("looseleaf::block_importance", mutates_args=())
-def _importance(query: Tensor, key: Tensor, block_q: int, block_k: int, scale: float, causal: bool, mean: bool,
-                impl: str) -> Tensor:
-    made: Tensor = _module(impl).block_importance(query, key, block_q, block_k, scale, causal, mean)
-    return made
-
-
-@_importance.register_fake
-def _importance_fake(query: Tensor, key: Tensor, block_q: int, block_k: int, scale: float, causal: bool, mean: bool,
-                     impl: str) -> Tensor:
-    b, h, lq, _ = query.shape
-    return query.new_empty(b, h, -(-lq // block_q), -(-key.shape[2] // block_k),
-                           dtype=torch.promote_types(query.dtype, torch.float32))
-
-
-def block_importance(query: Tensor, key: Tensor, block_q: int, block_k: int, *, causal: bool,
-                     scale: float | None = None, reduce: str = "mean") -> Tensor:
-    """Softmax probability of each block, (B, Hq, Nq, Nk), fp32, in O(L x block) memory.
-
-    Args:
-        query: (B, Hq, Lq, D). key: (B, Hkv, Lk, D).
-        reduce: ``"sum"`` over the pairs of a block, or their ``"mean"`` (over block_q x block_k).
-    """
-    if reduce not in ("mean", "sum"):
-        raise ValueError(f"reduce={reduce!r}: allowed is 'mean' or 'sum'")
-    _, _, _, width = _check(query, key)
-    made: Tensor = _importance(query, key, block_q, block_k, width ** -0.5 if scale is None else float(scale), causal,
-                               reduce == "mean",
-                               implementation_for("block_importance", query.device, query.dtype, width)[0])
     return made
 
 

@@ -10,10 +10,17 @@ def block_sparse_attention(query: Tensor, key: Tensor, value: Tensor, row_ptr: T
                            causal: bool, block_q: int, block_k: int, query_lengths: Tensor,
                            key_lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax attention over the blocks of the index; empty rows give 0 and a log-sum-exp of -inf."""
+    allowed = dense_mask(row_ptr, col, query.shape[2], key.shape[2], causal, block_q, block_k, query_lengths,
+                         key_lengths)
+    return masked_attention(query, key, value, allowed, scale, query_lengths, key_lengths)
+
+
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scale: float, query_lengths: Tensor,
+                     key_lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax attention under a boolean mask (B, Hq, Lq, Lk); empty rows give 0 and a log-sum-exp of -inf."""
     _, heads, lq, _ = query.shape
     lk = key.shape[2]
     group = heads // key.shape[1]
-    allowed = dense_mask(row_ptr, col, lq, lk, causal, block_q, block_k, query_lengths, key_lengths)
     valid = torch.arange(lk, device=key.device) < key_lengths[:, None]
     wide = torch.promote_types(query.dtype, torch.float32)
     # NaN in padding must not leak: 0 * NaN is NaN, so that padding is replaced and not only masked.
@@ -99,20 +106,3 @@ def top_mass(scores: Tensor, mass: Tensor) -> Tensor:
             out[row, n] = True
             reached += float(values[n])
     return out.view_as(scores)
-
-
-def block_importance(query: Tensor, key: Tensor, block_q: int, block_k: int, scale: float, causal: bool,
-                     mean: bool) -> Tensor:
-    """Sum (or mean over all pairs) of the softmax probabilities of each block, (B, H, Nq, Nk)."""
-    lq, lk = query.shape[2], key.shape[2]
-    wide = torch.promote_types(query.dtype, torch.float32)
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-    scores = query.to(wide) @ key.to(wide).transpose(-1, -2) * scale
-    if causal:
-        q = torch.arange(lq, device=query.device)[:, None] + lk - lq
-        scores = scores.masked_fill(torch.arange(lk, device=query.device) > q, -torch.inf)
-    p = torch.softmax(scores, -1).nan_to_num(0.0)
-    nq, nk = -(-lq // block_q), -(-lk // block_k)
-    p = torch.nn.functional.pad(p, (0, nk * block_k - lk, 0, nq * block_q - lq))
-    out = p.view(*p.shape[:2], nq, block_q, nk, block_k).sum((3, 5))
-    return out / (block_q * block_k) if mean else out

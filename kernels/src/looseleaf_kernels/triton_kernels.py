@@ -109,27 +109,34 @@ def block_sparse_attention(query: Tensor, key: Tensor, value: Tensor, row_ptr: T
     lse = torch.empty(batch, heads, lq, dtype=torch.float32, device=query.device)
     if not batch * heads * nq:
         return out, lse
-    start = row_ptr[..., :-1].reshape(-1).contiguous()
-    end = row_ptr[..., 1:].reshape(-1).contiguous()
-    counts = (end - start).long()
-    # An entry is full where even the row's first query sees the block's last key.
-    row_of_entry = torch.repeat_interleave(counts)
-    item = torch.arange(batch, device=query.device).repeat_interleave(heads * nq)
-    bound = key_lengths[item].long()
-    if causal:
-        first = torch.arange(nq, device=query.device).repeat(batch * heads) * block_q
-        bound = torch.minimum(bound, first + (key_lengths - query_lengths)[item] + 1)
-    full = ((col.long() + 1) * block_k <= bound[row_of_entry]).to(torch.int32)
-    row_full = start + torch.zeros_like(start).index_add_(0, row_of_entry, full)
-    order = torch.argsort(counts, descending=True, stable=True).to(torch.int32)  # long rows first: an even tail
+    start, full, end = split_rows(row_ptr, col, causal, block_q, block_k, query_lengths, key_lengths)
+    order = torch.argsort(end - start, descending=True, stable=True).to(torch.int32)  # long rows first: an even tail
     launch = config.attention(_arch(query.device), block_q, block_k, width, query.element_size())
     attention_forward[(batch * heads * nq,)](
-        query, key, value, out, lse, start, row_full, end, col, order, query_lengths.to(torch.int32),
+        query, key, value, out, lse, start, full, end, col, order, query_lengths.to(torch.int32),
         key_lengths.to(torch.int32), scale * LOG2_E, heads, heads // key.shape[1], nq, lq, lk,
         D=width, BLOCK_D=max(16, triton.next_power_of_2(width)), BLOCK_Q=block_q, BLOCK_K=block_k, CAUSAL=causal,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=launch.num_warps, num_stages=launch.num_stages)
     return out, lse
+
+
+def split_rows(row_ptr: Tensor, col: Tensor, causal: bool, block_q: int, block_k: int, query_lengths: Tensor,
+               key_lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the entries of each query block begin, where those begin that need a mask, and where they end."""
+    batch, heads, pointers = row_ptr.shape
+    nq, device = pointers - 1, row_ptr.device
+    start = row_ptr[..., :-1].reshape(-1).contiguous()
+    end = row_ptr[..., 1:].reshape(-1).contiguous()
+    # An entry is full where even the row's first query sees the block's last key.
+    row_of_entry = torch.repeat_interleave((end - start).long())
+    item = torch.arange(batch, device=device).repeat_interleave(heads * nq)
+    bound = key_lengths[item].long()
+    if causal:
+        first = torch.arange(nq, device=device).repeat(batch * heads) * block_q
+        bound = torch.minimum(bound, first + (key_lengths - query_lengths)[item] + 1)
+    full = ((col.long() + 1) * block_k <= bound[row_of_entry]).to(torch.int32)
+    return start, start + torch.zeros_like(start).index_add_(0, row_of_entry, full), end
 
 
 def block_mean(x: Tensor, block: int, lengths: Tensor) -> Tensor:

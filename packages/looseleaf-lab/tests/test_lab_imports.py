@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-MODULES = ["models", "data", "metrics", "timing", "html", "compare", "commands", "sweep", "state"]
+MODULES = ["models", "data", "metrics", "timing", "html", "compare", "commands", "sweep", "state", "activations"]
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +9,6 @@ from torch import Tensor
 from looseleaf import AttentionCall, attach
 from looseleaf.testing.attention import tensors, tiny_llama
 from looseleaf_minference import MInference, Pattern
-from looseleaf_minference.columns import chunks
 
 PATTERNS = [Pattern("a_shape", 20, 40), Pattern("vertical_slash", 35, 51), Pattern("block_sparse", 4),
             Pattern("vertical_slash", 70, 50)]
@@ -79,8 +76,9 @@ def test_indices_are_the_patterns_written_out(lq: int, lk: int) -> None:
             wanted = written_out(plugin, pattern, q[b, h], k[b, h // 2])
             assert torch.equal(mask[b, h], wanted), (b, h, pattern, (mask[b, h] != wanted).nonzero()[:5])
     if lq > 50:
-        sizes = [int((~hidden).sum()) for *_, hidden in chunks(keys)]
-        assert len(sizes) == 4 and min(sizes) > 0, "no single column outside of blocks: this shows nothing"
+        _, singles = keys.indices()
+        sizes = singles.row_ptr[:, 1::2, -1] - singles.row_ptr[:, 1::2, 0]
+        assert int(sizes.min()) > 0, "no single column outside of blocks: this shows nothing"
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -117,17 +115,9 @@ def test_no_key_is_counted_twice() -> None:
     times = keys.blocks.repeat_interleave(16, 2).repeat_interleave(16, 3)[:, :, :300, :300].int().tril()
     twice = times + keys.columns[:, :, None].expand_as(times).int().tril()
     assert int(twice.max()) == 2, "the inputs must have columns inside of blocks, or this shows nothing"
-    for b, h, rows, picked, hidden in chunks(keys):
-        times[b, h, rows, picked] += (~hidden).int()
+    _, singles = keys.indices()
+    times += singles.to_mask().repeat_interleave(16, 2)[:, :, :300].int().tril()
     assert torch.equal(times.bool(), keys.expand()) and int(times.max()) == 1
-
-
-def test_chunks_of_queries_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v = tensors(333)
-    plugin = MInference(config=[PATTERNS], **SMALL)
-    whole = plugin.attend(call_of(q, k, v))
-    monkeypatch.setattr("looseleaf_minference.columns.SCORES", {"cpu": 1, "cuda": 1})
-    torch.testing.assert_close(plugin.attend(call_of(q, k, v)), whole, atol=1e-6, rtol=1e-5)
 
 
 def test_density_counts_computed_scores() -> None:
@@ -232,11 +222,3 @@ def test_report_shows_heads() -> None:
     assert [f.title for f in report.figures] == ["density by head"]
     assert {"density", "a_shape_heads", "vertical_slash_heads", "block_sparse_heads"} <= set(report.tables[0].columns)
     assert report.tables[0].rows[0][report.tables[0].columns.index("vertical_slash_heads")] == 0.5
-
-
-def test_memory_does_not_grow_with_the_square() -> None:
-    """The largest mask that is made for the single columns has a bounded number of elements."""
-    q, k, v = tensors(4096, batch=1)
-    keys = MInference(min_length=1).select(call_of(q, k, v), [Pattern("vertical_slash", 2000, 100)] * 4)
-    sizes = [hidden.numel() for *_, hidden in chunks(keys)]
-    assert sizes and max(sizes) <= 1 << 19 and math.prod(keys.blocks.shape[2:]) == 64 * 64

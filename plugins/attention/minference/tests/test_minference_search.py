@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from looseleaf import AttentionCall, attach
 from looseleaf.testing.attention import tensors, tiny_llama
-from looseleaf_minference import CANDIDATES, MInference
+from looseleaf_minference import CANDIDATES, VERTICAL_SLASH, MInference, search
 from looseleaf_minference.config import DEFAULT
 from looseleaf_minference.search import Search
-from looseleaf_minference.synthetic import HEADS, heads
+from looseleaf_minference.synthetic import HEADS, heads, streaming
 
 SMALL = {"min_length": 16, "block_size": 16, "last_q": 16}
 FEW = [("a_shape", 16, 64), ("vertical_slash", 30, 60), ("vertical_slash", 60, 50), ("block_sparse", 4, 0)]
@@ -57,7 +57,8 @@ def model_with(q: Tensor, k: Tensor, v: Tensor) -> Any:
 def test_known_heads_get_their_pattern(seed: int, error: str) -> None:
     model = model_with(*heads(2048, seed))
     plugin = MInference()
-    plugin.calibrate(model, {"input_ids": torch.zeros(1, 2048, dtype=torch.long)}, density=0.3, error=error)
+    plugin.calibrate(model, {"input_ids": torch.zeros(1, 2048, dtype=torch.long)}, density=0.3, error=error,
+                     candidates=CANDIDATES)
     assert plugin.assignment is not None
     assert [p.name for p in plugin.assignment[0]] == list(HEADS)
 
@@ -115,6 +116,61 @@ def test_without_matching_sizes_stay() -> None:
     assert [(int(s[0, 0]), int(s[1, 0])) for s in search.sizes[0]] == [(p.first, p.second) for p in CANDIDATES]
     # All but the cheapest candidates are dense at this length: equals go to the first of them.
     assert {p.name for p in search.assignment()[0]} == {"a_shape"}
+
+
+@pytest.mark.parametrize(("last", "winner"), [(None, "a_shape"), (64, "vertical_slash")])
+def test_few_queries_that_look_far_do_not_count_among_all(last: int | None, winner: str) -> None:
+    """Why A-shape is no candidate unless asked for: its error is in the queries that matter, and they are few."""
+    q, k = streaming(2048, 0)
+    q[-2:] = 0
+    q[-2:, 63], k[600, 63] = 6, 6
+    search = Search(MInference(), CANDIDATES, density=0.3, last=last)
+    v = torch.randn(1, 1, 2048, 64, generator=torch.Generator().manual_seed(0))
+    search.attend(AttentionCall(q[None, None], k[None, None], v, 1.0))
+    assert search.assignment()[0][0].name == winner
+
+
+def test_only_the_last_queries_of_each_item_count() -> None:
+    q, k, v = tensors(320)
+    lengths = torch.tensor([320, 250])
+    found = Search(MInference(**SMALL), FEW, match_flops=False, last=20)
+    found.attend(AttentionCall(q, k, v, 0.2, query_lengths=lengths, key_lengths=lengths))
+    alone = Search(MInference(**SMALL), FEW, match_flops=False, last=20)
+    for b, n in enumerate(lengths.tolist()):
+        call = AttentionCall(q[b:b + 1, :, :n], k[b:b + 1, :, :n], v[b:b + 1, :, :n], 0.2)
+        alone.attend(call)
+        if not b:  # what the figure is, for one candidate
+            keys = alone.plugin.select_sized(call, ["a_shape"] * 4, *torch.tensor([[[16] * 4], [[64] * 4]]))
+            gap = search.attention(call.query, call.key, call.value, keys, 0.2) - call.dense()
+            assert torch.allclose(alone.errors[0][0], gap[:, :, -20:].square().sum((0, 2, 3)).double(), rtol=1e-4)
+    assert torch.allclose(found.errors[0], alone.errors[0], rtol=1e-4)
+    assert torch.allclose(found.norms[0], alone.norms[0], rtol=1e-4)
+
+
+def test_candidates_that_became_the_same_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = tensors(300)
+    ran: list[int] = []
+    real = search.attention
+
+    def counted(*given: Any) -> Tensor:
+        ran.append(1)
+        return real(*given)
+
+    monkeypatch.setattr(search, "attention", counted)
+    pair = [("vertical_slash", 40, 60), ("block_sparse", 4, 0), ("vertical_slash", 40, 60), ("vertical_slash", 41, 60)]
+    found = Search(MInference(**SMALL), pair, match_flops=False)
+    for _ in range(2):
+        found.attend(AttentionCall(q, k, v, 0.2))
+    assert len(ran) == 2 * 3
+    assert torch.equal(found.errors[0][0], found.errors[0][2]) and bool((found.errors[0][0] > 0).all())
+    assert not torch.equal(found.errors[0][0], found.errors[0][3])
+
+
+def test_by_default_all_heads_are_vertical_slash() -> None:
+    assert [p.name for p in VERTICAL_SLASH] == ["vertical_slash"] * 6 and set(VERTICAL_SLASH) < set(CANDIDATES)
+    plugin = MInference(**SMALL)
+    plugin.calibrate(tiny_llama(), {"input_ids": torch.arange(320)[None] % 64})
+    assert {p.name for heads in plugin.assignment or [] for p in heads} == {"vertical_slash"}
 
 
 def test_calibrate_any_decoder_and_use_it(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def _kernels(report: Report) -> None:
     report.facts["kernels forced by LOOSELEAF_KERNELS"] = forced or "no"
     table = report.table("Kernels", ["operation", "device", "dtype", "implementation", "why"])
     names: list[Any] = ["block_sparse_attention", "quantized_block_sparse_attention", "block_mean",
-                        "last_query_scores", "top_mass", "block_importance"]
+                        "vertical_slash_attention", "last_query_scores", "top_mass", "block_importance"]
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for name in names:
         for device in devices:

@@ -9,14 +9,8 @@ import torch
 from torch import Tensor
 
 from looseleaf import AttentionBackend, AttentionCall, Paper
-from looseleaf_flexprefill.patterns import (
-    Layout,
-    budget_blocks,
-    query_aware_blocks,
-    select_pattern,
-    vertical_slash_blocks,
-)
-from looseleaf_kernels import BlockIndex, block_mean, block_sparse_attention, last_query_scores
+from looseleaf_flexprefill.patterns import budget_blocks, query_aware_blocks, select_pattern, vertical_slash_blocks
+from looseleaf_kernels import BlockIndex, Layout, block_mean, block_sparse_attention, last_query_scores
 
 
 @dataclasses.dataclass
@@ -81,15 +75,11 @@ class FlexPrefill(AttentionBackend):
             blocks over all causal blocks; and which heads are query-aware (B, Hq).
         """
         query, key, block = call.query, call.key, self.block_size
-        batch, _, _, lq, lk, _ = call.shape
-        device = query.device
-        query_lengths = torch.full((batch,), lq, device=device) if call.query_lengths is None else call.query_lengths
-        key_lengths = torch.full((batch,), lk, device=device) if call.key_lengths is None else call.key_lengths
-        layout = Layout(query_lengths, key_lengths, block, -(-lq // block), -(-lk // block))
+        layout = Layout.of(query, key, block, call.query_lengths, call.key_lengths)
         lengths = {"query_lengths": call.query_lengths, "key_lengths": call.key_lengths}
         vertical, slash = last_query_scores(query, key, block, scale=call.scale, **lengths)
         key_blocks = block_mean(key, block, call.key_lengths)
-        last = _last_rows(query, query_lengths, block)
+        last = _last_rows(query, layout.query_lengths, block)
         query_aware, _ = select_pattern(last, key_blocks, vertical, layout, call.scale, self.tau)
         smallest = self._blocks(self.min_budget)
         largest = None if self.max_budget is None else self._blocks(self.max_budget)
@@ -100,11 +90,10 @@ class FlexPrefill(AttentionBackend):
         estimated = query_aware_blocks(block_mean(query, block, call.query_lengths), key_blocks, layout, call.scale,
                                        self.gamma)
         blocks = blocks | (estimated & query_aware[:, :, None, None])
-        short = (key_lengths <= self.shortest)[:, None, None, None]
+        short = (layout.key_lengths <= self.shortest)[:, None, None, None]
         blocks = torch.where(short, layout.causal, blocks)
         densities = blocks.sum((2, 3)) / layout.causal.sum((2, 3)).clamp(min=1)
-        index = BlockIndex.from_mask(blocks, block_q=block, block_k=block, q_len=lq, k_len=lk, causal=True)
-        return index, densities, query_aware
+        return layout.index(blocks), densities, query_aware
 
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self.block_size)

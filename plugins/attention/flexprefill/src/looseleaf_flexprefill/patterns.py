@@ -5,51 +5,10 @@ All heads of all batch items are treated at once; nothing here waits for the dev
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from looseleaf_kernels import top_mass
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the blocks of a ragged batch lie.
-
-    Attributes:
-        query_lengths, key_lengths: (B,) valid rows and keys; queries are the last positions of their item.
-        block: tokens of a block.
-        rows, columns: query blocks and key blocks of the tensors.
-    """
-
-    query_lengths: Tensor
-    key_lengths: Tensor
-    block: int
-    rows: int
-    columns: int
-
-    @property
-    def key_blocks(self) -> Tensor:
-        """(B, 1, Nk) bool: blocks that hold a valid key."""
-        start = torch.arange(self.columns, device=self.key_lengths.device) * self.block
-        return (start < self.key_lengths[:, None])[:, None]
-
-    @property
-    def positions(self) -> tuple[Tensor, Tensor]:
-        """First and last position of each query block, (B, Nq); they straddle two key blocks in chunked prefill."""
-        start = torch.arange(self.rows, device=self.key_lengths.device) * self.block
-        offset = (self.key_lengths - self.query_lengths)[:, None]
-        last = torch.minimum(start + self.block, self.query_lengths[:, None]) - 1
-        return start + offset, last + offset
-
-    @property
-    def causal(self) -> Tensor:
-        """(B, 1, Nq, Nk) bool: pairs of blocks with at least one pair of query and visible key."""
-        _, last = self.positions
-        start = torch.arange(self.columns, device=self.key_lengths.device) * self.block
-        queries = torch.arange(self.rows, device=self.key_lengths.device) * self.block < self.query_lengths[:, None]
-        return ((start <= last[:, :, None]) & queries[:, :, None])[:, None]
+from looseleaf_kernels import Layout, top_mass
 
 
 def select_pattern(query_mean: Tensor, key_blocks: Tensor, vertical: Tensor, layout: Layout, scale: float,
@@ -117,7 +76,7 @@ def vertical_slash_blocks(vertical: Tensor, slash: Tensor, vertical_budget: Tens
     blocks = columns[:, :, None].expand(-1, -1, layout.rows, -1)
     column = torch.arange(layout.columns, device=blocks.device)
     heads = vertical.shape[1]
-    for position in layout.positions:
+    for position in layout.row_ends:  # they straddle two key blocks in chunked prefill
         distance = position[:, :, None] // layout.block - column
         taken = distances.gather(2, distance.clamp(min=0, max=layout.columns - 1)[:, None].expand(
             -1, heads, -1, -1).flatten(2)).unflatten(2, distance.shape[1:])

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from looseleaf import AttentionBackend, AttentionCall, Claim, Paper, Report, attach
+from looseleaf import AttentionCall, Claim, Report, attach
 from looseleaf_flexprefill.backend import FlexPrefill
 
 PERPLEXITY_MARGIN = 0.01
@@ -120,10 +119,11 @@ def _retrieval(report: Report, model: Any, tokenizer: Any, seeds: int, progress:
 
 
 def _speed(report: Report, model: Any, ids: Tensor, quick: bool) -> None:
+    from looseleaf_lab.activations import KeepAttention
     from looseleaf_lab.timing import interleave
 
-    taken = _Taken(layers=SPEED_LAYERS[1:2] if quick else SPEED_LAYERS)
-    with torch.inference_mode(), attach(model, taken):
+    kept = KeepAttention(layers=SPEED_LAYERS[1:2] if quick else SPEED_LAYERS)
+    with torch.inference_mode(), attach(model, kept):
         model.base_model(input_ids=ids, use_cache=False)
     lengths = (ids.shape[1],) if quick else (ids.shape[1], 2 * ids.shape[1])
     table = report.table("Seconds of one layer's attention, estimation included", [
@@ -133,7 +133,7 @@ def _speed(report: Report, model: Any, ids: Tensor, quick: bool) -> None:
     backend = FlexPrefill()
     with torch.inference_mode():
         for length in lengths:
-            for layer, (q, k, v) in taken.found.items():
+            for layer, (q, k, v) in kept.found.items():
                 times = length // q.shape[2]
                 query, key, value = (torch.cat([x] * times, 2) for x in (q, k, v))
                 call = AttentionCall(query, key, value, q.shape[-1] ** -0.5)
@@ -168,21 +168,3 @@ def _gpu(report: Report) -> None:
         source="paper, figure of latency", paper="about 2.4x [memory]",
         measured="not measured here: see benchmarks/gpu_block_sparse.py for machines with a GPU",
         rule="ratio above 1 to SDPA's flash kernel at 32k to 128k tokens, 32/8 heads, D 128, bf16"))
-
-
-@dataclasses.dataclass
-class _Taken(AttentionBackend):
-    """Exact attention that keeps the tensors of a few layers.
-
-    Args:
-        layers: which.
-    """
-
-    layers: tuple[int, ...] = ()
-    found: dict[int, tuple[Tensor, Tensor, Tensor]] = dataclasses.field(default_factory=dict)
-    paper: ClassVar[Paper] = FlexPrefill.paper
-
-    def attend(self, call: AttentionCall) -> Tensor:
-        if call.layer in self.layers:
-            self.found[call.layer] = (call.query.contiguous(), call.key.contiguous(), call.value.contiguous())
-        return call.dense()

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from looseleaf import AttentionBackend, AttentionCall, Paper
-from looseleaf_kernels import block_mean, last_query_scores
+from looseleaf_kernels import Layout, block_mean, last_query_scores
 from looseleaf_minference import config as config_
 from looseleaf_minference.columns import attention
-from looseleaf_minference.config import CANDIDATES, DEFAULT, NAMES, Assignment, Pattern
-from looseleaf_minference.patterns import Keys, Layout, a_shape_blocks, block_sparse_blocks, vertical_slash
+from looseleaf_minference.config import DEFAULT, NAMES, VERTICAL_SLASH, Assignment, Pattern
+from looseleaf_minference.patterns import Keys, a_shape_blocks, block_sparse_blocks, vertical_slash
 
 LEAST_COLUMNS, LEAST_DIAGONALS = 30, 50
 """Columns and diagonals that a vertical-slash head has at least, whatever its configuration says."""
@@ -131,11 +131,9 @@ class MInference(AttentionBackend):
         ``scores``: what :meth:`scores` gave, where it is at hand.
         """
         query, key = call.query, call.key
-        batch, heads, _, lq, lk, _ = call.shape
+        batch, heads, _, _, lk, _ = call.shape
         device = query.device
-        lengths = [torch.full((batch,), n, dtype=torch.int64, device=device) if given is None else given
-                   for n, given in ((lq, call.query_lengths), (lk, call.key_lengths))]
-        layout = Layout(lengths[0], lengths[1], lq, lk, self.block_size)
+        layout = Layout.of(query, key, self.block_size, call.query_lengths, call.key_lengths)
         causal = layout.causal
         blocks = torch.zeros(batch, heads, layout.rows, layout.columns, dtype=torch.bool, device=device)
         columns = torch.zeros(batch, heads, lk, dtype=torch.bool, device=device)
@@ -157,20 +155,21 @@ class MInference(AttentionBackend):
         return Keys(torch.where(short[..., None], causal, blocks), columns & ~short, layout)
 
     def calibrate(self, model: torch.nn.Module, batches: Iterable[Any], *,
-                  candidates: Sequence[Pattern | tuple[str, int, int]] = CANDIDATES, match_flops: bool = True,
+                  candidates: Sequence[Pattern | tuple[str, int, int]] = VERTICAL_SLASH, match_flops: bool = True,
                   density: float | None = None, error: str = "relative_l2", progress: bool | None = None) -> None:
         """Find the pattern of each head (section 3.2, algorithm 1): run each candidate, keep the one nearest to dense.
 
         Args:
             model: a transformers decoder, or anything that :func:`looseleaf.attach` takes.
             batches: dicts of model inputs, or one, longer than ``min_length``; the paper takes one long text.
-            candidates: patterns, or tuples (name, first, second).
+            candidates: patterns, or tuples (name, first, second): :data:`VERTICAL_SLASH`, as in the files that the
+                authors publish, or :data:`CANDIDATES`, all three patterns of the paper.
             match_flops: first give all candidates of a head the same cost, counted in score elements of the kernels
                 and of the estimation of the indices, by making their sizes larger or smaller; on the first batch.
             density: that cost, as a share of all causal blocks; None: the median cost of the candidates as given, and
                 0.5 at most.
-            error: ``relative_l2``, or ``count`` of output elements that differ by more than 5e-3, as the authors'
-                code has it.
+            error: ``relative_l2``, or ``count`` of output elements that differ by more than 5e-3, as one search of the
+                authors' code has it.
             progress: show a progress bar; None: only on a terminal.
 
         Raises:

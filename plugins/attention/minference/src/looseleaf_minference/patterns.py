@@ -11,55 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the blocks of a ragged batch lie. Queries are the last positions of their item.
-
-    Attributes:
-        query_lengths, key_lengths: (B,) int64, valid rows and keys.
-        q_len, k_len: Lq and Lk of the tensors.
-        block: tokens of a block.
-    """
-
-    query_lengths: Tensor
-    key_lengths: Tensor
-    q_len: int
-    k_len: int
-    block: int
-
-    @property
-    def rows(self) -> int:
-        """Nq, the number of query blocks."""
-        return -(-self.q_len // self.block)
-
-    @property
-    def columns(self) -> int:
-        """Nk, the number of key blocks."""
-        return -(-self.k_len // self.block)
-
-    @property
-    def row_ends(self) -> tuple[Tensor, Tensor]:
-        """Key positions of the first and of the last valid query of each query block, (B, Nq) each.
-
-        The last block of an item may be ragged: its last query is that of the item. A block without a valid query has
-        its last before its first.
-        """
-        start = torch.arange(self.rows, device=self.key_lengths.device) * self.block
-        offset = (self.key_lengths - self.query_lengths)[:, None]
-        stop = torch.minimum(start + self.block, self.query_lengths[:, None])
-        return start + offset, stop - 1 + offset
-
-    @property
-    def column_starts(self) -> Tensor:
-        """(Nk,) the first key of each key block."""
-        return torch.arange(self.columns, device=self.key_lengths.device) * self.block
-
-    @property
-    def causal(self) -> Tensor:
-        """(B, 1, Nq, Nk) bool: pairs of blocks with at least one valid query and one key that it may see."""
-        first, last = self.row_ends
-        return ((self.column_starts <= last[..., None]) & (last >= first)[..., None])[:, None]
+from looseleaf_kernels import BlockIndex, Layout, column_index
 
 
 @dataclass
@@ -75,6 +27,10 @@ class Keys:
     blocks: Tensor
     columns: Tensor
     layout: Layout
+
+    def indices(self) -> tuple[BlockIndex, BlockIndex]:
+        """The blocks, and the single columns of each query block that are in none of its blocks."""
+        return self.layout.index(self.blocks), column_index(self.blocks, self.columns, self.layout)
 
     def density(self) -> Tensor:
         """(B, Hq): score elements that are computed, over those of all causal blocks."""

@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from looseleaf import AttentionBackend, AttentionCall, Claim, Paper, Report, attach
+from looseleaf import AttentionBackend, AttentionCall, Claim, Report, Series, attach
+from looseleaf_kernels import Layout
 from looseleaf_minference import synthetic
 from looseleaf_minference.backend import MInference
-from looseleaf_minference.config import CANDIDATES, Pattern
-from looseleaf_minference.patterns import Keys, Layout, a_shape_blocks
+from looseleaf_minference.config import CANDIDATES, VERTICAL_SLASH, Pattern
+from looseleaf_minference.key_value import key_value_ids
+from looseleaf_minference.patterns import Keys, a_shape_blocks
 
 PERPLEXITY_MARGIN = 0.02
 CONTEXT, DENSITY = 4096, 0.5
 DENSITY_LIMIT = 0.60
 LAST = 512
 RETRIEVAL_CONTEXT, TRIALS = 1536, 4
+KEY_SEED = 10
+"""Of the first set of pass keys: those before were looked at while the default candidates were chosen."""
+KEY_SETS = 4
+"""Most sets of pass keys: each is asked of six kinds of attention."""
 A_SHAPE_LIMIT = 0.2
 ENOUGH_KEYS = 8
 SYNTHETIC_LENGTH, SYNTHETIC_DENSITY = 2048, 0.3
 SPEED_LAYERS = (5, 15, 25)
 SINK = 100
 PUBLISHED_WIDTH = 128
+CELLS = 64
+"""Most cells along a side of a drawn pattern."""
 
 
 def reproduce(*, seeds: int = 5, quick: bool = False, progress: bool | None = None) -> Report:
     """Measure what the paper claims, at the scale of a 135M model and one CPU core.
 
     Args:
-        seeds: text windows, sets of pass keys, and sets of synthetic heads.
+        seeds: text windows, sets of pass keys (4 at most), and sets of synthetic heads.
         quick: one of each, contexts of 1536 tokens, one layer timed; what that cannot show is said so.
         progress: show progress bars; None: only on a terminal.
     """
@@ -52,7 +59,7 @@ def reproduce(*, seeds: int = 5, quick: bool = False, progress: bool | None = No
     plugin.calibrate(model, {"input_ids": text[:, :context]}, density=DENSITY, progress=progress)
     _assignment(report, plugin, f"{context} tokens")
     _quality(report, model, plugin, ids, context, count, quick, progress)
-    _retrieval(report, model, tokenizer, count, progress)
+    _retrieval(report, model, tokenizer, min(count, KEY_SETS), progress)
     _synthetic(report, count)
     _speed(report, model, plugin, ids[:context][None], quick)
     _published(report, quick)
@@ -63,11 +70,31 @@ def reproduce(*, seeds: int = 5, quick: bool = False, progress: bool | None = No
 def _assignment(report: Report, plugin: MInference, what: str) -> None:
     table = report.table(f"Patterns found on {what}", ["pattern", "heads", "first", "second", "relative error"],
                          note="sizes and errors are means over the heads")
-    patterns = [p for heads in plugin.assignment or [] for p in heads]
+    assignment = plugin.assignment or []
+    shares = {}
     for name in synthetic.HEADS:
-        of = [p for p in patterns if p.name == name]
+        of = [p for heads in assignment for p in heads if p.name == name]
         if of:
             table.add(name, len(of), *(sum(getattr(p, f) for p in of) / len(of) for f in ("first", "second", "score")))
+            shares[name] = [sum(p.name == name for p in heads) / len(heads) for heads in assignment]
+    report.figure(f"Share of the heads by pattern, {what}", x_label="layer", y_label="share of heads",
+                  series=[Series(name, [float(i) for i in range(len(y))], y) for name, y in shares.items()])
+
+
+def _drawn(report: Report, plugin: MInference, call: AttentionCall) -> None:
+    """What each head of a layer attends to, block by block."""
+    patterns = plugin.patterns(call, call.layer)
+    keys = plugin.select(call, patterns)
+    layout = keys.layout
+    single = F.pad(keys.columns, (0, layout.columns * layout.block - layout.k_len))
+    per_block = single.unflatten(-1, (layout.columns, layout.block)).float().mean(-1)
+    share = torch.where(keys.blocks, 1.0, per_block[:, :, None]) * layout.causal
+    cells = min(CELLS, layout.rows)
+    panels = F.adaptive_avg_pool2d(share, (cells, cells))[0].mul(1000).round().div(1000).tolist()
+    report.figure(f"What each head of layer {call.layer} attends to, {layout.k_len} tokens",
+                  panels={f"head {h}: {p.name} {p.first}, {p.second}": panels[h] for h, p in enumerate(patterns)},
+                  note=f"rows: queries, columns: keys, in cells of {layout.k_len // cells} tokens; the share of a cell "
+                       "that is computed")
 
 
 def _quality(report: Report, model: Any, plugin: MInference, ids: Tensor, context: int, windows: int, quick: bool,
@@ -101,52 +128,44 @@ def _quality(report: Report, model: Any, plugin: MInference, ids: Tensor, contex
         rule=f"computed scores below {DENSITY_LIMIT:.2f} of those of all causal blocks at {CONTEXT} tokens"))
 
 
-def key_value_ids(tokenizer: Any, length: int, seed: int = 0) -> Tensor:
-    """A list of random keys and values and a question for one of them, int64 (1, length).
-
-    The authors calibrate on one sample of such a task [memory]: in running text nothing far away has to be found, so
-    that the heads that could find it look as if they needed a window only.
-    """
-    import random
-
-    from looseleaf_lab import data
-
-    rng = random.Random(seed)
-    pairs = [(f"{rng.getrandbits(32):08x}", f"{rng.getrandbits(32):08x}") for _ in range(length // 4)]
-    question = data.token_ids(tokenizer, f'\n\nThe value of "{pairs[length // 80][0]}" is "')
-    lines = data.token_ids(tokenizer, "\n".join(f'"{k}": "{v}"' for k, v in pairs), length - question.shape[1])
-    return torch.cat([lines, question], 1)
-
-
 def _retrieval(report: Report, model: Any, tokenizer: Any, seeds: int, progress: bool | None) -> None:
+    from looseleaf_lab import data
     from looseleaf_lab.metrics import passkey
 
-    def found(backend: AttentionBackend | None) -> tuple[list[float], list[dict[str, Any]]]:
-        def ask() -> list[float]:
-            return [x for seed in range(seeds) for x in passkey(
-                model, tokenizer, RETRIEVAL_CONTEXT, trials=TRIALS, seed=seed, progress=progress).correct]
-        if backend is None:
-            return ask(), []
+    def ask() -> list[float]:
+        return [x for seed in range(KEY_SEED, KEY_SEED + seeds) for x in passkey(
+            model, tokenizer, RETRIEVAL_CONTEXT, trials=TRIALS, seed=seed, progress=progress).correct]
+
+    def found(backend: AttentionBackend) -> tuple[list[float], list[dict[str, Any]]]:
         with attach(model, backend) as attached:
             return ask(), [r for r in attached.records if "density" in r]
 
-    dense, _ = found(None)
+    dense = ask()
     depths = [(i + 0.5) / TRIALS for i in range(TRIALS)] * seeds
     table = report.table(f"Pass keys found at {RETRIEVAL_CONTEXT} tokens", [
-        "candidates", "keys", "of", "dense", "MInference", "A-shape", "density", "A-shape density", "A-shape window"],
+        "candidates, calibrated on", "keys", "of", "dense", "MInference", "A-shape", "density", "A-shape density",
+        "A-shape window"],
         note="outside: beyond the first tokens, further from the question than the window, found by dense attention")
-    text = key_value_ids(tokenizer, RETRIEVAL_CONTEXT)
-    # The authors' released search turns A-shape winners into vertical-slash heads, so that both are measured.
-    for what, candidates in (("all patterns", CANDIDATES),
-                             ("vertical-slash only", [p for p in CANDIDATES if p.name == "vertical_slash"])):
+    # The authors calibrate on keys and values, and publish vertical-slash heads only; documentation is what the keys
+    # are hidden in.
+    lines = key_value_ids(tokenizer, RETRIEVAL_CONTEXT)
+    prose = data.prose_ids(tokenizer, RETRIEVAL_CONTEXT, "calibration")
+    windows: dict[int, list[float]] = {}
+    for what, candidates, text in (("all patterns, keys and values", CANDIDATES, lines),
+                                   ("vertical-slash, keys and values", VERTICAL_SLASH, lines),
+                                   ("vertical-slash, documentation", VERTICAL_SLASH, prose)):
         plugin = MInference()
         plugin.calibrate(model, {"input_ids": text}, candidates=candidates, density=DENSITY, progress=progress)
-        _assignment(report, plugin, f"{RETRIEVAL_CONTEXT} tokens of keys and values, {what}")
+        _assignment(report, plugin, f"{RETRIEVAL_CONTEXT} tokens, {what}")
+        if candidates is CANDIDATES:
+            _dilution(report, model, text, plugin, progress)
         mixed, records = found(plugin)
         density = sum(r["density"] for r in records) / len(records)
         window, same = equal_a_shape(RETRIEVAL_CONTEXT, density)
-        layers, heads = len(plugin.assignment or []), len((plugin.assignment or [[]])[0])
-        fixed, _ = found(MInference(config=[[Pattern("a_shape", SINK, window)] * heads] * layers))
+        if window not in windows:
+            layers, heads = len(plugin.assignment or []), len((plugin.assignment or [[]])[0])
+            windows[window], _ = found(MInference(config=[[Pattern("a_shape", SINK, window)] * heads] * layers))
+        fixed = windows[window]
         # The question at the end sees the window rounded out to blocks; a key counts as outside if it ends before that.
         far = [i for i, d in enumerate(depths)
                if SINK + 64 < d * RETRIEVAL_CONTEXT < RETRIEVAL_CONTEXT - window - 192 and dense[i]]
@@ -179,6 +198,20 @@ def _retrieval_claims(report: Report, what: str, mixed: list[float], fixed: list
         source="paper, ablation of the patterns", paper="fails",
         measured=f"A-shape finds {share:.2f} of {count} keys outside its window that dense attention finds",
         rule=f"at most 20 % of them; {ENOUGH_KEYS} keys or more"))
+
+
+def _dilution(report: Report, model: Any, text: Tensor, plugin: MInference, progress: bool | None) -> None:
+    """Why windows win in heads that find things: the winners by the error of all queries, and of the last ones only."""
+    from looseleaf_minference.search import calibrate
+
+    last = calibrate(plugin, model, {"input_ids": text}, CANDIDATES, match_flops=True, density=DENSITY,
+                     error="relative_l2", progress=progress, last=plugin.last_q)
+    table = report.table(f"Who wins the search, by the queries that count, {RETRIEVAL_CONTEXT} tokens", [
+        "queries", *(f"{name} heads" for name in synthetic.HEADS)],
+        note="keys and values, the same candidates at the same cost; the last queries are those that write the answer")
+    for queries, assignment in (("all", plugin.assignment or []), (f"last {plugin.last_q}", last)):
+        names = [p.name for heads in assignment for p in heads]
+        table.add(queries, *(names.count(name) for name in synthetic.HEADS))
 
 
 def equal_a_shape(length: int, density: float, block: int = 64) -> tuple[int, float]:
@@ -221,20 +254,24 @@ def _synthetic(report: Report, seeds: int) -> None:
 
 
 def _speed(report: Report, model: Any, plugin: MInference, ids: Tensor, quick: bool) -> None:
+    from looseleaf_lab.activations import KeepAttention
     from looseleaf_lab.timing import interleave
 
     layers = len(plugin.assignment or [])
     chosen = SPEED_LAYERS if max(SPEED_LAYERS) < layers else (layers - 1,)
-    taken = _Taken(layers=chosen[:1] if quick else chosen)
-    with torch.inference_mode(), attach(model, taken):
+    kept = KeepAttention(layers=chosen[:1] if quick else chosen)
+    with torch.inference_mode(), attach(model, kept):
         model.base_model(input_ids=ids, use_cache=False)
+        for layer, (query, key, value) in kept.found.items():
+            if layer == chosen[len(chosen) // 2] or quick:
+                _drawn(report, plugin, AttentionCall(query, key, value, query.shape[-1] ** -0.5, layer=layer))
     times = 1 if quick else 2
     table = report.table("Seconds of one layer's attention, estimation included", [
         "tokens", "layer", "density", "SDPA", "MInference", "ratio", "low", "high"],
         note="ratio: SDPA over MInference, medians of interleaved rounds; activations of one window, repeated")
     slower = []
     with torch.inference_mode():
-        for layer, tensors in taken.found.items():
+        for layer, tensors in kept.found.items():
             query, key, value = (torch.cat([x] * times, 2) for x in tensors)
             call = AttentionCall(query, key, value, query.shape[-1] ** -0.5, layer=layer)
             group = query.shape[1] // key.shape[1]
@@ -301,21 +338,3 @@ def _elsewhere(report: Report) -> None:
              "averages within one point of full attention")):
         report.claims.append(Claim.decide(None, statement=statement, source=source, paper=paper, measured=measured,
                                           rule=rule))
-
-
-@dataclasses.dataclass
-class _Taken(AttentionBackend):
-    """Exact attention that keeps the tensors of a few layers.
-
-    Args:
-        layers: which.
-    """
-
-    layers: tuple[int, ...] = ()
-    found: dict[int, tuple[Tensor, Tensor, Tensor]] = dataclasses.field(default_factory=dict)
-    paper: ClassVar[Paper] = MInference.paper
-
-    def attend(self, call: AttentionCall) -> Tensor:
-        if call.layer in self.layers:
-            self.found[call.layer] = (call.query.contiguous(), call.key.contiguous(), call.value.contiguous())
-        return call.dense()

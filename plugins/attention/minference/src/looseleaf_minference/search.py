@@ -29,11 +29,11 @@ NOISE = 1e-5
 
 def calibrate(plugin: MInference, model: torch.nn.Module, batches: Iterable[Any],
               candidates: Sequence[Pattern | tuple[str, int, int]], *, match_flops: bool, density: float | None,
-              error: str, progress: bool | None) -> Assignment:
-    """The pattern of each head; arguments as in :meth:`MInference.calibrate`."""
+              error: str, progress: bool | None, last: int | None = None) -> Assignment:
+    """The pattern of each head; arguments as in :meth:`MInference.calibrate` and :class:`Search`."""
     from looseleaf import attach
 
-    search = Search(plugin, candidates, match_flops=match_flops, density=density, error=error)
+    search = Search(plugin, candidates, match_flops=match_flops, density=density, error=error, last=last)
     was_training = model.training
     model.eval()
     try:
@@ -58,6 +58,7 @@ class Search(AttentionBackend):
         match_flops: make the candidates of a head equally costly first.
         density: how costly; None: the median of the candidates as given, 0.5 at most.
         error: ``relative_l2`` or ``count``.
+        last: only so many last queries of a text count; None: all of them, as in the paper.
     """
 
     plugin: MInference = dataclasses.field(default_factory=MInference)
@@ -65,6 +66,7 @@ class Search(AttentionBackend):
     match_flops: bool = True
     density: float | None = None
     error: str = "relative_l2"
+    last: int | None = None
     paper: ClassVar[Paper] = MInference.paper
 
     def __post_init__(self) -> None:
@@ -80,6 +82,7 @@ class Search(AttentionBackend):
         self.check("candidates", len(self.candidates) > 0, "one pattern or more")
         self.check("density", self.density is None or 0 < self.density <= 1, "None, or a number above 0 and up to 1")
         self.check("error", self.error in ERRORS, " or ".join(ERRORS))
+        self.check("last", self.last is None or (isinstance(self.last, int) and self.last >= 1), "None, or 1 or more")
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Exact attention; the errors of the candidates go to :attr:`errors`."""
@@ -95,10 +98,15 @@ class Search(AttentionBackend):
             self.sizes[layer] = self._sizes(call)
             self.errors[layer] = torch.zeros(len(self.tried), call.shape[1], dtype=torch.float64)
             self.norms[layer] = torch.zeros(call.shape[1], dtype=torch.float64)
-        self.norms[layer] += out.float().square().sum((0, 2, 3)).double().cpu()
+        counts = self._counts(call)
+        self.norms[layer] += (out.float() * counts).square().sum((0, 2, 3)).double().cpu()
         for number, pattern in enumerate(self.tried):
+            twin = self._twin(layer, number)
+            if twin is not None:
+                self.errors[layer][number] = self.errors[layer][twin]
+                continue
             keys = self._select(call, pattern, self.sizes[layer][number])
-            gap = attention(call.query, call.key, call.value, keys, call.scale).float() - out.float()
+            gap = (attention(call.query, call.key, call.value, keys, call.scale).float() - out.float()) * counts
             wrong = gap.square().sum((0, 2, 3)) if self.error == "relative_l2" else (gap.abs() > DIFFERS).sum((0, 2, 3))
             self.errors[layer][number] += wrong.double().cpu()
         self._scores = None
@@ -135,6 +143,19 @@ class Search(AttentionBackend):
             made.append([Pattern(self.tried[c].name, int(sizes[c, 0, h]), int(sizes[c, 1, h]), float(errors[c, h]))
                          for h, c in enumerate(best.tolist())])
         return made
+
+    def _counts(self, call: AttentionCall) -> Tensor:
+        """(B, 1, Lq, 1) bool: the queries whose error counts."""
+        position = torch.arange(call.shape[3], device=call.query.device)[:, None]
+        if self.last is None:
+            return (position >= 0)[None, None]
+        lengths = torch.tensor([call.shape[3]]) if call.query_lengths is None else call.query_lengths
+        return position >= lengths.to(position.device)[:, None, None, None] - self.last
+
+    def _twin(self, layer: int, number: int) -> int | None:
+        """An earlier candidate that has become the same: on short texts the smallest sizes are taken by several."""
+        return next((n for n in range(number) if self.tried[n].name == self.tried[number].name
+                     and torch.equal(self.sizes[layer][n], self.sizes[layer][number])), None)
 
     def _select(self, call: AttentionCall, pattern: Pattern, sizes: Tensor) -> Any:
         wide = sizes[:, None].expand(-1, len(call.query), -1)
