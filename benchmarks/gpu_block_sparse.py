@@ -57,10 +57,13 @@ def rivals(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: BlockIndex)
 
     from torch.nn.attention.flex_attention import flex_attention
 
-    compiled, blocks = torch.compile(flex_attention), index.to_flex()
+    # A second size would be compiled with sizes as variables, which is slower: each is compiled by itself.
+    torch.compiler.reset()
+    compiled, blocks = torch.compile(flex_attention, dynamic=False), index.to_flex()
+    tiles = {"BLOCK_M": index.block_q, "BLOCK_N": index.block_k} if index.block_q < 128 else None
     wanted: dict[str, Callable[[], object]] = {
         "flash SDPA": sdpa(SDPBackend.FLASH_ATTENTION), "cuDNN SDPA": sdpa(SDPBackend.CUDNN_ATTENTION),
-        "FlexAttention": lambda: compiled(q, k, v, block_mask=blocks, enable_gqa=True),
+        "FlexAttention": lambda: compiled(q, k, v, block_mask=blocks, enable_gqa=True, kernel_options=tiles),
         "looseleaf": lambda: block_sparse_attention(q, k, v, index)}
     ready = {}
     for name, function in wanted.items():
