@@ -12,6 +12,7 @@ import torch
 
 import looseleaf
 from looseleaf import AttentionBackend, Example, Paper, Probe, Prompt, PromptOptimizer, Pruner, Report, Task
+from looseleaf.attention.call import Phase
 from looseleaf_lab import commands, compare, html
 from looseleaf_lab.compare import attention as attention_
 from looseleaf_lab.compare import patterns
@@ -133,7 +134,7 @@ def test_side_by_side_counts_fallbacks(model: Any) -> None:
     both = attention_.SideBySide(inner={"window": backend})
     with torch.no_grad(), looseleaf.attach(model, both):
         model(torch.arange(40)[None], use_cache=False)
-    found = attention_._density(both.found["window"])
+    found = attention_.density_of(both.found["window"])
     assert found["density"] == 1.0 and found["fallbacks"] == 2 and found["error"] == 0
 
 
@@ -443,6 +444,32 @@ class Needy(Count):
 
     def validate(self) -> None:
         self.check("what", self.what is not None, "a number")
+
+
+@dataclasses.dataclass
+class Denoising(Exact):
+    """Exact attention, for bidirectional calls."""
+
+    changes: ClassVar[Phase] = "encode"
+
+
+@pytest.mark.usefixtures("loaded")
+def test_methods_for_denoising_are_compared_where_they_are_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def denoise(backends: Any, **given: Any) -> Report:
+        asked.append(list(backends))
+        made = Report("denoising")
+        made.table("Denoising", ["backend"], [["x"]])
+        return made
+
+    monkeypatch.setattr(compare, "compare_denoising", denoise)
+    ready = [("exact", Exact), ("denoising", Denoising)]
+    report = commands.compare("attention", ready, contexts=[32], passkeys=0)
+    assert {r["backend"] for r in rows(report, "Prefill")} == {"(exact)", "exact", "(window)"}
+    assert asked == [["denoising"]] and rows(report, "Denoising") == [{"backend": "x"}]
+    commands.compare("attention", ready[:1], contexts=[32], passkeys=0)
+    assert len(asked) == 1, "no method for denoising, no denoising model"
 
 
 @pytest.mark.usefixtures("loaded")

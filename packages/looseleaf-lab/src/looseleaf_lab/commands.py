@@ -105,9 +105,14 @@ def compare(kind: str, ready: Sequence[tuple[str, Any]], *, model: str | Sequenc
         except Exception as error:  # a plugin without defaults for all its fields
             failed[name] = common.reason(error)
     if kind == "attention":
-        made["(window)"] = looseleaf.SlidingWindow()  # StreamingLLM's: what every method must be better than
-        report = compare_.compare_attention(loaded, tokenizer, made, contexts, passkeys=passkeys, seed=seed,
+        causal = {name: b for name, b in made.items() if b.changes == "prefill"}
+        if not any(isinstance(b, looseleaf.SlidingWindow) for b in causal.values()):
+            causal["(window)"] = looseleaf.SlidingWindow()  # what every method must be better than
+        report = compare_.compare_attention(loaded, tokenizer, causal, contexts, passkeys=passkeys, seed=seed,
                                             state=state)
+        denoising = {name: b for name, b in made.items() if name not in causal}
+        if denoising:
+            report.extend(compare_.compare_denoising(denoising, seed=seed, state=state))
     elif kind == "pruners":
         scored = [data.classification_task(name, seed, train=48, dev=4, test=96) for name in tasks or ("topics",)]
         report = compare_.compare_pruners(loaded, tokenizer, made, sparsities, tasks=scored, seed=seed, state=state)

@@ -30,11 +30,13 @@ class SideBySide(AttentionBackend):
 
     Args:
         inner: name -> backend.
-        drawn: layers of whose attention maps are kept.
+        drawn: layers whose attention maps are kept.
+        drawn_step: the denoising step of which; None: of any, the last.
     """
 
     inner: Mapping[str, AttentionBackend] = dataclasses.field(default_factory=dict)
     drawn: tuple[int, ...] = ()
+    drawn_step: int | None = None
     paper: ClassVar[Paper] = Paper("Side by side", ("The Looseleaf authors",), 2026)
 
     def __post_init__(self) -> None:
@@ -59,7 +61,7 @@ class SideBySide(AttentionBackend):
                 continue
             said["error"] = metrics.relative_error(out, exact)
             self.found[name].append({k: v.tolist() if hasattr(v, "tolist") else v for k, v in said.items()})
-        if call.layer in self.drawn:
+        if call.layer in self.drawn and self.drawn_step in (None, call.step):
             self._draw(call)
         return exact
 
@@ -68,7 +70,8 @@ class SideBySide(AttentionBackend):
         for name, backend in {DENSE: None, **self.inner}.items():
             fell_back = name != DENSE and (not self.found[name] or "fallback" in self.found[name][-1])
             if name not in self.failed and not fell_back:
-                found = patterns.attention_map(backend, call).double().cpu()
+                own = self._states.get((name, call.layer), call.state)
+                found = patterns.attention_map(backend, dataclasses.replace(call, state=own)).double().cpu()
                 # three digits are more than a colour shows
                 maps[name] = [[[float(f"{v:.3g}") for v in row] for row in head] for head in found.tolist()]
 
@@ -174,7 +177,7 @@ def _measure(model: Any, tokenizer: Any, backends: Mapping[str, AttentionBackend
         rows[DENSE]["maps"] = {str(layer): maps for layer, maps in both.maps.items()}
         for name in backends:
             failed = both.failed.get(name)
-            rows[name] = _density(both.found[name]) if failed is None else {"failed": failed}
+            rows[name] = density_of(both.found[name]) if failed is None else {"failed": failed}
 
         def prefill(name: str) -> None:
             losses[name] = metrics.token_losses(model, ids, last)[0]
@@ -207,7 +210,7 @@ def _attached(model: Any, backend: AttentionBackend | None) -> contextlib.Abstra
     return contextlib.nullcontext() if backend is None else looseleaf.attach(model, backend)
 
 
-def _density(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def density_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean density and error over layers, both by layer, and why calls fell back."""
     densities, errors = [], []
     for r in records:

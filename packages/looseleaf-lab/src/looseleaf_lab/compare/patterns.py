@@ -23,7 +23,7 @@ def attention_map(backend: AttentionBackend | None, call: AttentionCall, cells: 
 
     Args:
         backend: whose; None: exact attention.
-        call: a call of attention over itself, Lq = Lk; batch item 0 is looked at, and its state is left alone.
+        call: a call of attention over itself, Lq = Lk; batch item 0 is looked at, and what the state holds stays.
         cells: of a side; fewer where the heads or the text are smaller.
 
     Returns:
@@ -35,8 +35,8 @@ def attention_map(backend: AttentionBackend | None, call: AttentionCall, cells: 
     cells = min(cells, width, length)
     cell = torch.arange(length, device=call.key.device) * cells // length
     indicators = torch.nn.functional.one_hot(cell, width).to(call.value.dtype)
-    made = dataclasses.replace(call, value=indicators.expand_as(call.value).contiguous(), state=SimpleNamespace(),
-                               record=lambda **_: None)
+    made = dataclasses.replace(call, value=indicators.expand_as(call.value).contiguous(), record=lambda **_: None,
+                               state=SimpleNamespace(**vars(call.state)))
     out = (made.dense() if backend is None else backend.attend(made))[0, :, :, :cells].float()
     sums = torch.zeros(len(out), cells, cells, device=out.device).index_add_(1, cell[-out.shape[1]:], out)
     found: Tensor = sums / torch.bincount(cell, minlength=cells)[:, None]
