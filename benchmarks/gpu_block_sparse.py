@@ -63,7 +63,8 @@ def rivals(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: BlockIndex)
     tiles = {"BLOCK_M": index.block_q, "BLOCK_N": index.block_k} if index.block_q < 128 else None
     wanted: dict[str, Callable[[], object]] = {
         "flash SDPA": sdpa(SDPBackend.FLASH_ATTENTION), "cuDNN SDPA": sdpa(SDPBackend.CUDNN_ATTENTION),
-        "FlexAttention": lambda: compiled(q, k, v, block_mask=blocks, enable_gqa=True, kernel_options=tiles),
+        "FlexAttention": lambda: compiled(q, k, v, block_mask=blocks, enable_gqa=True,
+                                          kernel_options=tiles),  # type: ignore[arg-type]
         "looseleaf": lambda: block_sparse_attention(q, k, v, index)}
     ready = {}
     for name, function in wanted.items():
