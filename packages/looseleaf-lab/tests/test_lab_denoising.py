@@ -12,6 +12,7 @@ import torch
 import looseleaf
 from looseleaf import AttentionBackend, AttentionCall
 from looseleaf.attention.call import Phase
+from looseleaf.errors import LooseleafError
 from looseleaf_lab import masked_diffusion
 from looseleaf_lab.compare import compare_denoising, denoising
 from looseleaf_lab.window import BlockWindow
@@ -86,6 +87,18 @@ def test_compare_denoising(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert seen.float().mean() == 0.5
     again = compare_denoising(backends, ["text"], rounds=1, state=tmp_path)
     assert [t.rows for t in again.tables] == [t.rows for t in report.tables], "a resumed run shows what was kept"
+
+
+def test_a_model_that_cannot_be_made_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*, progress: bool | None = None) -> denoising.Denoiser:
+        raise LooseleafError("needs diffusers, which is not installed: pip install diffusers")
+
+    monkeypatch.setitem(denoising.MODELS, "text", small)
+    monkeypatch.setitem(denoising.MODELS, "video", missing)
+    report = compare_denoising({}, ["video", "text"], rounds=1)
+    assert [r[0] for t in report.tables if t.title == "Denoising" for r in t.rows] == ["(exact)", "(window)"]
+    assert [t.rows for t in report.tables if t.title == "Left out"] == [
+        [["all, on video", "LooseleafError: needs diffusers, which is not installed: pip install diffusers"]]]
 
 
 def test_unknown_model() -> None:

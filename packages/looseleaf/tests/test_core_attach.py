@@ -371,6 +371,43 @@ def test_steps_come_from_the_scheduler_unless_told(told: int | None) -> None:
     assert [c.steps for c in calls] == ([told] * 8 if told else [3] * 3 + [5] * 5)
 
 
+def test_an_own_count_of_steps_is_left_alone_in_diffusers() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    model = diffusers.DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=1,
+                                            sample_size=8, patch_size=2, num_embeds_ada_norm=10, norm_num_groups=2,
+                                            out_channels=4)
+    x, label = torch.randn(1, 4, 8, 8), torch.tensor([1])
+    with torch.no_grad(), attach(model, Spy(), steps=3) as attached:
+        for step, t in enumerate((9, 5, 1)):
+            attached.step = step
+            model(x, timestep=torch.tensor([t]), class_labels=label)
+        attached.reset()
+        for t in (9, 5):
+            model(x, timestep=torch.tensor([t]), class_labels=label)
+    assert [c.step for c in attached.backend.calls] == [0, 1, 2, 0, 1]
+
+
+def test_rotary_embeddings_reach_the_processors_of_diffusers() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=8,
+        num_layers=2, sample_width=8, sample_height=8, sample_frames=9, patch_size=2, temporal_compression_ratio=4,
+        max_text_seq_length=4, use_rotary_positional_embeddings=True).eval()
+    g = torch.Generator().manual_seed(1)
+    given = {"hidden_states": torch.randn(1, 3, 4, 8, 8, generator=g), "timestep": torch.tensor([5]),
+             "encoder_hidden_states": torch.randn(1, 4, 8, generator=g)}
+    angle = torch.rand(48, 8, generator=g).repeat_interleave(2, 1) * 6
+    with torch.no_grad():
+        plain = model(**given, image_rotary_emb=None).sample
+        before = model(**given, image_rotary_emb=(angle.cos(), angle.sin())).sample
+        with attach(model, Spy()) as attached:
+            after = model(**given, image_rotary_emb=(angle.cos(), angle.sin())).sample
+    assert not torch.allclose(plain, before, atol=1e-3), "rotary embeddings change nothing: this shows nothing"
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-4)
+    assert len(attached.backend.calls) == 2
+
+
 def test_steps_below_one() -> None:
     model = made(tiny_llama)
     with pytest.raises(ValueError, match="steps=0: allowed is None, or a whole number from 1"):

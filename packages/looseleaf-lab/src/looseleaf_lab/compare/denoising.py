@@ -11,6 +11,7 @@ from typing import Any
 import looseleaf
 from looseleaf import AttentionBackend, Report, Series
 from looseleaf import progress as progress_
+from looseleaf.errors import LooseleafError
 from looseleaf_lab import metrics, timing
 from looseleaf_lab.compare import common
 from looseleaf_lab.compare.attention import DENSE, SideBySide, density_of
@@ -125,7 +126,11 @@ def compare_denoising(backends: Mapping[str, AttentionBackend], models: Sequence
              "given exact inputs; smaller quality is better")
     cells, failed = Cells(state), dict[str, str]()
     for name in progress_.track(models, "denoising models", show=progress):
-        made = MODELS[name](progress=progress)
+        try:
+            made = MODELS[name](progress=progress)
+        except LooseleafError as error:  # a package is missing: the other model can be measured without it
+            failed[f"all, on {name}"] = common.reason(error)
+            continue
         key = {"what": "denoising", "model": name, **common.whose(made.model), "rounds": rounds, "seed": seed,
                "steps": made.steps, "backends": {n: common.identity(b) for n, b in backends.items()}}
         rows = cells.do(key, functools.partial(_measure, made, backends, rounds, seed))

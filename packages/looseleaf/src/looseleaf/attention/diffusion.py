@@ -6,6 +6,7 @@ Each processor of a model family does its own projections, norms and rotary embe
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -69,20 +70,23 @@ class _Steps:
     def __init__(self, attached: Attached, scheduler: Any) -> None:
         self.attached, self.scheduler, self.told = attached, scheduler, attached.steps
         self._last: float | None = None
+        self._said: int | None = None
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward hook that runs before the denoiser."""
         given = kwargs.get("timestep", args[1] if len(args) > 1 else None)
         if given is None:
             return
+        if self.attached.step is not None and self.attached.step != self._said:
+            return  # the caller's loop counts by itself
         now = float(torch.as_tensor(given, dtype=torch.float64).flatten()[0])
-        if self._last is None or now > self._last:
-            self.attached.step = 0  # timesteps fall while a picture is made: a rise begins a new one
+        if self._said is None or self.attached.step is None or self._last is None or now > self._last:
+            self._said = 0  # timesteps fall while a picture is made: a rise begins a new one
             if self.told is None:
                 self.attached.steps = getattr(self.scheduler, "num_inference_steps", None)
         elif now < self._last:
-            self.attached.step = (self.attached.step or 0) + 1
-        self._last = now
+            self._said += 1
+        self._last, self.attached.step = now, self._said
 
 
 class _Processor:
@@ -90,8 +94,11 @@ class _Processor:
 
     def __init__(self, former: Callable[..., Any], attached: Attached, layer: int) -> None:
         self.former, self.attached, self.layer = former, attached, layer
-        # diffusers looks at the processor's signature to see which arguments it may give.
-        self.__signature__ = _signature(former)
+        # diffusers reads the signature of `processor.__call__` to see which arguments it may give: what is not named
+        # there, such as rotary embeddings, never arrives. The call itself goes to the method of the class.
+        shown: Any = functools.partial(_Processor.__call__, self)
+        shown.__signature__ = _signature(former)
+        self.__call__ = shown  # type: ignore[method-assign]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "former":
@@ -107,10 +114,10 @@ class _Processor:
             return self.former(attn, *args, **kwargs)
 
 
-def _signature(former: Callable[..., Any]) -> Any:
+def _signature(former: Any) -> Any:
     import inspect
 
-    return inspect.signature(type(former).__call__ if not inspect.isfunction(former) else former)
+    return inspect.signature(former if inspect.isfunction(former) else former.__call__)
 
 
 class _TakeOver(TorchFunctionMode):
