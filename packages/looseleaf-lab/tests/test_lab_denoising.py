@@ -118,6 +118,6 @@ def test_window_sees_the_nearest_blocks() -> None:
     call.record = said.update
     torch.testing.assert_close(BlockWindow(density=0.4, block=16).attend(call), exact, atol=1e-5, rtol=1e-4)
     assert said == {"density": 0.4}
-    assert torch.equal(BlockWindow(full_steps=1).attend(call), call.dense()) and "first 1 steps" in said["fallback"]
+    assert torch.equal(BlockWindow(full_steps=1).attend(call), call.dense()) and said == {"density": 1.0}
     with pytest.raises(ValueError, match="density=0"):
         BlockWindow(density=0.0)

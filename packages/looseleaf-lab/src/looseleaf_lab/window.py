@@ -47,7 +47,8 @@ class BlockWindow(AttentionBackend):
         if call.is_causal or call.phase != "encode" or length != keys or call.mask is not None:
             return call.fall_back("only bidirectional self-attention without a mask is changed")
         if call.step is not None and call.step < self.full_steps:
-            return call.fall_back(f"one of the first {self.full_steps} steps")
+            call.record(density=1.0)
+            return call.dense()
         blocks = -(-length // self.block)
         kept = max(1, math.ceil(self.density * blocks - 1e-9))
         at = torch.arange(blocks, device=call.query.device)

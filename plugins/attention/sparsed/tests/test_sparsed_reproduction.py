@@ -53,11 +53,13 @@ def test_reproduction_runs(monkeypatch: pytest.MonkeyPatch, quick: bool) -> None
 
 @pytest.mark.parametrize("kept", [1, 4, 5, 16])
 def test_the_window_is_the_nearest_blocks(kept: int) -> None:
+    from looseleaf_lab.window import BlockWindow
+
     x: tuple[Tensor, Tensor, Tensor] = tensors(250)
     call = AttentionCall(*x, 0.2, is_causal=False, phase="encode", step=0)
     found: dict[str, Any] = {}
     call.record = found.update
-    out = reproduction._Window(kept).attend(call)
+    out = BlockWindow(kept / 16, 16).attend(call)
     mask = torch.zeros(250, 250, dtype=torch.bool)
     for row in range(250):
         block = row // 16

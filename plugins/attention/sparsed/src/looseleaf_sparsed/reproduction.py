@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from looseleaf import AttentionBackend, AttentionCall, Claim, Paper, Report, Series, attach
-from looseleaf_kernels import BlockIndex, block_importance, block_sparse_attention
+from looseleaf_kernels import block_importance
 from looseleaf_sparsed.backend import SparseD
 from looseleaf_sparsed.patterns import blocks_kept
 
@@ -180,6 +180,8 @@ def _agreement(report: Report, lab: _Lab) -> None:
         table.add(name, pattern, density, *bootstrap(agreement.tolist()), float(nats.mean()), float(gap.mean()))
         return _Measured(density, agreement, gap)
 
+    from looseleaf_lab.window import BlockWindow
+
     blocks = PROMPT // BLOCK, LENGTH // BLOCK
     whole = sum(blocks)
     kept = sum(blocks_kept(n, SELECT) for n in blocks)
@@ -193,8 +195,8 @@ def _agreement(report: Report, lab: _Lab) -> None:
     rivals = (
         ("skip 0, the same pattern density", SparseD(skip=0.0, select=SELECT, **given), kept / whole),
         ("skip 0, the same density over the run", SparseD(skip=0.0, select=select, **given), dense_enough),
-        ("window, the same pattern density and skip", _Window(kept, full + 1), kept / whole),
-        ("window, the same density over the run", _Window(window, 0), window / whole))
+        ("window, the same pattern density and skip", BlockWindow(kept / whole, BLOCK, full + 1), kept / whole),
+        ("window, the same density over the run", BlockWindow(window / whole, BLOCK), window / whole))
     for name, backend, pattern in rivals:
         _better(report, lab, name, ours, measure(name, backend, pattern))
     points = [(kept / whole, ours)]
@@ -307,33 +309,6 @@ def _elsewhere(report: Report) -> None:
              "near lossless", "not measured: needs an 8B model", "averages within one point of full attention")):
         report.claims.append(Claim.decide(None, statement=statement, source=source, paper=paper, measured=measured,
                                           rule=rule))
-
-
-@dataclasses.dataclass
-class _Window(AttentionBackend):
-    """The trivial rival: each query block sees the ``kept`` key blocks nearest to it.
-
-    Args:
-        kept: blocks for every query block; at the ends of the text they are all on one side.
-        full_steps: first steps that are exact.
-    """
-
-    kept: int = 1
-    full_steps: int = 0
-    paper: ClassVar[Paper] = SparseD.paper
-
-    def attend(self, call: AttentionCall) -> Tensor:
-        if (call.step or 0) < self.full_steps:
-            call.record(density=1.0)
-            return call.dense()
-        batch, heads, _, length, _, _ = call.shape
-        blocks = -(-length // BLOCK)
-        first = (torch.arange(blocks) - self.kept // 2).clamp(0, blocks - self.kept)[:, None]
-        mask = (torch.arange(blocks) >= first) & (torch.arange(blocks) < first + self.kept)
-        index = BlockIndex.from_mask(mask.expand(batch, heads, -1, -1), block_q=BLOCK, block_k=BLOCK, q_len=length,
-                                     k_len=length, causal=False)
-        call.record(density=float(mask.float().mean()))
-        return block_sparse_attention(call.query, call.key, call.value, index, scale=call.scale)[0]
 
 
 @dataclasses.dataclass
