@@ -5,4 +5,4 @@ from looseleaf_paroattention import PAROAttention
 
 
 def test_conformance() -> None:
-    check_attention_backend(PAROAttention, **PAROAttention.kit())
+    check_attention_backend(PAROAttention)

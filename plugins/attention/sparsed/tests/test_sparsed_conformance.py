@@ -5,4 +5,4 @@ from looseleaf_sparsed import SparseD
 
 
 def test_conformance() -> None:
-    check_attention_backend(SparseD, **SparseD.kit())
+    check_attention_backend(SparseD)
