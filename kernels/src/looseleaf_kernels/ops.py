@@ -26,6 +26,8 @@ _OPERATIONS: dict[str, tuple[str, ...]] = {
     "last_query_scores": ("reference", "cpu"),
     "top_mass": ("reference", "cpu"),
 }
+_PLAIN = {"quantized_block_sparse_attention": "cpu"}
+"""The implementation that is plain torch and runs on any device, where that is not the reference."""
 _forced: list[str] = []
 
 
@@ -69,9 +71,9 @@ def implementation_for(op: str, device: torch.device, dtype: torch.dtype, head_d
         return "reference" if op == "block_sparse_attention" else "cpu", "float64 is for checking"
     if device.type == "cuda" and "triton" in known:
         if importlib.util.find_spec("triton") is None:
-            return "reference", "a GPU but no Triton: pip install triton"
+            return _PLAIN.get(op, "reference"), "a GPU but no Triton: pip install triton"
         if not 16 <= head_dim <= 256:
-            return "reference", f"head_dim {head_dim} is outside 16 to 256"
+            return _PLAIN.get(op, "reference"), f"head_dim {head_dim} is outside 16 to 256"
         return "triton", "a GPU and Triton are there"
     return "cpu", "plain torch" if device.type == "cuda" else "a CPU"
 
@@ -157,21 +159,10 @@ def block_sparse_attention(query: Tensor, key: Tensor, value: Tensor, index: Blo
     Raises:
         ValueError: shapes, dtypes or block sizes that do not fit.
     """
-    batch, heads, lq, width = _check(query, key)
-    if value.shape != key.shape or value.dtype != query.dtype or key.dtype != query.dtype:
-        raise ValueError(f"key {tuple(key.shape)} {key.dtype} and value {tuple(value.shape)} {value.dtype}: allowed is "
-                         f"equal shapes and the query's dtype, {query.dtype}")
-    if (index.batch, index.heads, index.q_len, index.k_len) != (batch, heads, lq, key.shape[2]):
-        raise ValueError(f"index is for batch {index.batch}, {index.heads} heads, Lq {index.q_len}, Lk {index.k_len}: "
-                         f"the tensors have {batch}, {heads}, {lq}, {key.shape[2]}")
+    batch, _, lq, width = _check_attention(query, key, value, index=index)
     q_lengths = _lengths(query_lengths, batch, lq, query.device, "query_lengths")
     k_lengths = _lengths(key_lengths, batch, key.shape[2], query.device, "key_lengths")
-    chosen = impl or implementation_for("block_sparse_attention", query.device, query.dtype, width)[0]
-    if chosen == "triton" and any(b < 16 or b & (b - 1) for b in (index.block_q, index.block_k)):
-        if impl == "triton":
-            raise ValueError(f"blocks of {index.block_q} x {index.block_k}: the Triton kernel takes powers of two "
-                             "from 16")
-        chosen = "reference"
+    chosen = _implementation("block_sparse_attention", query, index, impl)
     if not lq or not key.shape[2] or not batch:
         return torch.zeros_like(query), query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
     out, lse = _attention(query, key, value, index.row_ptr, index.col, width ** -0.5 if scale is None else float(scale),
@@ -285,6 +276,34 @@ def _check(query: Tensor, key: Tensor) -> tuple[int, int, int, int]:
         raise ValueError(f"{query.shape[1]} query heads and {key.shape[1]} key heads: the second must divide the first")
     b, h, n, d = query.shape
     return b, h, n, d
+
+
+def _check_attention(query: Tensor, key: Tensor, value: Tensor, **indices: BlockIndex) -> tuple[int, int, int, int]:
+    """Batch, query heads, Lq and D of tensors that go together, and with the indices."""
+    batch, heads, lq, width = _check(query, key)
+    if value.shape != key.shape or value.dtype != query.dtype or key.dtype != query.dtype:
+        raise ValueError(f"key {tuple(key.shape)} {key.dtype} and value {tuple(value.shape)} {value.dtype}: allowed is "
+                         f"equal shapes and the query's dtype, {query.dtype}")
+    for name, given in indices.items():
+        if (given.batch, given.heads, given.q_len, given.k_len) != (batch, heads, lq, key.shape[2]):
+            raise ValueError(f"{name} is for batch {given.batch}, {given.heads} heads, Lq {given.q_len}, "
+                             f"Lk {given.k_len}: the tensors have {batch}, {heads}, {lq}, {key.shape[2]}")
+    return batch, heads, lq, width
+
+
+def _implementation(op: str, query: Tensor, index: BlockIndex, impl: str | None,
+                    least: tuple[int, int] = (16, 16)) -> str:
+    """The implementation that runs: ``impl``, or the best one that takes blocks of these sizes."""
+    chosen = impl or implementation_for(op, query.device, query.dtype, query.shape[-1])[0]
+    if chosen not in IMPLEMENTATIONS:
+        raise ValueError(f"impl={impl!r}: allowed is {', '.join(IMPLEMENTATIONS)}")
+    sizes = index.block_q, index.block_k
+    if chosen == "triton" and any(n < low or n & (n - 1) for n, low in zip(sizes, least, strict=True)):
+        if impl == "triton":
+            raise ValueError(f"blocks of {sizes[0]} x {sizes[1]}: the Triton kernel takes powers of two, from "
+                             f"{least[0]} for block_q and from {least[1]} for block_k")
+        return _PLAIN.get(op, "reference")
+    return chosen
 
 
 def _lengths(given: Tensor | None, batch: int, length: int, device: torch.device, name: str) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from looseleaf_kernels.index import BlockIndex
-from looseleaf_kernels.ops import _check, _lengths, implementation_for
+from looseleaf_kernels.ops import _check_attention, _implementation, _lengths
 
 NAME = "quantized_block_sparse_attention"
 QK_BITS = (8,)
@@ -86,26 +86,10 @@ def quantized_block_sparse_attention(query: Tensor, key: Tensor, value: Tensor, 
         raise ValueError(f"qk_bits={qk_bits!r}: allowed is {_list(QK_BITS)}")
     if pv_bits not in PV_BITS:
         raise ValueError(f"pv_bits={pv_bits!r}: allowed is {_list(PV_BITS)}")
-    batch, heads, lq, width = _check(query, key)
     if query.dtype not in DTYPES:
         raise ValueError(f"query has dtype {query.dtype}: allowed is {_list(DTYPES)}")
-    if value.shape != key.shape or value.dtype != query.dtype or key.dtype != query.dtype:
-        raise ValueError(f"key {tuple(key.shape)} {key.dtype} and value {tuple(value.shape)} {value.dtype}: allowed is "
-                         f"equal shapes and the query's dtype, {query.dtype}")
-    if (index.batch, index.heads, index.q_len, index.k_len) != (batch, heads, lq, key.shape[2]):
-        raise ValueError(f"index is for batch {index.batch}, {index.heads} heads, Lq {index.q_len}, Lk {index.k_len}: "
-                         f"the tensors have {batch}, {heads}, {lq}, {key.shape[2]}")
-    chosen, why = (impl, "asked for") if impl else implementation_for(NAME, query.device, query.dtype, width)
-    if chosen == "reference" and why not in ("asked for", "forced"):
-        chosen = "cpu"  # plain torch, on any device; the reference is for tests
-    if chosen not in ("reference", "cpu", "triton"):
-        raise ValueError(f"impl={impl!r}: allowed is reference, cpu, triton")
-    sizes = index.block_q, index.block_k
-    if chosen == "triton" and (any(n & (n - 1) for n in sizes) or sizes[0] < 16 or sizes[1] < 32):
-        if impl == "triton":
-            raise ValueError(f"blocks of {sizes[0]} x {sizes[1]}: the Triton kernel takes powers of two, from 16 for "
-                             "block_q and from 32 for block_k")
-        chosen = "cpu"
+    batch, _, lq, width = _check_attention(query, key, value, index=index)
+    chosen = _implementation(NAME, query, index, impl, least=(16, 32))
     if not lq or not key.shape[2] or not batch:
         return torch.zeros_like(query), query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
     out, lse = _attention(

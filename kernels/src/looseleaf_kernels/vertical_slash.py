@@ -15,7 +15,7 @@ from torch import Tensor
 from looseleaf_kernels.backward import columns_backward
 from looseleaf_kernels.index import BlockIndex
 from looseleaf_kernels.layout import Layout
-from looseleaf_kernels.ops import _attention_grad, _check, _lengths, implementation_for
+from looseleaf_kernels.ops import _attention_grad, _check_attention, _implementation, _lengths
 
 NAME = "vertical_slash_attention"
 
@@ -130,27 +130,14 @@ def vertical_slash_attention(query: Tensor, key: Tensor, value: Tensor, index: B
     Raises:
         ValueError: shapes, dtypes or block sizes that do not fit, or an index that is not causal.
     """
-    batch, heads, lq, width = _check(query, key)
-    if value.shape != key.shape or value.dtype != query.dtype or key.dtype != query.dtype:
-        raise ValueError(f"key {tuple(key.shape)} {key.dtype} and value {tuple(value.shape)} {value.dtype}: allowed is "
-                         f"equal shapes and the query's dtype, {query.dtype}")
+    batch, _, lq, width = _check_attention(query, key, value, index=index, columns=columns)
     for name, given in (("index", index), ("columns", columns)):
-        if (given.batch, given.heads, given.q_len, given.k_len) != (batch, heads, lq, key.shape[2]):
-            raise ValueError(f"{name} is for batch {given.batch}, {given.heads} heads, Lq {given.q_len}, "
-                             f"Lk {given.k_len}: the tensors have {batch}, {heads}, {lq}, {key.shape[2]}")
         if not given.causal:
             raise ValueError(f"{name}.causal=False: allowed is True")
     if columns.block_k != 1 or columns.block_q != index.block_q:
         raise ValueError(f"columns has blocks of {columns.block_q} x {columns.block_k}: allowed is "
                          f"{index.block_q} x 1, for an index with query blocks of {index.block_q}")
-    chosen = impl or implementation_for(NAME, query.device, query.dtype, width)[0]
-    if chosen not in ("reference", "cpu", "triton"):
-        raise ValueError(f"impl={impl!r}: allowed is reference, cpu, triton")
-    if chosen == "triton" and any(b < 16 or b & (b - 1) for b in (index.block_q, index.block_k)):
-        if impl == "triton":
-            raise ValueError(f"blocks of {index.block_q} x {index.block_k}: the Triton kernel takes powers of two "
-                             "from 16")
-        chosen = "reference"
+    chosen = _implementation(NAME, query, index, impl)
     if not lq or not key.shape[2] or not batch:
         return torch.zeros_like(query), query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
     out, lse = _vertical_slash(
