@@ -191,7 +191,7 @@ def main() -> None:
                 rows.append(measure("bidirectional", f"PAROAttention, density 0.3, {bits} bits", call,
                                     paro(tokens, call.shape[1], qk_bits, pv_bits), None, options))
     if options.out:
-        Path(options.out).write_text(json.dumps({"facts": facts(options), "rows": rows}, indent=1) + "\n")
+        Path(options.out).write_text(json.dumps({"facts": facts(options, call), "rows": rows}, indent=1) + "\n")
 
 
 def measure(setting: str, name: str, call: AttentionCall, backend: AttentionBackend,
@@ -233,13 +233,13 @@ def measure(setting: str, name: str, call: AttentionCall, backend: AttentionBack
     return row
 
 
-def facts(options: argparse.Namespace) -> dict[str, object]:
+def facts(options: argparse.Namespace, call: AttentionCall) -> dict[str, object]:
     """What the figures depend on."""
     driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
                             capture_output=True, text=True).stdout.strip() if options.device == "cuda" else ""
     name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-    return {"gpu": name, "driver": driver, "torch": torch.__version__, "triton": metadata.version("triton"),
-            "dtype": str(options.dtype), "heads": options.heads, "head_dim": options.width, "rounds": options.rounds}
+    return {"device": name, "driver": driver, "torch": torch.__version__, "triton": metadata.version("triton"),
+            "dtype": str(options.dtype), "heads": call.shape[1:3], "head_dim": call.shape[5], "rounds": options.rounds}
 
 
 if __name__ == "__main__":
