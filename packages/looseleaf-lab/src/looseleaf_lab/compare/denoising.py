@@ -19,6 +19,8 @@ from looseleaf_lab.state import Cells
 from looseleaf_lab.window import BlockWindow
 
 WINDOW = "(window)"
+RUNS = 2
+"""Goes up when a model is run in another way, so that what was kept of the former way is measured anew."""
 
 
 @dataclasses.dataclass
@@ -136,7 +138,7 @@ def compare_denoising(backends: Mapping[str, AttentionBackend], models: Sequence
         except LooseleafError as error:  # a package is missing: the other model can be measured without it
             failed[f"all, on {name}"] = common.reason(error)
             continue
-        key = {"what": "denoising", "model": name, **common.whose(made.model), "rounds": rounds, "seed": seed,
+        key = {"what": "denoising", "model": name, "runs": RUNS, **common.whose(made.model), "rounds": rounds, "seed": seed,
                "steps": made.steps, "backends": {n: common.identity(b) for n, b in backends.items()}}
         rows = cells.do(key, functools.partial(_measure, made, backends, rounds, seed))
         for backend, row in rows.items():
