@@ -138,8 +138,8 @@ def compare_denoising(backends: Mapping[str, AttentionBackend], models: Sequence
         except LooseleafError as error:  # a package is missing: the other model can be measured without it
             failed[f"all, on {name}"] = common.reason(error)
             continue
-        key = {"what": "denoising", "model": name, "runs": RUNS, **common.whose(made.model), "rounds": rounds, "seed": seed,
-               "steps": made.steps, "backends": {n: common.identity(b) for n, b in backends.items()}}
+        key = {"what": "denoising", "runs": RUNS, "model": name, **common.whose(made.model), "rounds": rounds,
+               "seed": seed, "steps": made.steps, "backends": {n: common.identity(b) for n, b in backends.items()}}
         rows = cells.do(key, functools.partial(_measure, made, backends, rounds, seed))
         for backend, row in rows.items():
             if "failed" in row:
