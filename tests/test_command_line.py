@@ -43,8 +43,8 @@ def rows(report: dict[str, Any], title: str) -> list[dict[str, Any]]:
     return [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
 
 
-NOT_COMPARED = {"lottery-ticket", "lottery-rewinding", "outlandish", "leaf"}
-"""Pruners that need a training function, or that remove something other than weights."""
+NOT_COMPARED = {"lottery-ticket", "lottery-rewinding", "outlandish", "leaf", "sparsed", "paroattention"}
+"""Pruners that need a training function or remove something other than weights, and methods for denoising models."""
 
 
 def test_list_and_info(place: Path) -> None:
@@ -97,7 +97,8 @@ def test_run_a_probe(place: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["attention", "pruners", "probes"])
 def test_compare(place: Path, kind: str) -> None:
-    options = {"attention": ["--context", "256", "512"], "pruners": ["--sparsity", "0.5"],
+    # the denoising models would be trained here for ten minutes
+    options = {"attention": ["--context", "256", "512", "--denoising"], "pruners": ["--sparsity", "0.5"],
                "probes": ["--plugins", "lineas"]}
     done = looseleaf(place, "compare", kind, "--model", "tiny", *options[kind], "--json", "--out", f"{kind}.html",
                      "--state", f"state-{kind}")

@@ -457,8 +457,8 @@ class Denoising(Exact):
 def test_methods_for_denoising_are_compared_where_they_are_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def denoise(backends: Any, **given: Any) -> Report:
-        asked.append(list(backends))
+    def denoise(backends: Any, models: Any, **given: Any) -> Report:
+        asked.append((list(backends), list(models)))
         made = Report("denoising")
         made.table("Denoising", ["backend"], [["x"]])
         return made
@@ -467,9 +467,12 @@ def test_methods_for_denoising_are_compared_where_they_are_at_work(monkeypatch: 
     ready = [("exact", Exact), ("denoising", Denoising)]
     report = commands.compare("attention", ready, contexts=[32], passkeys=0)
     assert {r["backend"] for r in rows(report, "Prefill")} == {"(exact)", "exact", "(window)"}
-    assert asked == [["denoising"]] and rows(report, "Denoising") == [{"backend": "x"}]
+    assert asked == [(["denoising"], ["text", "video"])] and rows(report, "Denoising") == [{"backend": "x"}]
     commands.compare("attention", ready[:1], contexts=[32], passkeys=0)
     assert len(asked) == 1, "no method for denoising, no denoising model"
+    without = commands.compare("attention", ready, contexts=[32], passkeys=0, denoising=())
+    assert len(asked) == 1 and rows(without, "Left out") == [
+        {"plugin": "denoising", "reason": "for denoising models: --denoising text video"}]
 
 
 @pytest.mark.usefixtures("loaded")

@@ -57,7 +57,8 @@ def run(kind: str, name: str, plugin: Any, *, model: str = "smollm2", dtype: str
 def compare(kind: str, ready: Sequence[tuple[str, Any]], *, model: str | Sequence[str] = "smollm2",
             dtype: str | None = None, contexts: Sequence[int] = (2048,), sparsities: Sequence[float] = (0.1, 0.3, 0.5),
             tasks: Sequence[str] | None = None, calls: int = 2000, seed: int = 0,
-            seeds: int = 1, passkeys: int = 5, state: str | os.PathLike[str] | None = None) -> Report:
+            seeds: int = 1, passkeys: int = 5, denoising: Sequence[str] = ("text", "video"),
+            state: str | os.PathLike[str] | None = None) -> Report:
     """Every plugin of a kind side by side, with its default parameters.
 
     Args:
@@ -71,6 +72,8 @@ def compare(kind: str, ready: Sequence[tuple[str, Any]], *, model: str | Sequenc
         calls: prompts: budget of each search.
         seed: the only source of randomness.
         passkeys: attention: keys to find at each context, from 128 tokens on.
+        denoising: attention: models on which methods for denoising are measured, trained on the first call; none of
+            them: such methods are left out.
         seeds: prompts: how many searches, with ``seed`` and those after it.
         state: folder for what is finished; the same call resumes.
 
@@ -110,9 +113,10 @@ def compare(kind: str, ready: Sequence[tuple[str, Any]], *, model: str | Sequenc
             causal["(window)"] = looseleaf.SlidingWindow()  # what every method must be better than
         report = compare_.compare_attention(loaded, tokenizer, causal, contexts, passkeys=passkeys, seed=seed,
                                             state=state)
-        denoising = {name: b for name, b in made.items() if name not in causal}
-        if denoising:
-            report.extend(compare_.compare_denoising(denoising, seed=seed, state=state))
+        others = {name: b for name, b in made.items() if name not in causal}
+        if others and denoising:
+            report.extend(compare_.compare_denoising(others, denoising, seed=seed, state=state))
+        failed |= {} if denoising else dict.fromkeys(others, "for denoising models: --denoising text video")
     elif kind == "pruners":
         scored = [data.classification_task(name, seed, train=48, dev=4, test=96) for name in tasks or ("topics",)]
         report = compare_.compare_pruners(loaded, tokenizer, made, sparsities, tasks=scored, seed=seed, state=state)

@@ -121,6 +121,9 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("--plugins", nargs="+", help="only these")
     made.add_argument("--context", type=int, nargs="+", default=[2048], help="attention: numbers of tokens")
     made.add_argument("--passkeys", type=int, default=5, help="attention: keys to find, over depths (default 5)")
+    made.add_argument("--denoising", nargs="*", choices=("text", "video"), default=["text", "video"], metavar="MODEL",
+                      help=("attention: models of the lab on which methods for denoising are measured, text and video "
+                            "(default both; trained once, minutes each); without a name: none"))
     made.add_argument("--sparsity", type=float, nargs="+", default=[0.1, 0.3, 0.5], help="pruners: sparsities")
     made.add_argument("--task", nargs="+", help="prompts and pruners: names of tasks")
     made.add_argument("--calls", type=int, default=2000, help="prompts: budget in model calls (default 2000)")

@@ -50,7 +50,8 @@ def compare(arguments: argparse.Namespace) -> int:
         report = commands.compare(
             arguments.kind, ready, model=arguments.model or ["smollm2"], dtype=arguments.dtype,
             contexts=arguments.context, sparsities=arguments.sparsity, tasks=arguments.task, calls=arguments.calls,
-            seed=arguments.seed, seeds=arguments.seeds, passkeys=arguments.passkeys, state=arguments.state)
+            seed=arguments.seed, seeds=arguments.seeds, passkeys=arguments.passkeys,
+            denoising=arguments.denoising, state=arguments.state)
     return _show(report, arguments)
 
 
