@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m looseleaf_kernels.compile", description=__doc__)
     parser.add_argument("--target", required=True, help=f"one of {', '.join(TARGETS)}, or another of these forms")
     parser.add_argument("--out", help="folder of the cache; made if missing")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
     form = re.fullmatch(r"cuda:(\d+)|hip:(gfx\w+)", arguments.target)
@@ -33,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                      f"such as {', '.join(TARGETS)}")
     if arguments.out:
         os.environ["TRITON_CACHE_DIR"] = str(Path(arguments.out).resolve())
-    rows = compile_all(arguments.target)
+    rows = compile_all(arguments.target, arguments.jobs)
     if arguments.json:
         print(json.dumps(rows, indent=1))
     else:
@@ -44,31 +48,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def compile_all(target: str) -> list[dict[str, Any]]:
-    """Compile all kernels for ``target``; one row each with registers, shared memory (bytes) and spills."""
+def compile_all(target: str, processes: int = 1) -> list[dict[str, Any]]:
+    """Compile all kernels for ``target``; one row each with registers, shared memory (bytes) and spills.
+
+    Args:
+        target: ``cuda:<capability>`` or ``hip:<gfx name>``.
+        processes: how many compile side by side; 1: this one alone.
+    """
+    numbers = range(len(_jobs()))
+    if processes <= 1:
+        return [_compile(target, n) for n in numbers]
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(partial(_compile, target), numbers))
+
+
+def _jobs() -> list[dict[str, Any]]:
+    from looseleaf_kernels import importance_triton, quantized_triton, triton_kernels, vertical_slash_triton
+
+    modules = (triton_kernels, quantized_triton, importance_triton, vertical_slash_triton)
+    return [job for module in modules for job in module.compile_jobs()]
+
+
+def _compile(target: str, number: int) -> dict[str, Any]:
+    """The row of one kernel, by its place among all."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from looseleaf_kernels import config, importance_triton, quantized_triton, triton_kernels, vertical_slash_triton
+    from looseleaf_kernels import config
 
     kind, _, arch = target.partition(":")
     gpu = GPUTarget(kind, int(arch) if kind == "cuda" else arch, 32 if kind == "cuda" else 64)
-    rows = []
-    modules = (triton_kernels, quantized_triton, importance_triton, vertical_slash_triton)
-    for job in [job for module in modules for job in module.compile_jobs()]:
-        names = job["kernel"].arg_names
-        signature = {n: job["signature"].get(n, "constexpr") for n in names}
-        constants = {(names.index(n),): value for n, value in job["constants"].items()}
-        # Pointers and most sizes are multiples of 16 in practice; Triton specialises on it when launching.
-        attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in names if signature[n].startswith("*")}
-        choose, *sizes = job.get("launch") or (config.attention, job["block"], job["block"], job["head_dim"], 2)
-        launch = choose(arch, *sizes)
-        done = triton.compile(ASTSource(job["kernel"], signature, constants, attributes), target=gpu,
-                              options={"num_warps": launch.num_warps, "num_stages": launch.num_stages})
-        usage = _nvidia(done) if kind == "cuda" else _amd(done)
-        rows.append({"kernel": job["name"], "target": target, "shared": int(done.metadata.shared), **usage})
-    return rows
+    job = _jobs()[number]
+    names = job["kernel"].arg_names
+    signature = {n: job["signature"].get(n, "constexpr") for n in names}
+    constants = {(names.index(n),): value for n, value in job["constants"].items()}
+    # Pointers and most sizes are multiples of 16 in practice; Triton specialises on it when launching.
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in names if signature[n].startswith("*")}
+    choose, *sizes = job.get("launch") or (config.attention, job["block"], job["block"], job["head_dim"], 2)
+    launch = choose(arch, *sizes)
+    done = triton.compile(ASTSource(job["kernel"], signature, constants, attributes), target=gpu,
+                          options={"num_warps": launch.num_warps, "num_stages": launch.num_stages})
+    usage = _nvidia(done) if kind == "cuda" else _amd(done)
+    return {"kernel": job["name"], "target": target, "shared": int(done.metadata.shared), **usage}
 
 
 def _nvidia(done: Any) -> dict[str, Any]:
