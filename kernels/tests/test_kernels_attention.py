@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -186,11 +184,8 @@ print("agrees")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_triton_under_its_interpreter() -> None:
-    done = subprocess.run([sys.executable, "-c", INTERPRET.format(tests=os.path.dirname(__file__))],
-                          env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip() == "agrees"
+def test_triton_under_its_interpreter(agrees_under_the_interpreter: Callable[[str], None]) -> None:
+    agrees_under_the_interpreter(INTERPRET)
 
 
 @pytest.mark.gpu
