@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import looseleaf
+import looseleaf_text
 from looseleaf import Report
 from looseleaf.files import write_text
 
@@ -66,7 +67,7 @@ def prompting(model: Any, tokenizer: Any, quick: bool) -> Report:
     size = 16 if quick else 32
     task = data.classification_task("sentiment", 0, train=size, dev=size, test=2 * size)
     optimizers = {name: cls() for name, cls in installed("prompts", "promptquine", "tapruning").items()}
-    return compare_prompts(looseleaf.LocalModel(model, tokenizer), optimizers, [task], calls=200 if quick else 600,
+    return compare_prompts(looseleaf_text.LocalModel(model, tokenizer), optimizers, [task], calls=200 if quick else 600,
                            published=False, progress=True)
 
 

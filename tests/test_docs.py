@@ -18,7 +18,7 @@ def blocks(path: str, language: str = "python") -> list[str]:
 
 
 def test_readme_example_runs() -> None:
-    from looseleaf.testing.probes import tiny_text_llama, tiny_tokenizer
+    from looseleaf.testing.models import tiny_text_llama, tiny_tokenizer
 
     tokenizer = tiny_tokenizer()
     inputs = tokenizer("It was a dark and stormy night. " * 20, return_tensors="pt", return_token_type_ids=False)
@@ -30,7 +30,7 @@ def test_pruned_models_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     import torch
 
     import looseleaf
-    from looseleaf.testing.probes import tiny_text_llama
+    from looseleaf.testing.models import tiny_text_llama
 
     monkeypatch.chdir(tmp_path)
     keep, compress = blocks("docs/how-to/pruned-models.md")

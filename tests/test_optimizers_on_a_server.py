@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 import looseleaf
-from looseleaf import Budget, EndpointModel, Example, LocalModel, Task
-from looseleaf.testing.prompts import ToyLanguageModel, toy_task
-from looseleaf.testing.servers import letters_model, toy_server, transformers_server
+from looseleaf import Budget
+from looseleaf_text import EndpointModel, Example, LocalModel, Task
+from looseleaf_text.testing import ToyLanguageModel, toy_task
+from looseleaf_text.testing.servers import letters_model, toy_server, transformers_server
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 

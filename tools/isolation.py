@@ -31,7 +31,7 @@ import os, sys, tempfile
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.chdir(tempfile.mkdtemp())
 try:
-    from looseleaf.testing.probes import tiny_text_llama, tiny_tokenizer
+    from looseleaf.testing.models import tiny_text_llama, tiny_tokenizer
     model, tokenizer = tiny_text_llama(), tiny_tokenizer()
     inputs = tokenizer("It was a dark and stormy night. " * 20, return_tensors="pt", return_token_type_ids=False)
 except ImportError:

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import looseleaf
-from looseleaf import AttentionBackend, Example, Paper, Probe, Prompt, PromptOptimizer, Pruner, Report, Task
+import looseleaf_text
+from looseleaf import AttentionBackend, Paper, Probe, PromptOptimizer, Pruner, Report
+from looseleaf_text import Example, Prompt, Task
 from looseleaf.attention.call import Phase
 from looseleaf_lab import commands, compare, html
 from looseleaf_lab.compare import attention as attention_
@@ -266,7 +268,7 @@ def small_task(name: str = "letters") -> Task:
 
 
 def test_prompts(model: Any, tokenizer: Any, tmp_path: Path) -> None:
-    local = looseleaf.LocalModel(model, tokenizer)
+    local = looseleaf_text.LocalModel(model, tokenizer)
     report = compare.compare_prompts(local, {"first": First()}, [small_task()], calls=40, seeds=(0, 1), published=False,
                                      state=tmp_path)
     found = rows(report, "Prompts found")
@@ -287,7 +289,7 @@ def test_prompts(model: Any, tokenizer: Any, tmp_path: Path) -> None:
 
 
 def test_accuracy_grows_with_the_budget_in_a_figure(model: Any, tokenizer: Any) -> None:
-    local = looseleaf.LocalModel(model, tokenizer)
+    local = looseleaf_text.LocalModel(model, tokenizer)
     report = compare.compare_prompts(local, {"first": First()}, [small_task()], calls=[40, 10], published=False)
     figure = next(f for f in report.figures if f.title.startswith("Test accuracy by budget"))
     assert [(s.name, s.x) for s in figure.series] == [("(random search)", [10, 40]), ("first", [10, 40])]
@@ -300,7 +302,7 @@ def test_accuracy_grows_with_the_budget_in_a_figure(model: Any, tokenizer: Any) 
 def test_random_search_never_spends_more_than_its_budget(model: Any, tokenizer: Any) -> None:
     import random
 
-    local = looseleaf.LocalModel(model, tokenizer)
+    local = looseleaf_text.LocalModel(model, tokenizer)
     task = small_task()
     for calls in (1, 7, 30):
         before = local.calls
@@ -314,7 +316,7 @@ def test_random_search_never_spends_more_than_its_budget(model: Any, tokenizer: 
 def test_prompts_refuse_a_task_without_test(model: Any, tokenizer: Any) -> None:
     task = dataclasses.replace(small_task(), test=())
     with pytest.raises(ValueError, match="needs dev and test"):
-        compare.compare_prompts(looseleaf.LocalModel(model, tokenizer), {}, [task])
+        compare.compare_prompts(looseleaf_text.LocalModel(model, tokenizer), {}, [task])
 
 
 @dataclasses.dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from looseleaf import Budget
-from looseleaf.testing.prompts import ToyLanguageModel, toy_task
+from looseleaf_text.testing import ToyLanguageModel, toy_task
 from looseleaf_lab import compare
 from looseleaf_lab.compare.dspy_few_shot import NAME, DSPyFewShot
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import looseleaf
-from looseleaf.testing.probes import tiny_text_llama, tiny_tokenizer
+from looseleaf.testing.models import tiny_text_llama, tiny_tokenizer
 from looseleaf_lab import compare, models
 from looseleaf_lab.compare import llm_compressor
 

@@ -12,7 +12,7 @@ import torch
 
 import looseleaf
 from looseleaf import NM, Unstructured
-from looseleaf.testing.probes import tiny_text_llama, tiny_tokenizer
+from looseleaf.testing.models import tiny_text_llama, tiny_tokenizer
 from looseleaf_lab.compressed import MissingFormatError, save_compressed
 
 pytest.importorskip("transformers", reason="transformers is not installed")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from looseleaf.statistics import bootstrap, spearman
 from looseleaf_lab import metrics, timing
 
 torch.set_num_threads(1)
@@ -175,24 +176,24 @@ def test_accuracy() -> None:
 
 def test_bootstrap_covers_and_repeats() -> None:
     values = np.random.default_rng(0).normal(3, 1, 50)
-    mean, low, high = metrics.bootstrap(values, 1)
+    mean, low, high = bootstrap(values, 1)
     assert mean == pytest.approx(values.mean())
     half = 1.96 * values.std(ddof=1) / math.sqrt(50)
     assert high - low == pytest.approx(2 * half, rel=0.15) and low < mean < high
-    assert metrics.bootstrap(values, 1) == (mean, low, high) != metrics.bootstrap(values, 2)
-    assert metrics.bootstrap([2.5]) == (2.5, 2.5, 2.5)
+    assert bootstrap(values, 1) == (mean, low, high) != bootstrap(values, 2)
+    assert bootstrap([2.5]) == (2.5, 2.5, 2.5)
     for bad in ([], [1, math.nan]):
         with pytest.raises(ValueError, match="finite"):
-            metrics.bootstrap(bad)
+            bootstrap(bad)
     with pytest.raises(ValueError, match="level"):
-        metrics.bootstrap([1.0], level=1.5)
+        bootstrap([1.0], level=1.5)
 
 
 def test_bootstrap_coverage_is_near_its_level() -> None:
     rng = np.random.default_rng(5)
     hits = 0
     for trial in range(200):
-        _, low, high = metrics.bootstrap(rng.normal(0, 1, 40), trial, samples=400)
+        _, low, high = bootstrap(rng.normal(0, 1, 40), trial, samples=400)
         hits += low <= 0 <= high
     assert 0.88 <= hits / 200 <= 0.99
 
@@ -202,9 +203,9 @@ def test_spearman_agrees_with_scipy() -> None:
     rng = np.random.default_rng(0)
     for _ in range(5):
         x, y = rng.integers(0, 6, 30), rng.normal(size=30)
-        assert metrics.spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
-    assert math.isnan(metrics.spearman([1, 1], [1, 2]))
-    assert metrics.spearman([1, 2, 3], [10, 20, 30]) == pytest.approx(1)
+        assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
+    assert math.isnan(spearman([1, 1], [1, 2]))
+    assert spearman([1, 2, 3], [10, 20, 30]) == pytest.approx(1)
 
 
 def test_relative_error() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from looseleaf_lab import sweep as sweep_
-from looseleaf_lab.state import Cells
+from looseleaf.resume import Cells
 from looseleaf_lab.sweep import SweepError, settings, sweep
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from looseleaf import Masks, Ticket, TrainingRun, prunable_parameters, train_ticket
+from looseleaf import Masks, prunable_parameters
+from looseleaf_tickets import Ticket, TrainingRun, train_ticket
 
 vision = pytest.importorskip("looseleaf_lab.vision")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")

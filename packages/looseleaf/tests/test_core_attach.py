@@ -12,7 +12,7 @@ import torch
 
 from looseleaf import AttentionBackend, AttentionCall, Paper, SlidingWindow, UnsupportedModelError, attach
 from looseleaf.attention.mask import LazyMask
-from looseleaf.testing.attention import tiny_llama
+from looseleaf.testing.models import tiny_llama
 
 
 @dataclasses.dataclass

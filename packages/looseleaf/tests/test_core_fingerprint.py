@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from looseleaf import Budget, Example, LanguageModel, LocalModel, Paper, Prompt, PromptOptimizer, Task
+from looseleaf import Budget, Paper, PromptOptimizer
+from looseleaf_text import Example, LanguageModel, LocalModel, Prompt, Task
 from looseleaf.fingerprint import fingerprint
-from looseleaf.prompts.state import SearchState, StateError, identity
+from looseleaf.resume import SearchState, StateError
 
 
 @dataclasses.dataclass
@@ -67,7 +68,7 @@ def test_strides_and_threads_do_not_matter() -> None:
 
 def test_a_search_of_another_model_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
-    from looseleaf.testing.probes import tiny_text_llama, tiny_tokenizer
+    from looseleaf.testing.models import tiny_text_llama, tiny_tokenizer
 
     task = Task("t", [Example("a", label="x"), Example("b", label="y")], labels={"x": "x", "y": "y"})
     model = tiny_text_llama()

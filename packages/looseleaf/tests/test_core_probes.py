@@ -11,7 +11,7 @@ import torch
 from looseleaf import Paper, Probe, Report, SlidingWindow, capture, intervene
 from looseleaf.probes.hooks import CaptureLimitError, matching_modules
 from looseleaf.testing import check_probe
-from looseleaf.testing.attention import tiny_llama
+from looseleaf.testing.models import tiny_llama
 
 IDS = torch.arange(12).view(2, 6)
 

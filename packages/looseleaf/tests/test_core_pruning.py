@@ -18,7 +18,8 @@ from looseleaf import NM, Masks, Paper, Pruner, Selection, Structured, Unstructu
 from looseleaf.errors import UnsupportedModelError
 from looseleaf.pruning.selection import _keep_largest
 from looseleaf.pruning.targets import input_dims, model_facts
-from looseleaf.testing.pruners import check_pruner, small_network, tied_network
+from looseleaf.testing.models import small_network, tied_network
+from looseleaf.testing.pruners import check_pruner
 
 torch.set_num_threads(1)
 

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import looseleaf
+import looseleaf_tickets
+import looseleaf_text
 from looseleaf import Report
+from looseleaf.statistics import bootstrap
 from looseleaf_lab import compare as compare_
 from looseleaf_lab import data, metrics, models
 from looseleaf_lab.compare import common
@@ -97,7 +100,7 @@ def compare(kind: str, ready: Sequence[tuple[str, Any]], *, model: str | Sequenc
         if kind == "pruners" and cls.removes != "weights":
             failed[name] = f"removes {cls.removes}, not weights"
             continue
-        if kind == "pruners" and issubclass(cls, looseleaf.IterativePruner):
+        if kind == "pruners" and issubclass(cls, looseleaf_tickets.IterativePruner):
             failed[name] = f"needs a training function: {cls.__name__}().find(model, train)"
             continue
         if kind == "prompts" and cls.improves != "answers":
@@ -122,7 +125,7 @@ def compare(kind: str, ready: Sequence[tuple[str, Any]], *, model: str | Sequenc
         report = compare_.compare_pruners(loaded, tokenizer, made, sparsities, tasks=scored, seed=seed, state=state)
     elif kind == "prompts":
         given = [data.classification_task(name, seed, train=48, dev=48, test=96) for name in chosen]
-        report = compare_.compare_prompts(looseleaf.LocalModel(loaded, tokenizer), made, given, calls=calls,
+        report = compare_.compare_prompts(looseleaf_text.LocalModel(loaded, tokenizer), made, given, calls=calls,
                                           seeds=range(seed, seed + seeds), state=state)
     else:
         report = compare_.compare_probes(all_loaded, made, seed=seed, state=state)
@@ -195,7 +198,7 @@ def _pruners(job: Job) -> Report:
     finally:
         masks.remove(model)
     report = Report(f"{name} on {common.model_name(model)}", common.facts(
-        **plugin.parameters(), **{"sparsity reached": masks.sparsity(), "seconds to prune": seconds, "seed": seed}))
+        **plugin.hyperparameters(), **{"sparsity reached": masks.sparsity(), "seconds to prune": seconds, "seed": seed}))
     report.table("Perplexity", ["model", "perplexity", "from", "to"], [["whole", *before], ["pruned", *after]],
                  note=f"windows of {context} tokens; interval: bootstrap over windows; no retraining")
     report.tables.append(masks.table())
@@ -216,20 +219,20 @@ def _prompts(job: Job) -> Report:
                          f"({', '.join(data.tasks())})")
     wanted = job.task or next(iter(data.tasks()))
     chosen = data.classification_task(wanted, seed, train=48, dev=48, test=96)
-    local = looseleaf.LocalModel(job.model, job.tokenizer)
+    local = looseleaf_text.LocalModel(job.model, job.tokenizer)
     budget = looseleaf.Budget(calls=500 if job.calls is None else job.calls)
     start = time.perf_counter()
     prompt = plugin.optimize(chosen, local, budget, seed=seed)
     seconds = time.perf_counter() - start
     report = Report(f"{name} on {wanted}", common.facts(
-        **{**plugin.parameters(), **{k: v for k, v in prompt.info.items() if isinstance(v, (int, float, str))},
+        **{**plugin.hyperparameters(), **{k: v for k, v in prompt.info.items() if isinstance(v, (int, float, str))},
            "task": wanted, "seed": seed, "seconds": seconds, "calls used": budget.used["calls"],
            "tokens used": budget.used["tokens"]}))
     table = report.table("Accuracy", ["prompt", "dev", "test", "from", "to"],
                          note="interval: bootstrap over the test examples")
     for label, made in (("plain", rival(PLAIN, chosen, local, budget, seed, 0)), ("found", prompt)):
         marks = chosen.evaluate(made, local).marks
-        table.add(label, chosen.evaluate(made, local, list(chosen.dev)).score, *metrics.bootstrap(marks, seed))
+        table.add(label, chosen.evaluate(made, local, list(chosen.dev)).score, *bootstrap(marks, seed))
     report.examples.append(("the prompt around the first test example", prompt.render(chosen.test[0])))
     if job.save is not None:
         prompt.save(Path(job.save))

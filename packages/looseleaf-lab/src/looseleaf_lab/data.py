@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from looseleaf.errors import LooseleafError, did_you_mean
 
 if TYPE_CHECKING:
-    from looseleaf import Task
+    from looseleaf_text import Task
 
 Part = Literal["calibration", "evaluation"]
 PARTS: tuple[str, ...] = ("calibration", "evaluation")
@@ -341,7 +341,7 @@ def _disjoint(pools: dict[str, list[str]]) -> dict[str, list[str]]:
 
 def _task(name: str, pools: dict[str, list[str]], labels: dict[str, str], template: str, prefix: str, seed: int,
           train: int, dev: int, test: int) -> Task:
-    from looseleaf import Example, Task
+    from looseleaf_text import Example, Task
 
     sizes = {"train": train, "dev": dev, "test": test}
     each = {part: size // len(labels) for part, size in sizes.items()}

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from looseleaf.files import cache_dir
 from looseleaf.attention.attach import Attached
 from looseleaf.progress import bar, track
 
@@ -255,7 +256,7 @@ def small_model(*, steps: int | None = None, progress: bool | None = None) -> tu
         progress: show a progress bar while it trains; None: only on a terminal.
     """
     from looseleaf_lab import data, models
-    from looseleaf_lab.state import fingerprint
+    from looseleaf.resume import digest
 
     text = data.prose(TEXT, "calibration")
     steps = STEPS if steps is None else steps
@@ -270,7 +271,7 @@ def small_model(*, steps: int | None = None, progress: bool | None = None) -> tu
                   batch=batch, length=length, rate=rate, seed=seed, progress=progress)
         model.save_pretrained(folder)
 
-    folder = models.build_once(models.cache_dir() / "models" / f"masked-diffusion-{fingerprint(key)}", build)
+    folder = models.build_once(cache_dir() / "models" / f"masked-diffusion-{digest(key)}", build)
     from transformers import LlamaForCausalLM
 
     with models._quiet(models._transformers()):

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from looseleaf import progress as progress_
+from looseleaf.modes import evaluating
+from looseleaf.statistics import bootstrap
 
 if TYPE_CHECKING:
     import torch
@@ -93,22 +95,17 @@ def perplexity(model: Any, ids: Tensor, context: int, stride: int | None = None,
     losses: list[float] = []
     counts: list[int] = []
     device = next(iter(model.parameters())).device
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode(), progress_.bar("perplexity", len(windows), progress) as moving:
-            for start in range(0, len(windows), batch):
-                part = torch.stack(windows[start:start + batch]).to(device)
-                if bos is not None:
-                    part[:, 0] = bos
-                sizes = scored[start:start + batch]
-                nll = token_losses(model, part, last=max(sizes))
-                for row, size in zip(nll, sizes, strict=True):
-                    losses.append(float(row[-size:].double().mean()))
-                    counts.append(size)
-                moving.update(len(part))
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.inference_mode(), progress_.bar("perplexity", len(windows), progress) as progress_bar:
+        for start in range(0, len(windows), batch):
+            part = torch.stack(windows[start:start + batch]).to(device)
+            if bos is not None:
+                part[:, 0] = bos
+            sizes = scored[start:start + batch]
+            nll = token_losses(model, part, last=max(sizes))
+            for row, size in zip(nll, sizes, strict=True):
+                losses.append(float(row[-size:].double().mean()))
+                counts.append(size)
+            progress_bar.update(len(part))
     total = sum(x * n for x, n in zip(losses, counts)) / sum(counts)
     return PerplexityResult(math.exp(total) if total < 700 else math.inf, losses, counts)
 
@@ -247,56 +244,6 @@ def accuracy(predictions: Sequence[Any], references: Sequence[Any]) -> float:
         raise ValueError(f"{len(predictions)} predictions and {len(references)} references: allowed is equally many, "
                          "and at least one")
     return sum(bool(p == r) for p, r in zip(predictions, references, strict=True)) / len(references)
-
-
-def bootstrap(values: Iterable[float], seed: int = 0, *, level: float = 0.95, samples: int = 2000,
-              statistic: Callable[[np.ndarray], np.ndarray] | None = None) -> tuple[float, float, float]:
-    """Percentile bootstrap: (estimate, low, high).
-
-    Args:
-        values: one for each independent unit (seed, window, example).
-        seed: of the resampling.
-        level: coverage of the interval.
-        samples: number of resamples.
-        statistic: maps (samples, n) to (samples,); None: the mean over the last axis.
-
-    Returns:
-        The statistic of all values, and the interval; a single value is its own interval.
-
-    Raises:
-        ValueError: no value, a value that is not finite, or a level out of range.
-    """
-    array = np.asarray(list(values), dtype=np.float64)
-    if array.size == 0 or not np.isfinite(array).all():
-        raise ValueError(f"bootstrap needs finite values and at least one, got {array.tolist()[:10]}")
-    if not 0 < level < 1 or samples < 1:
-        raise ValueError(f"level={level}, samples={samples}: allowed is 0 < level < 1 and 1 sample or more")
-    of = statistic or (lambda rows: rows.mean(-1))
-    rng = np.random.default_rng(seed)
-    drawn = of(array[rng.integers(0, array.size, (samples, array.size))])
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return float(of(array[None])[0]), float(low), float(high)
-
-
-def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's rank correlation, ties by their mean rank; NaN where one side is constant.
-
-    Raises:
-        ValueError: not equally many, or fewer than two.
-    """
-    if len(x) != len(y) or len(x) < 2:
-        raise ValueError(f"{len(x)} and {len(y)} values: allowed is equally many, two or more")
-    a, b = _ranks(x), _ranks(y)
-    a, b = a - a.mean(), b - b.mean()
-    norm = math.sqrt(float((a * a).sum() * (b * b).sum()))
-    return float((a * b).sum() / norm) if norm else math.nan
-
-
-def _ranks(values: Sequence[float]) -> np.ndarray:
-    _, inverse, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    ranks: np.ndarray = (ends - (counts - 1) / 2)[inverse]
-    return ranks
 
 
 def relative_error(output: torch.Tensor, exact: torch.Tensor) -> float:

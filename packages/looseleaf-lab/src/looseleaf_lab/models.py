@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from looseleaf.files import cache_dir
 from looseleaf.errors import LooseleafError, did_you_mean
 
 
@@ -129,11 +130,6 @@ def resolve(name: str) -> str:
         raise ValueError(f"model {name!r} is unknown: allowed are {', '.join(PACKAGED)}, a folder that exists, or a "
                          f"hub id such as 'org/model'.{did_you_mean(name, PACKAGED)}")
     return name
-
-
-def cache_dir() -> Path:
-    """``$LOOSELEAF_CACHE``, or ``~/.cache/looseleaf``."""
-    return Path(os.environ.get("LOOSELEAF_CACHE") or Path.home() / ".cache" / "looseleaf")
 
 
 def installed() -> dict[str, bool]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from looseleaf import progress as progress_
 from looseleaf.errors import LooseleafError
-from looseleaf_lab.state import Cells, fingerprint
+from looseleaf.resume import Cells, digest
 
 
 class MissingRayError(LooseleafError, ModuleNotFoundError):
@@ -60,7 +60,7 @@ def settings(grid: Mapping[str, Sequence[Any]] | Iterable[Mapping[str, Any]]) ->
         out = [dict(setting) for setting in grid]
     seen: set[str] = set()
     for setting in out:
-        mark = fingerprint(setting)
+        mark = digest(setting)
         if mark in seen:
             raise ValueError(f"setting {setting} is in the grid twice")
         seen.add(mark)

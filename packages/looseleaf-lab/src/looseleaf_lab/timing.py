@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from looseleaf_lab.metrics import bootstrap
+from looseleaf.statistics import bootstrap
 
 
 @dataclasses.dataclass

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from looseleaf.files import cache_dir
 from looseleaf.errors import LooseleafError
 from looseleaf.progress import track
 
@@ -251,7 +252,7 @@ def trained(steps: int = 2400, seed: int = 0, *, batch: int = 2, patch: int = 2,
         blank.save_pretrained(folder)
 
     with _quiet():
-        folder = models.build_once(models.cache_dir() / "models" / name, build)
+        folder = models.build_once(cache_dir() / "models" / name, build)
         return _rotated(type(blank).from_pretrained(folder)).eval()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from looseleaf import TrainingRun
+from looseleaf_tickets import TrainingRun
 from looseleaf_lab.data import MissingDataError
 
 Labelled = tuple[Tensor, Tensor]
@@ -116,7 +116,7 @@ def fit(model: nn.Module, images: Images, run: TrainingRun, optimizer: Callable[
     Args:
         model: ends in the scores of the classes.
         images: training data, and validation data for early stopping.
-        run: of :func:`looseleaf.train_ticket`.
+        run: of :func:`looseleaf_tickets.train_ticket`.
         optimizer: makes one of the parameters.
         steps: of a whole training.
         batch: images a step; what is left at the end of a pass is not used.

@@ -15,16 +15,9 @@ _HOME = {
     "Attached": "attention.attach", "attach": "attention.attach", "SlidingWindow": "attention.window",
     "Pruner": "pruning.pruner", "Masks": "pruning.masks", "Unstructured": "pruning.selection",
     "NM": "pruning.selection", "Structured": "pruning.selection", "Selection": "pruning.selection",
-    "prunable_parameters": "pruning.targets", "IterativePruner": "pruning.iterative",
-    "find_tickets": "pruning.iterative", "Ticket": "pruning.tickets", "TrainingRun": "pruning.training",
-    "train_ticket": "pruning.training",
-    "PromptOptimizer": "prompts.optimizer", "Prompt": "prompts.prompt", "Budget": "prompts.budget",
-    "Example": "prompts.task", "Task": "prompts.task", "LanguageModel": "prompts.model",
-    "LocalModel": "prompts.local", "EndpointModel": "prompts.endpoint", "MaskedModel": "prompts.masked",
-    "Template": "prompts.template", "Verbalizer": "prompts.verbalizer", "calibrate": "prompts.calibration",
-    "Probe": "probes.probe", "capture": "probes.hooks", "intervene": "probes.hooks",
-    "LogitLens": "probes.lens", "decoder_layers": "probes.layers", "patch": "probes.scaling",
-    "scale_layers": "probes.scaling",
+    "prunable_parameters": "pruning.targets",
+    "PromptOptimizer": "prompts.optimizer", "Budget": "budget",
+    "Probe": "probes.probe", "capture": "probes.hooks", "intervene": "probes.hooks", "patch": "probes.patching",
     "Plugin": "plugin", "Paper": "paper", "Claim": "report", "Report": "report", "Table": "report",
     "Figure": "report", "Series": "report", "TokenStrip": "report",
     "get": "discovery", "plugins": "discovery", "load": "discovery",
@@ -67,26 +60,12 @@ if TYPE_CHECKING:
     from looseleaf.paper import Paper
     from looseleaf.plugin import Plugin
     from looseleaf.probes.hooks import capture, intervene
-    from looseleaf.probes.layers import decoder_layers
-    from looseleaf.probes.lens import LogitLens
     from looseleaf.probes.probe import Probe
-    from looseleaf.probes.scaling import patch, scale_layers
-    from looseleaf.prompts.budget import Budget
-    from looseleaf.prompts.calibration import calibrate
-    from looseleaf.prompts.endpoint import EndpointModel
-    from looseleaf.prompts.local import LocalModel
-    from looseleaf.prompts.masked import MaskedModel
-    from looseleaf.prompts.model import LanguageModel
+    from looseleaf.probes.patching import patch
+    from looseleaf.budget import Budget
     from looseleaf.prompts.optimizer import PromptOptimizer
-    from looseleaf.prompts.prompt import Prompt
-    from looseleaf.prompts.task import Example, Task
-    from looseleaf.prompts.template import Template
-    from looseleaf.prompts.verbalizer import Verbalizer
-    from looseleaf.pruning.iterative import IterativePruner, find_tickets
     from looseleaf.pruning.masks import Masks
     from looseleaf.pruning.pruner import Pruner
     from looseleaf.pruning.selection import NM, Selection, Structured, Unstructured
     from looseleaf.pruning.targets import prunable_parameters
-    from looseleaf.pruning.tickets import Ticket
-    from looseleaf.pruning.training import TrainingRun, train_ticket
     from looseleaf.report import Claim, Figure, Report, Series, Table, TokenStrip

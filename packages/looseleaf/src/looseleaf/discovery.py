@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from looseleaf.errors import AmbiguousPluginError, BrokenPluginError, UnknownPluginError, did_you_mean
+from looseleaf.files import cache_dir, write_text
 from looseleaf.plugin import KINDS
 
 REPRODUCTIONS = "reproductions"
@@ -247,16 +248,6 @@ def _require_plugin_class(entry: Installed, loaded: Any) -> None:
 
 # -- remembered import checks ---------------------------------------------------------------------------------
 
-def cache_dir() -> Path:
-    """Where Looseleaf keeps what it can make again: ``$LOOSELEAF_CACHE`` or the user's cache directory."""
-    given = os.environ.get("LOOSELEAF_CACHE")
-    if given:
-        return Path(given)
-    base = os.environ.get("XDG_CACHE_HOME") or (
-        os.environ.get("LOCALAPPDATA") if os.name == "nt" else None) or str(Path.home() / ".cache")
-    return Path(base) / "looseleaf"
-
-
 def _verdict_key(entry: Installed) -> str:
     return "|".join((sys.prefix, entry.dist, entry.version, entry.value, entry.stamp, core_version()))
 
@@ -270,8 +261,6 @@ def _read_verdicts() -> dict[str, str]:
 
 
 def _remember(verdicts: dict[str, str]) -> None:
-    from looseleaf.files import write_text
-
     with contextlib.suppress(OSError):  # an unwritable cache only costs the next listing its speed
         write_text(cache_dir() / "imports.json", json.dumps({**_read_verdicts(), **verdicts}))
 

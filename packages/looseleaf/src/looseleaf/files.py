@@ -1,14 +1,29 @@
-"""Files that are written whole or not at all."""
+"""Files: written atomically, read with errors that say what to do; and where caches go."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _numbers = itertools.count()
+
+
+def cache_dir() -> Path:
+    """Where Looseleaf keeps what it can make again: ``$LOOSELEAF_CACHE`` or the user's cache directory."""
+    given = os.environ.get("LOOSELEAF_CACHE")
+    if given:
+        return Path(given).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or (
+        os.environ.get("LOCALAPPDATA") if os.name == "nt" else None) or str(Path.home() / ".cache")
+    return Path(base) / "looseleaf"
 
 
 @contextlib.contextmanager
@@ -35,6 +50,81 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` in UTF-8 to ``path``, whole or not at all."""
+    """Write ``text`` in UTF-8 to ``path``, atomically."""
     with replacing(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(text.encode("utf-8"))
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a UTF-8 file of any system: without a byte-order mark, with ``\\n`` between lines.
+
+    Raises:
+        ValueError: the file cannot be read, or is not UTF-8.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}. Give a text file in UTF-8") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], info: Mapping[str, Any] | None = None, *,
+                 format: str) -> None:
+    """Write tensors and plain data to one safetensors file, atomically.
+
+    Args:
+        path: where to; folders are made as needed.
+        tensors: name -> tensor of any device; views and tied tensors are written as they look.
+        info: plain data, kept as JSON in the file's metadata.
+        format: name and version of what the file holds, such as ``"looseleaf.masks/2"``.
+
+    Raises:
+        ValueError: ``info`` is not JSON.
+        OSError: the file cannot be written; the message names the path.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        text = json.dumps(dict(info or {}))
+    except TypeError as error:
+        raise ValueError(f"{path}: expected metadata of text, numbers, lists and dictionaries, got {error}") from None
+    seen: set[int] = set()
+    plain: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        # safetensors refuses two names for one storage
+        place = tensor.untyped_storage().data_ptr()
+        plain[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    try:
+        with replacing(path) as part:
+            save_file(plain, part, {"format": format, "info": text})
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path} ({error}): choose a path that can be written") from error
+
+
+def load_tensors(path: str | os.PathLike[str], *, format: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What :func:`save_tensors` wrote: tensors on the CPU, and plain data.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no whole safetensors file, or one of another format.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: expected a file of the format {format!r}, got no file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            head = file.metadata() or {}
+            if head.get("format") != format:
+                raise ValueError(f"{path}: expected a file of the format {format!r}, got {head.get('format')!r}")
+            info = json.loads(head.get("info", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, info  # noqa: SIM118 (no mapping)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}): it was cut short, damaged, or is "
+                         "something else. Write it again") from error
+
+
+__all__ = ["cache_dir", "load_tensors", "read_text", "replacing", "save_tensors", "write_text"]

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
+import re
+import types
 import typing
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 from looseleaf.paper import Paper
 
@@ -12,12 +17,60 @@ KINDS = ("attention", "pruners", "prompts", "probes")
 """The four kinds of plugin; the entry-point group of a kind is ``looseleaf.<kind>``."""
 
 
+class In:
+    """The interval that a number must lie in, as an annotation of a field.
+
+    ``gamma: Annotated[float, In("(0, 1]")] = 0.95`` is checked when the plugin is made, as is the type of the field:
+    ``gamma: expected a number in (0, 1], got 3``. Fields that may be None and sequences of numbers work alike.
+
+    Args:
+        interval: such as ``"[0, 1)"``, ``">= 1"`` or ``"> 0"``; whole numbers where the field is an ``int``.
+        infinite: accept infinity, where the interval is open to it.
+    """
+
+    def __init__(self, interval: str, *, infinite: bool = False) -> None:
+        self.text, self.infinite = interval, infinite
+        one = re.fullmatch(r"(>=?)\s*(\S+)", interval)
+        two = re.fullmatch(r"([\[(])\s*(\S+)\s*,\s*(\S+)\s*([\])])", interval)
+        if one:
+            self.low, self.high, self.low_in, self.high_in = float(one[2]), math.inf, one[1] == ">=", True
+        elif two:
+            self.low, self.high = float(two[2]), float(two[3])
+            self.low_in, self.high_in = two[1] == "[", two[4] == "]"
+        else:
+            raise ValueError(f"interval: expected text such as '[0, 1)' or '>= 1', got {interval!r}")
+
+    def __contains__(self, value: float) -> bool:
+        if math.isnan(value) or (math.isinf(value) and not self.infinite):
+            return False
+        return (self.low < value or (self.low_in and value == self.low)) and \
+            (value < self.high or (self.high_in and value == self.high))
+
+    def __str__(self) -> str:
+        return self.text if self.text.startswith(">") else f"in {self.text}"
+
+
+class OneOf:
+    """The values that a field may have, as an annotation of it: ``Annotated[int, OneOf(16, 32, 64)]``."""
+
+    def __init__(self, *values: Any) -> None:
+        self.values = values
+
+    def __contains__(self, value: Any) -> bool:
+        return any(value is v or (type(value) is type(v) and value == v) for v in self.values)
+
+    def __str__(self) -> str:
+        shown = [repr(v) for v in self.values]
+        return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} or {shown[-1]}"
+
+
 @dataclasses.dataclass
 class Plugin:
     """A method of a paper.
 
-    Subclasses are dataclasses. Their fields carry the paper's names and defaults, and are checked when an
-    instance is made: implement :meth:`validate` and call :meth:`check` in it.
+    Subclasses are dataclasses. Their fields carry the paper's names and defaults, and are checked when an instance is
+    made: numbers against their declared range (:class:`In`), choices against ``Literal`` or :class:`OneOf`. What
+    depends on several fields goes into :meth:`validate`.
 
     Class attributes:
         paper: the :class:`looseleaf.Paper`.
@@ -28,30 +81,40 @@ class Plugin:
     kind: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
+        hints = _hints(type(self))
+        for field in dataclasses.fields(self):
+            if field.init and field.name in hints:
+                problem = _problem(hints[field.name], getattr(self, field.name))
+                if problem is not None:
+                    raise ValueError(f"{type(self).__name__}.{field.name}: expected {problem}, "
+                                     f"got {getattr(self, field.name)!r}")
         self.validate()
 
     def validate(self) -> None:
-        """Raise ValueError for a parameter out of range. The base class has nothing to check."""
+        """Raise ValueError for fields that do not go together; see :meth:`check`."""
 
-    def check(self, field: str, ok: bool, allowed: str) -> None:
-        """Raise ValueError naming ``field``, its value and what is ``allowed`` unless ``ok``."""
+    def check(self, field: str, ok: bool, expected: str) -> None:
+        """Raise ValueError that names ``field``, what was ``expected`` and its value unless ``ok``."""
         if not ok:
-            value = getattr(self, field)
-            raise ValueError(f"{type(self).__name__}.{field}={value!r}: allowed is {allowed}")
+            raise ValueError(f"{type(self).__name__}.{field}: expected {expected}, got {getattr(self, field)!r}")
 
-    def parameters(self) -> dict[str, Any]:
+    def hyperparameters(self) -> dict[str, Any]:
         """The hyper-parameters as a dictionary of field name to value."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
 
     @classmethod
-    def kit(cls) -> dict[str, Any]:
-        """What the conformance kit should be given where its defaults will not do: its keyword arguments by name."""
+    def conformance(cls) -> dict[str, Any]:
+        """What the conformance kit should be given where its defaults will not do, by name.
+
+        ``make`` (all kinds) makes an instance whose method is at work on the kit's small inputs; the other names are
+        those that :mod:`looseleaf.testing` documents for each kind.
+        """
         return {}
 
     @classmethod
     def parameter_info(cls) -> list[ParameterInfo]:
         """Name, type, default and help of every hyper-parameter, help taken from the class docstring."""
-        hints = typing.get_type_hints(cls)
+        hints = _hints(cls)
         helps = docstring_arguments(cls.__doc__ or "")
         out = []
         for f in dataclasses.fields(cls):
@@ -60,7 +123,7 @@ class Plugin:
             default: Any = None if f.default is dataclasses.MISSING else f.default
             if f.default_factory is not dataclasses.MISSING:
                 default = f.default_factory()
-            out.append(ParameterInfo(f.name, hints.get(f.name, Any), default, helps.get(f.name, "")))
+            out.append(ParameterInfo(f.name, _bare(hints.get(f.name, Any)), default, helps.get(f.name, "")))
         return out
 
 
@@ -102,3 +165,57 @@ def docstring_arguments(doc: str) -> dict[str, str]:
         elif current:
             out[current] += " " + text
     return out
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def _bare(hint: Any) -> Any:
+    return _bare(typing.get_args(hint)[0]) if typing.get_origin(hint) is typing.Annotated else hint
+
+
+def _problem(hint: Any, value: Any) -> str | None:
+    """What a field of this type should have been, or None where ``value`` is it."""
+    limit: In | OneOf | None = None
+    if typing.get_origin(hint) is typing.Annotated:
+        hint, *extras = typing.get_args(hint)
+        limit = next((e for e in extras if isinstance(e, (In, OneOf))), None)
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    checked = [_expected(option, limit, value) for option in options if option is not type(None)]
+    if any(text is None for text in checked):
+        return None
+    words = list(dict.fromkeys(str(text) for text in checked))
+    return " or ".join((["None"] if type(None) in options else []) + words)
+
+
+def _expected(hint: Any, limit: In | OneOf | None, value: Any) -> str | None:
+    """As :func:`_problem`, for one type without None."""
+    if typing.get_origin(hint) is typing.Annotated:
+        return _problem(hint, value)
+    if isinstance(limit, OneOf):
+        return None if value in limit else str(limit)
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        allowed = OneOf(*typing.get_args(hint))
+        return None if value in allowed else str(allowed)
+    within = f" {limit}" if limit is not None else ""
+    if hint is bool:
+        return None if isinstance(value, bool) else "True or False"
+    if hint in (int, float):
+        kinds = (int,) if hint is int else (int, float)
+        good = isinstance(value, kinds) and not isinstance(value, bool) and not math.isnan(value)
+        if good and (limit is None or value in limit):
+            return None
+        return f"{'an integer' if hint is int else 'a number'}{within}"
+    if origin in (tuple, list, Sequence) and limit is not None:
+        item = typing.get_args(hint)[0]
+        plural = {int: "integers", float: "numbers"}.get(item, "values")
+        good = isinstance(value, (tuple, list)) and all(_expected(item, limit, v) is None for v in value)
+        return None if good else f"a sequence of {plural}{within}"
+    if hint is str and not isinstance(value, str):
+        return "text"
+    return None  # other types are the plugin's own to check, in validate

@@ -177,7 +177,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data; NaN and infinities become None so that any JSON reader takes it."""
-        return {"schema": "looseleaf.report/1", **_plain(asdict(self))}
+        return {"schema": "looseleaf.report/1", **plain(asdict(self))}
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """The report as JSON text; also written to ``path`` (whole or not at all) when given."""
@@ -248,13 +248,13 @@ def table_text(table: Table) -> str:
     return "\n".join(lines)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if hasattr(value, "tolist"):  # numpy and torch, without importing either
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if value is None or isinstance(value, (str, int, float, bool)):

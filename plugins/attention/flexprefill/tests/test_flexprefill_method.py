@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from looseleaf import AttentionCall, attach
-from looseleaf.testing.attention import tensors, tiny_llama
+from looseleaf.testing.attention import tensors
+from looseleaf.testing.models import tiny_llama
 from looseleaf_flexprefill import FlexPrefill
 from looseleaf_flexprefill.patterns import jensen_shannon
 

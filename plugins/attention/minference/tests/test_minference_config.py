@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from looseleaf import attach
-from looseleaf.testing.attention import tensors, tiny_llama
+from looseleaf.testing.attention import tensors
+from looseleaf.testing.models import tiny_llama
 from looseleaf_minference import MInference, Pattern
 from looseleaf_minference.config import read, write
 

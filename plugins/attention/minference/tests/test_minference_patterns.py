@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from looseleaf import AttentionCall, attach
-from looseleaf.testing.attention import tensors, tiny_llama
+from looseleaf.testing.attention import tensors
+from looseleaf.testing.models import tiny_llama
 from looseleaf_minference import MInference, Pattern
 
 PATTERNS = [Pattern("a_shape", 20, 40), Pattern("vertical_slash", 35, 51), Pattern("block_sparse", 4),

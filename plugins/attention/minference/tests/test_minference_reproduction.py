@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from looseleaf.testing.attention import tiny_llama
+from looseleaf.testing.models import tiny_llama
 from looseleaf_minference import reproduction
 from looseleaf_minference.synthetic import HEADS
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from looseleaf import AttentionCall, attach
-from looseleaf.testing.attention import tensors, tiny_llama
+from looseleaf.testing.attention import tensors
+from looseleaf.testing.models import tiny_llama
 from looseleaf_minference import CANDIDATES, VERTICAL_SLASH, MInference, search
 from looseleaf_minference.config import DEFAULT
 from looseleaf_minference.search import Search

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from looseleaf import AttentionCall, attach
-from looseleaf.testing.attention import tiny_llama
+from looseleaf.testing.models import tiny_llama
 from looseleaf_paroattention import PERMUTATIONS, PAROAttention, Plan, synthetic
 from looseleaf_paroattention.calibration import Observer, make_plan, observe
 

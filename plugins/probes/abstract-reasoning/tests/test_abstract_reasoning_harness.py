@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from looseleaf import LocalModel
-from looseleaf.testing.probes import tiny_text_llama, tiny_tokenizer
+from looseleaf_text import LocalModel
+from looseleaf.testing.models import tiny_text_llama, tiny_tokenizer
 from looseleaf_abstract_reasoning import AbstractReasoningProbe, Item, export_harness, from_json_lines
 
 PROBE = AbstractReasoningProbe(shots=4, per_category=4)

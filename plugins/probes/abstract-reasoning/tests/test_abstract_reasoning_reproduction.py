@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from looseleaf import Claim, Report
-from looseleaf.testing.probes import tiny_text_llama, tiny_tokenizer
+from looseleaf.testing.models import tiny_text_llama, tiny_tokenizer
 from looseleaf_abstract_reasoning import AbstractReasoningProbe, Memoriser, Oracle, problems
 from looseleaf_abstract_reasoning import reproduction as subject
 from looseleaf_abstract_reasoning.items import KINDS

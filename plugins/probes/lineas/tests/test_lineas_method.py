@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.optimize import linprog, minimize
 
-from looseleaf.testing.probes import tiny_text_llama, tiny_tokenizer
+from looseleaf.testing.models import tiny_text_llama, tiny_tokenizer
 from looseleaf_lineas import LinEAS, Steering, difference_in_means, examples, lin_act, squared_w2
 from looseleaf_lineas.activations import encode, pooled
 from looseleaf_lineas.probe import shrink

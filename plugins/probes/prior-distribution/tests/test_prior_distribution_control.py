@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from looseleaf import LocalModel, LogitLens
+from looseleaf_text import LocalModel, LogitLens
 from looseleaf_prior_distribution import (
     PriorProbe,
     answer_scores,

@@ -11,8 +11,8 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from looseleaf import LocalModel, LogitLens
-from looseleaf.testing.probes import tiny_text_llama, tiny_tokenizer
+from looseleaf_text import LocalModel, LogitLens
+from looseleaf.testing.models import tiny_text_llama, tiny_tokenizer
 from looseleaf_prior_distribution import (
     Instance,
     PriorProbe,

@@ -7,8 +7,9 @@ import importlib.util
 import pytest
 import torch
 
-from looseleaf import LocalModel, LogitLens, Report
-from looseleaf.testing.probes import tiny_text_llama, tiny_tokenizer
+from looseleaf import Report
+from looseleaf_text import LocalModel, LogitLens
+from looseleaf.testing.models import tiny_text_llama, tiny_tokenizer
 from looseleaf_prior_distribution import acronym, behaviour, lens_scores, mitigate, reproduction
 from looseleaf_prior_distribution.reproduction import Sizes, measure, run_control, summarise
 

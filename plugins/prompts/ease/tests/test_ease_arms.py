@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from looseleaf import Example
+from looseleaf_text import Example
 from looseleaf_ease.arms import draw, generator, in_turn
 
 

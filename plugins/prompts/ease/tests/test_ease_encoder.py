@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from looseleaf import EndpointError
-from looseleaf.testing.prompts import ToyLanguageModel, toy_task
+from looseleaf_text.testing import ToyLanguageModel, toy_task
 from looseleaf_ease import EASE, sentence_encoder
 from looseleaf_ease import encoder as module
 from looseleaf_ease.encoder import encode, resolve

@@ -48,7 +48,7 @@ def test_rules_decide() -> None:
 def test_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("chatterbot_corpus")
     models = pytest.importorskip("looseleaf_lab.models")
-    from looseleaf.testing.probes import tiny_text_llama, tiny_tokenizer
+    from looseleaf.testing.models import tiny_text_llama, tiny_tokenizer
 
     monkeypatch.setattr(models, "load", lambda name, dtype: (tiny_text_llama(), tiny_tokenizer()))
     monkeypatch.setattr(reproduction, "sentence_encoder", lambda *given: letters)

@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 import torch
 
-from looseleaf import Budget, Example, LanguageModel, Prompt, Task
-from looseleaf.testing.prompts import ToyLanguageModel, toy_task
+from looseleaf import Budget
+from looseleaf_text import Example, LanguageModel, Prompt, Task
+from looseleaf_text.testing import ToyLanguageModel, toy_task
 from looseleaf_ease import EASE, NeuralUCB
 from looseleaf_ease.instructions import context
 from looseleaf_ease.search import Search
@@ -348,7 +349,7 @@ def test_a_search_with_more_budget_goes_on(tmp_path: Path) -> None:
 
 SCRIPT = """
     import sys
-    from looseleaf.testing.prompts import ToyLanguageModel, toy_task
+    from looseleaf_text.testing import ToyLanguageModel, toy_task
     from looseleaf_ease import EASE
     search = EASE(k=3, encoder="model", total_iterations=60, n_init=10, domain=200, keep=8, hidden=16, train_steps=20,
                   target=2.0)

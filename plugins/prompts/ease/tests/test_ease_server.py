@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from looseleaf import EndpointError, EndpointModel, LocalModel
-from looseleaf.testing.prompts import ToyLanguageModel, toy_task
-from looseleaf.testing.servers import toy_server
+from looseleaf import EndpointError
+from looseleaf_text import EndpointModel, LocalModel
+from looseleaf_text.testing import ToyLanguageModel, toy_task
+from looseleaf_text.testing.servers import toy_server
 from looseleaf_ease import EASE
 
 SMALL: dict[str, Any] = {"k": 2, "total_iterations": 6, "n_init": 3, "domain": 50, "keep": 4, "hidden": 8,
@@ -49,7 +50,7 @@ def test_a_server_without_log_probabilities() -> None:
 def test_on_a_local_model_that_embeds() -> None:
     if importlib.util.find_spec("transformers") is None:
         pytest.skip("transformers is not installed")
-    from looseleaf.testing.probes import tiny_text_llama, tiny_tokenizer
+    from looseleaf.testing.models import tiny_text_llama, tiny_tokenizer
 
     task = toy_task(size=6)
     task.template = "{text}"

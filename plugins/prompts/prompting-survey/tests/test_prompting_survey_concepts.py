@@ -6,8 +6,8 @@ import importlib.util
 
 import pytest
 
-from looseleaf import LocalModel
-from looseleaf.testing.prompts import ToyLanguageModel, toy_task
+from looseleaf_text import LocalModel
+from looseleaf_text.testing import ToyLanguageModel, toy_task
 from looseleaf_prompting_survey import concepts, reproduction
 
 
@@ -25,7 +25,7 @@ def test_examples_on_a_model_that_answers_anything() -> None:
 
 def test_examples_on_a_local_and_on_a_masked_model() -> None:
     pytest.importorskip("transformers")
-    from looseleaf.testing.probes import tiny_text_llama, tiny_tokenizer
+    from looseleaf.testing.models import tiny_text_llama, tiny_tokenizer
 
     model = LocalModel(tiny_text_llama(), tiny_tokenizer())
     assert set(concepts.run(model)) == set(concepts.CONCEPTS)

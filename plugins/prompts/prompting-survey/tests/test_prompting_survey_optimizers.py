@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from looseleaf import Budget, EndpointError, EndpointModel, Example, Prompt, Template
-from looseleaf.testing.prompts import ToyLanguageModel, toy_task
-from looseleaf.testing.servers import toy_server
+from looseleaf import Budget, EndpointError
+from looseleaf_text import EndpointModel, Example, Prompt, Template
+from looseleaf_text.testing import ToyLanguageModel, toy_task
+from looseleaf_text.testing.servers import toy_server
 from looseleaf_prompting_survey import TemplateEnsemble, TemplateSearch, default_pool
 from looseleaf_prompting_survey.candidates import some
 

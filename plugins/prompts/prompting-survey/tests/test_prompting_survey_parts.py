@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from looseleaf import Example, Prompt, Template, Verbalizer
-from looseleaf.prompts.answers import combine
-from looseleaf.testing.prompts import ToyLanguageModel, toy_task
+from looseleaf_text import Example, Prompt, Template, Verbalizer
+from looseleaf_text.answers import combine
+from looseleaf_text.testing import ToyLanguageModel, toy_task
 from looseleaf_prompting_survey import (
     STRATEGIES,
     PromptAugmenter,
@@ -146,8 +146,8 @@ def test_ensembles_are_prompts_and_distil() -> None:
 def test_text_is_generated_from_the_mean_of_next_tokens() -> None:
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    from looseleaf import LocalModel
-    from looseleaf.testing.probes import tiny_text_llama, tiny_tokenizer
+    from looseleaf_text import LocalModel
+    from looseleaf.testing.models import tiny_text_llama, tiny_tokenizer
 
     model = LocalModel(tiny_text_llama(), tiny_tokenizer())
     prompts = [Prompt("Say {text}:"), Prompt("{text} is")]

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from looseleaf import Budget, Example, LocalModel, Prompt, Task, UnsupportedModelError
-from looseleaf.testing.prompts import ToyLanguageModel, toy_task
+from looseleaf import Budget, UnsupportedModelError
+from looseleaf_text import Example, LocalModel, Prompt, Task
+from looseleaf_text.testing import ToyLanguageModel, toy_task
 from looseleaf_prompting_survey import STRATEGIES, SoftPromptTuning, movable, tune
 
 torch = pytest.importorskip("torch")
@@ -22,7 +23,7 @@ TASK = Task("t", train=[Example("fine day", "good"), Example("bad day", "bad"), 
 
 
 def local() -> LocalModel:
-    from looseleaf.testing.probes import tiny_text_llama, tiny_tokenizer
+    from looseleaf.testing.models import tiny_text_llama, tiny_tokenizer
 
     return LocalModel(tiny_text_llama(), tiny_tokenizer())
 

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from looseleaf import Budget, Example, LanguageModel, Prompt, Task
-from looseleaf.testing.prompts import ASKED, ToyLanguageModel, toy_task
+from looseleaf import Budget
+from looseleaf_text import Example, LanguageModel, Prompt, Task
+from looseleaf_text.testing import ASKED, ToyLanguageModel, toy_task
 from looseleaf_promptquine import PromptQuine, TAPruning
 from looseleaf_promptquine.fitness import accuracy, reward, some_per_class
 from looseleaf_promptquine.pieces import Pieces, length, without
@@ -255,7 +256,7 @@ def test_start_without_a_slot_gets_the_tasks_template() -> None:
 
 SCRIPT = """
     import sys
-    from looseleaf.testing.prompts import ToyLanguageModel, toy_task
+    from looseleaf_text.testing import ToyLanguageModel, toy_task
     from looseleaf_promptquine import PromptQuine, TAPruning
     cls = {"PromptQuine": PromptQuine, "TAPruning": TAPruning}[sys.argv[1]]
     print("ready", flush=True)
@@ -299,7 +300,7 @@ def test_on_a_local_model() -> None:
     torch = pytest.importorskip("torch")
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    from looseleaf import LocalModel
+    from looseleaf_text import LocalModel
 
     made = Tokenizer(models.WordLevel({"<s>": 0, **{chr(c): c - 31 for c in range(32, 127)}, "\n": 96},
                                       unk_token=" "))
@@ -324,8 +325,8 @@ def test_on_a_local_model() -> None:
 
 def test_through_a_server() -> None:
     """Against an OpenAI-compatible server that echoes log-probabilities, and by what it generates."""
-    from looseleaf import EndpointModel
-    from looseleaf.testing.servers import toy_server
+    from looseleaf_text import EndpointModel
+    from looseleaf_text.testing.servers import toy_server
 
     optimizer = PromptQuine(population_size=3, reproduction_size=4, max_prompts=8)
     task = toy_task(size=8)

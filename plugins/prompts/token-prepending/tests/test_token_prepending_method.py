@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from looseleaf import UnsupportedModelError
-from looseleaf.testing.probes import tiny_text_llama, tiny_tokenizer
+from looseleaf.testing.models import tiny_text_llama, tiny_tokenizer
 from looseleaf_token_prepending import (
     SentenceEncoder,
     Settings,

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from looseleaf import Budget, Example, LanguageModel, LocalModel, Prompt, Task, UnsupportedModelError
-from looseleaf.testing.probes import tiny_tokenizer
-from looseleaf.testing.prompts import ToyLanguageModel, toy_task
+from looseleaf import Budget, UnsupportedModelError
+from looseleaf_text import Example, LanguageModel, LocalModel, Prompt, Task
+from looseleaf.testing.models import tiny_tokenizer
+from looseleaf_text.testing import ToyLanguageModel, toy_task
 from looseleaf_token_prepending import (
     SentenceEncoder,
     TokenPrepending,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from looseleaf import Report
-from looseleaf.testing.probes import tiny_tokenizer
+from looseleaf.testing.models import tiny_tokenizer
 from looseleaf_token_prepending.judged import Judged, Sentences, Split, stratified_pairs
 from looseleaf_token_prepending.quality import spearman, square
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from looseleaf.testing.probes import tiny_text_llama, tiny_tokenizer
+from looseleaf.testing.models import tiny_text_llama, tiny_tokenizer
 from looseleaf_token_prepending import SentenceEncoder, TokenPrepending
 
 pytest.importorskip("transformers")

@@ -14,7 +14,7 @@ from torch import nn
 
 from looseleaf import Report
 from looseleaf.pruning.knee import relative_drops
-from looseleaf.testing.pruners import small_network
+from looseleaf.testing.models import small_network
 from looseleaf_essential_sparsity import Curve, MagnitudePruner, essential_sparsity, sparsity_curve, sparsity_sweep
 from looseleaf_essential_sparsity.sweep import masked_metric
 

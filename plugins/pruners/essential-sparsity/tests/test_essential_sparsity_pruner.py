@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from looseleaf import UnsupportedModelError, get, prunable_parameters
-from looseleaf.testing.pruners import small_network, tied_network
+from looseleaf.testing.models import small_network, tied_network
 from looseleaf_essential_sparsity import MagnitudePruner
 
 torch.set_num_threads(1)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from looseleaf.testing.probes import tiny_tokenizer
+from looseleaf.testing.models import tiny_tokenizer
 from looseleaf_leaf import encode, response_level
 from looseleaf_leaf.align import align
 from looseleaf_leaf.batch import checked

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from looseleaf import UnsupportedModelError
-from looseleaf.testing.pruners import tiny_llama
+from looseleaf.testing.models import tied_llama as tiny_llama
 from looseleaf_leaf import input_gradient_norms
 from looseleaf_leaf.gradients import min_max
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from looseleaf import Report, get
-from looseleaf.testing.probes import tiny_text_llama, tiny_tokenizer
+from looseleaf.testing.models import tiny_text_llama, tiny_tokenizer
 from looseleaf_leaf import LeaF, encode, greedy_match, show
 
 torch.set_num_threads(1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from looseleaf.testing.pruners import tiny_llama
+from looseleaf.testing.models import tied_llama as tiny_llama
 from looseleaf_leaf import PairCollator, response_kl
 
 transformers = pytest.importorskip("transformers")

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from looseleaf import Masks, Ticket, TrainingRun, get
+from looseleaf import Masks, get
+from looseleaf_tickets import Ticket, TrainingRun
 from looseleaf_lottery_rewinding import LotteryRewinding, stability
 
 torch.set_num_threads(1)

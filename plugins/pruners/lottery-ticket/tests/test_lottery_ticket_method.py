@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from looseleaf import LooseleafError, Masks, Ticket, get, train_ticket
-from looseleaf.testing.pruners import small_network
+from looseleaf import LooseleafError, Masks, get
+from looseleaf_tickets import Ticket, train_ticket
+from looseleaf.testing.models import small_network
 from looseleaf_lottery_ticket import LotteryTicket, random_mask, random_reinit
 
 torch.set_num_threads(1)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import looseleaf
-from looseleaf import LocalModel, Report
-from looseleaf.testing.probes import tiny_text_llama, tiny_tokenizer
+from looseleaf import Report
+from looseleaf_text import LocalModel
+from looseleaf.testing.models import tiny_text_llama, tiny_tokenizer
 from looseleaf_outlandish import (
     SAMPLES,
     Chances,

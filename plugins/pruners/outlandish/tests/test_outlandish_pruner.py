@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import looseleaf
-from looseleaf.testing.pruners import tied_network, tiny_llama
+from looseleaf.testing.models import tied_network, tied_llama as tiny_llama
 from looseleaf_outlandish import IgnoreTopK, largest
 from looseleaf_outlandish.largest import keep_smallest, reference
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from looseleaf.testing.probes import tiny_text_llama, tiny_tokenizer
+from looseleaf.testing.models import tiny_text_llama, tiny_tokenizer
 from looseleaf_outlandish import SAMPLES
 from looseleaf_outlandish import reproduction as r
 from looseleaf_outlandish.experiment import (

@@ -2,7 +2,7 @@
 
 import pytest
 
-from looseleaf import LanguageModel
+from looseleaf_text import LanguageModel
 from looseleaf_outlandish import SAMPLES, STONES, descriptions, stepping_stones
 from looseleaf_outlandish.texts import KEYWORDS
 

@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 import looseleaf
 from looseleaf import AttentionBackend, AttentionCall, Paper, Report, Series
 from looseleaf import progress as progress_
+from looseleaf.statistics import bootstrap
 from looseleaf_lab import data, metrics, timing
 from looseleaf_lab.compare import common, patterns
-from looseleaf_lab.state import Cells, fingerprint
+from looseleaf.resume import Cells, digest
 
 DENSE = "(exact)"
 """The model's own attention, in the rows of the tables."""
@@ -126,7 +127,7 @@ def compare_attention(model: Any, tokenizer: Any, backends: Mapping[str, Attenti
     found: dict[int, dict[str, Any]] = {}
     for context in progress_.track(contexts, "contexts", show=progress):
         key = {"what": "attention", "context": context, **whose, "last": last,
-               "rounds": rounds, "passkeys": passkeys, "seed": seed, "text": fingerprint(ids[0, :context].tolist()),
+               "rounds": rounds, "passkeys": passkeys, "seed": seed, "text": digest(ids[0, :context].tolist()),
                "backends": {name: common.identity(b) for name, b in ready.items()}}
         found[context] = cells.do(key, lambda n=context: _measure(  # type: ignore[misc]
             model, tokenizer, ready, ids[:, :n], last, rounds, passkeys, seed, progress))
@@ -195,7 +196,7 @@ def _measure(model: Any, tokenizer: Any, backends: Mapping[str, AttentionBackend
         for name in ready:
             row, mine = rows[name], losses[name].double().cpu()
             row["perplexity"] = math.exp(min(700.0, float(mine.mean())))
-            row["added"] = metrics.bootstrap((mine - exact).tolist(), seed)
+            row["added"] = bootstrap((mine - exact).tolist(), seed)
             row["seconds"] = measured.median(name)
             row["ratio"] = measured.ratio(name, DENSE, seed)
             row["passkey"] = row["depths"] = None

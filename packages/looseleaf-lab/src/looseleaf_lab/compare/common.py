@@ -37,7 +37,7 @@ def whose(model: Any) -> dict[str, str]:
 
 def identity(plugin: Any) -> dict[str, Any]:
     """Class and hyper-parameters of a plugin, as plain data."""
-    values = plugin.parameters() if hasattr(plugin, "parameters") else {}
+    values = plugin.hyperparameters() if hasattr(plugin, "hyperparameters") else {}
     return {"class": f"{type(plugin).__module__}.{type(plugin).__qualname__}",
             **{k: v if isinstance(v, (int, float, str, bool, type(None))) else repr(v) for k, v in values.items()}}
 

@@ -15,7 +15,7 @@ from looseleaf.errors import LooseleafError
 from looseleaf_lab import metrics, timing
 from looseleaf_lab.compare import common
 from looseleaf_lab.compare.attention import DENSE, SideBySide, density_of
-from looseleaf_lab.state import Cells
+from looseleaf.resume import Cells
 from looseleaf_lab.window import BlockWindow
 
 WINDOW = "(window)"

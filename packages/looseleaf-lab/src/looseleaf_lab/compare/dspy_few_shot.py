@@ -15,11 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from looseleaf import Budget, Prompt
-from looseleaf.prompts.model import MeteredModel
+from looseleaf import Budget
+from looseleaf_text import Prompt
+from looseleaf_text.model import MeteredModel
 
 if TYPE_CHECKING:
-    from looseleaf import Example, LanguageModel, Task
+    from looseleaf_text import Example, LanguageModel, Task
 
 NAME = "(DSPy few-shot)"
 
@@ -39,7 +40,7 @@ class DSPyFewShot:
     def __init__(self, shots: int = 4) -> None:
         self.shots = shots
 
-    def parameters(self) -> dict[str, Any]:
+    def hyperparameters(self) -> dict[str, Any]:
         """What decides the result."""
         return {"optimizer": "BootstrapFewShotWithRandomSearch", "shots": self.shots}
 

@@ -42,7 +42,7 @@ class Published:
     def __init__(self, name: str, tokenizer: Any, sparsity: float, structure: str = "0:0") -> None:
         self.name, self.sparsity, self.structure, self.tokenizer = name, sparsity, structure, tokenizer
 
-    def parameters(self) -> dict[str, Any]:
+    def hyperparameters(self) -> dict[str, Any]:
         """What decides the result."""
         return {"name": self.name, "sparsity": self.sparsity, "structure": self.structure}
 

@@ -12,7 +12,7 @@ from typing import Any
 from looseleaf import Figure, Probe, Report, Table
 from looseleaf import progress as progress_
 from looseleaf_lab.compare import common
-from looseleaf_lab.state import Cells
+from looseleaf.resume import Cells
 
 
 def compare_probes(models: Mapping[str, tuple[Any, Any]], probes: Mapping[str, Probe], *, inputs: Any = None,

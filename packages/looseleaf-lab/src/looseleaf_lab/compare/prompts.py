@@ -10,14 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from looseleaf import Budget, BudgetExhausted, Prompt, PromptOptimizer, Report, Series
+from looseleaf import Budget, BudgetExhausted, PromptOptimizer, Report, Series
+from looseleaf_text import Prompt
 from looseleaf import progress as progress_
+from looseleaf.statistics import bootstrap
 from looseleaf_lab import metrics
 from looseleaf_lab.compare import common, dspy_few_shot
-from looseleaf_lab.state import Cells, fingerprint
+from looseleaf.resume import Cells, digest
 
 if TYPE_CHECKING:
-    from looseleaf import LanguageModel, Task
+    from looseleaf_text import LanguageModel, Task
 
 PLAIN, FEW, SEARCH = "(plain)", "(few-shot)", "(random search)"
 
@@ -63,9 +65,9 @@ def compare_prompts(model: LanguageModel, optimizers: Mapping[str, PromptOptimiz
     for task, name, seed, most in progress_.track(jobs, "searches", show=progress):
         key = {"what": "prompt", "task": task.name, "optimizer": name, "seed": seed, "calls": most, "shots": shots,
                "model": model.name, "weights": weights,
-               "examples": task.fingerprint(), "test": fingerprint([str(e) for e in task.test]),
+               "examples": task.fingerprint(), "test": digest([str(e) for e in task.test]),
                "parameters": common.identity(searches[name]) if name in searches else None}
-        folder = None if state is None else Path(state) / "searches" / fingerprint(key)
+        folder = None if state is None else Path(state) / "searches" / digest(key)
         try:
             work = functools.partial(measure, task, name, searches.get(name), model, most, seed, shots, folder,
                                      progress)
@@ -161,7 +163,7 @@ def _show(report: Report, found: Sequence[tuple[str, str, int, dict[str, Any]]],
             "test: interval by bootstrap over examples; tokens: of the search; prompt tokens: those around the "
             "example; plain and few-shot prompts need no search"))
     for task, name, seed, cell in found:
-        _, low, high = metrics.bootstrap(cell["marks"], seed)
+        _, low, high = bootstrap(cell["marks"], seed)
         table.add(name, task, seed, None if name in (PLAIN, FEW) else cell["budget"], cell["dev"], cell["test"], low,
                   high, cell["calls"], cell["tokens"],
                   None if name in (PLAIN, FEW) else cell["seconds"], cell["length"], cell["stopped"])
@@ -181,8 +183,8 @@ def _show(report: Report, found: Sequence[tuple[str, str, int, dict[str, Any]]],
                 continue
             marks = [m for row in cells.values() for m in row]
             paired = [a - b for s in cells if s in few for a, b in zip(cells[s], few[s], strict=True)]
-            summary.add(name, task, len(cells), *metrics.bootstrap(marks),
-                        *(metrics.bootstrap(paired) if paired else (None, None, None)))
+            summary.add(name, task, len(cells), *bootstrap(marks),
+                        *(bootstrap(paired) if paired else (None, None, None)))
         curves = [(n, s, c["curve"]) for t, n, s, c in found if t == task and c["curve"]]
         if curves:
             report.figure(f"Learning curves, {task}", x_label="calls", y_label="best fitness so far (own scale)",
@@ -209,6 +211,6 @@ def _growth(report: Report, found: Sequence[tuple[str, str, int, dict[str, Any]]
             for t, n, _, cell in found:
                 if (t, n) == (task, name):
                     marks.setdefault(cell["budget"], []).extend(cell["marks"])
-            found_here = [metrics.bootstrap(m) for _, m in sorted(marks.items())]
+            found_here = [bootstrap(m) for _, m in sorted(marks.items())]
             figure.series.append(Series(name, [float(b) for b in sorted(marks)], [p[0] for p in found_here],
                                         [p[1] for p in found_here], [p[2] for p in found_here]))

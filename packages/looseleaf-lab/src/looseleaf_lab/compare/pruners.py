@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from looseleaf import Pruner, Report, Series
 from looseleaf import progress as progress_
+from looseleaf.statistics import bootstrap
 from looseleaf_lab import data, metrics, timing
 from looseleaf_lab.compare import common, llm_compressor
 from looseleaf_lab.compare.prompts import few_shot
-from looseleaf_lab.state import Cells, fingerprint
+from looseleaf.resume import Cells, digest
 
 if TYPE_CHECKING:
-    from looseleaf import Task
+    from looseleaf_text import Task
 
 WHOLE, MAGNITUDE, LAYER, RANDOM = "(whole model)", "(magnitude)", "(magnitude, by layer)", "(random)"
 PATTERNS = {"4:8": (4, 8), "2:4": (2, 4)}
@@ -63,7 +64,7 @@ def compare_pruners(model: Any, tokenizer: Any, pruners: Mapping[str, type[Prune
         jobs += [(name, s) for s in sparsities] if _swept(maker) else [(name, None)]
     cells, whose, failed = Cells(state), common.whose(model), dict[str, str]()
     found: list[tuple[str, float | None, dict[str, Any]]] = []
-    shown = {task.name: [task.fingerprint(), fingerprint([str(e) for e in task.test])] for task in tasks}
+    shown = {task.name: [task.fingerprint(), digest([str(e) for e in task.test])] for task in tasks}
     for name, sparsity in progress_.track(jobs, "pruners", show=progress):
         label = name if sparsity is None else f"{name} at {sparsity}"
         try:
@@ -99,7 +100,7 @@ def calibration_batches(tokenizer: Any, context: int = 512, count: int = 8, devi
 
 def accuracies(model: Any, tokenizer: Any, tasks: Sequence[Task], seed: int = 0) -> dict[str, list[float]]:
     """Task -> mark of each test example, after two training examples of each class."""
-    from looseleaf import LocalModel
+    from looseleaf_text import LocalModel
 
     local = LocalModel(model, tokenizer)
     return {task.name: task.evaluate(few_shot(task, random.Random(f"{task.name}:{seed}"), 2), local).marks
@@ -188,7 +189,7 @@ class _Rival:
     def __init__(self, name: str, rule: Any, seed: int | None = None) -> None:
         self.name, self.rule, self.seed = name, rule, seed
 
-    def parameters(self) -> dict[str, Any]:
+    def hyperparameters(self) -> dict[str, Any]:
         return {"name": self.name, **self.rule.describe(), "seed": self.seed}
 
     def prune(self, model: Any, data: Any = None) -> Any:
@@ -216,7 +217,7 @@ def _show(report: Report, found: Sequence[tuple[str, float | None, dict[str, Any
         "examples; seconds and peak memory are those of pruning"))
     for name, wanted, cell in found:
         table.add(name, wanted, cell["sparsity"], cell["perplexity"], cell["low"], cell["high"],
-                  *(x for t in tasks for x in metrics.bootstrap(cell["marks"][t], seed)), cell["seconds"],
+                  *(x for t in tasks for x in bootstrap(cell["marks"][t], seed)), cell["seconds"],
                   None if cell["bytes"] is None else cell["bytes"] / 1e6)
     whole = next((c for n, _, c in found if n == WHOLE), None)
     curves: dict[str, list[dict[str, Any]]] = {}
@@ -232,7 +233,7 @@ def _show(report: Report, found: Sequence[tuple[str, float | None, dict[str, Any
     for task in tasks:
         series = []
         for name, points in curves.items():
-            mean, low, high = zip(*(metrics.bootstrap(c["marks"][task], seed) for c in points), strict=True)
+            mean, low, high = zip(*(bootstrap(c["marks"][task], seed) for c in points), strict=True)
             series.append(Series(name, [c["sparsity"] for c in points], list(mean), list(low), list(high)))
         report.figure(f"Accuracy after pruning, {task}", x_label="sparsity", y_label="accuracy", series=series)
 

@@ -85,7 +85,7 @@ class Attached:
         """Calls, time, density, patterns and fallbacks of each layer."""
         records = self.records
         report = Report(f"{type(self.backend).__name__} in {len(self.chosen)} of {len(self.layers)} layers")
-        report.facts = {"backend": type(self.backend).__name__, **self.backend.parameters()}
+        report.facts = {"backend": type(self.backend).__name__, **self.backend.hyperparameters()}
         report.facts["calls"] = len(records)
         report.facts["calls that fell back to exact attention"] = sum("fallback" in r for r in records)
         report.facts["seconds in attention"] = sum(r["seconds"] for r in records)

@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from looseleaf import discovery
+from looseleaf.files import cache_dir
 from looseleaf.report import Report
 
 PACKAGES = ("torch", "triton", "transformers", "diffusers", "safetensors", "ray", "looseleaf-lab", "looseleaf-kernels")
@@ -28,7 +29,7 @@ def examine() -> Report:
 
     report = Report("looseleaf doctor", facts={
         "looseleaf": discovery.core_version(), "python": platform.python_version(),
-        "platform": platform.platform(), "cache": str(discovery.cache_dir()),
+        "platform": platform.platform(), "cache": str(cache_dir()),
         "threads": torch.get_num_threads()})
     versions = report.table("Packages", ["package", "version"])
     for name in PACKAGES:

@@ -13,6 +13,7 @@ Exit codes:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -178,10 +179,11 @@ def _plugin_names(**_: object) -> list[str]:
 
 
 def _complete(parser: argparse.ArgumentParser) -> None:
-    if "_ARGCOMPLETE" in os.environ:
-        import argcomplete
+    if "_ARGCOMPLETE" in os.environ:  # set by argcomplete's own hook, so it is installed
+        with contextlib.suppress(ImportError):
+            import argcomplete
 
-        argcomplete.autocomplete(parser)
+            argcomplete.autocomplete(parser)
 
 
 def _fail(error: BaseException, code: int) -> int:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from looseleaf.fingerprint import fingerprint
 from looseleaf.plugin import Plugin
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from looseleaf.prompts.budget import Budget
-    from looseleaf.prompts.model import LanguageModel
-    from looseleaf.prompts.prompt import Prompt
-    from looseleaf.prompts.task import Task
+    from looseleaf.budget import Budget
+    from looseleaf_text.model import LanguageModel
+    from looseleaf_text.prompt import Prompt
+    from looseleaf_text.task import Task
 
 
 @dataclasses.dataclass
@@ -49,3 +51,18 @@ class PromptOptimizer(Plugin):
             A prompt whose ``info`` holds at least ``fitness``, ``evaluations`` and ``stopped``
             (``"done"``, ``"budget: calls"``, ``"budget: tokens"`` or ``"budget: seconds"``).
         """
+
+    def identity(self, task: Task, model: LanguageModel, start: Prompt | None, seed: int) -> dict[str, Any]:
+        """What makes two searches the same one: method, parameters, examples, model, start and seed.
+
+        The budget is not part of it: a search that ran out may be given more and goes on.
+        """
+        begin = None
+        if start is not None:
+            tensors: dict[str, Any] = {}
+            begin = {k: v for k, v in start.to_dict(tensors).items() if k != "info"}
+            begin["soft"] = fingerprint(tensors) if tensors else None
+        return json.loads(json.dumps({
+            "optimizer": f"{type(self).__module__}:{type(self).__qualname__}",
+            "parameters": self.hyperparameters(), "task": task.fingerprint(), "model": model.name,
+            "weights": model.fingerprint(), "start": begin, "seed": seed}, default=str))

@@ -23,13 +23,13 @@ def check_attention_backend(cls: type[AttentionBackend], make: Callable[[], Atte
     Args:
         cls: the backend class.
         make: how to make one for the checks, such as one with small blocks so that the method is at work on short
-            inputs; None: as ``cls.kit()`` says, or by the defaults.
+            inputs; None: as ``cls.conformance()`` says, or by the defaults.
         length: tokens of the test inputs.
 
     Raises:
         AssertionError: with every check that failed, one a line.
     """
-    make = make or cls.kit().get("make", cls)
+    make = make or cls.conformance().get("make", cls)
     findings = Findings(cls.__name__)
     check_plugin(findings, cls, AttentionBackend, make)
     if any(f.startswith(("is a dataclass", "constructs")) for f in findings.failures):

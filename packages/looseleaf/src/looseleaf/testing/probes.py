@@ -12,7 +12,7 @@ import torch
 
 from looseleaf.probes.probe import Probe
 from looseleaf.report import Report
-from looseleaf.testing.attention import tiny_llama
+from looseleaf.testing.models import tiny_llama
 from looseleaf.testing.common import Findings, check_plugin
 
 

@@ -16,7 +16,7 @@ from looseleaf.pruning.masks import Masks
 from looseleaf.pruning.pruner import Pruner
 from looseleaf.pruning.selection import Selection
 from looseleaf.pruning.targets import holders, input_dims, stored_parameter
-from looseleaf.pruning.training import TrainingRun
+from looseleaf_tickets.training import TrainingRun
 from looseleaf.testing.common import Findings, check_plugin
 
 
@@ -30,8 +30,8 @@ def check_pruner(cls: type[Pruner], make: Callable[[], Pruner] | None = None, *,
 
     Args:
         cls: the pruner class.
-        make: how to make one for the checks; None: as ``cls.kit()`` says, or by the defaults.
-        data: what to hand to ``prune(model, data)``, made for each model; None: as ``cls.kit()`` says, or no data;
+        make: how to make one for the checks; None: as ``cls.conformance()`` says, or by the defaults.
+        data: what to hand to ``prune(model, data)``, made for each model; None: as ``cls.conformance()`` says, or no data;
             :func:`earlier` and :func:`training` serve pruners of updates and of several rounds. The models are a small
             convolutional network (input (B, 8, 8, 8)), one with tied weights (input (B, 16)) and, where transformers is
             installed, a random Llama (token ids below 64); a pruner of tokens meets the Llama only, and its data are
@@ -40,12 +40,12 @@ def check_pruner(cls: type[Pruner], make: Callable[[], Pruner] | None = None, *,
     Raises:
         AssertionError: with every check that failed, one a line.
     """
-    make = make or cls.kit().get("make", cls)
+    make = make or cls.conformance().get("make", cls)
     findings = Findings(cls.__name__)
     check_plugin(findings, cls, Pruner, make)
     if any(f.startswith(("is a dataclass", "constructs")) for f in findings.failures):
         findings.finish()
-    give = data or cls.kit().get("data", lambda model: None)
+    give = data or cls.conformance().get("data", lambda model: None)
     models: list[tuple[str, Callable[[], nn.Module], Tensor]] = []
     if cls.removes != "tokens":
         _parameters(findings, make, give)
@@ -141,7 +141,7 @@ def _generator(seed: int) -> torch.Generator:
 
 
 def _parameters(findings: Findings, make: Callable[[], Pruner], give: Callable[[nn.Module], Any]) -> None:
-    if "sparsity" not in make().parameters():
+    if "sparsity" not in make().hyperparameters():
         return
     replace: Any = dataclasses.replace
     with findings.check("sparsity is validated"):

@@ -49,7 +49,8 @@ def reproduce(*, seeds: int = 5, quick: bool = False, progress: bool | None = No
 
 def _quality(report: Report, model: Any, ids: Tensor, contexts: tuple[int, ...], windows: int,
              progress: bool | None) -> None:
-    from looseleaf_lab.metrics import bootstrap, perplexity
+    from looseleaf.statistics import bootstrap
+    from looseleaf_lab.metrics import perplexity
 
     table = report.table("Perplexity on the last 512 tokens of each window", [
         "context", "dense", "FlexPrefill", "ratio", "low", "high", "density", "density low", "density high",

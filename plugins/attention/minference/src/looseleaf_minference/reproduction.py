@@ -99,7 +99,8 @@ def _drawn(report: Report, plugin: MInference, call: AttentionCall) -> None:
 
 def _quality(report: Report, model: Any, plugin: MInference, ids: Tensor, context: int, windows: int, quick: bool,
              progress: bool | None) -> None:
-    from looseleaf_lab.metrics import bootstrap, perplexity
+    from looseleaf.statistics import bootstrap
+    from looseleaf_lab.metrics import perplexity
 
     dense = perplexity(model, ids, context, last=LAST, progress=progress)
     with attach(model, plugin) as attached:
@@ -178,7 +179,7 @@ def _retrieval(report: Report, model: Any, tokenizer: Any, seeds: int, progress:
 def _retrieval_claims(report: Report, what: str, mixed: list[float], fixed: list[float], density: float,
                       same: float) -> None:
     """The two claims for one set of candidates, over the keys outside A-shape's window that dense attention finds."""
-    from looseleaf_lab.metrics import bootstrap
+    from looseleaf.statistics import bootstrap
 
     count = len(mixed)
     enough = count >= ENOUGH_KEYS

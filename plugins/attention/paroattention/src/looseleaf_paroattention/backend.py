@@ -99,7 +99,7 @@ class PAROAttention(AttentionBackend):
         self.plan: Plan | None = None
 
     @classmethod
-    def kit(cls) -> dict[str, Any]:
+    def conformance(cls) -> dict[str, Any]:
         """A plan for the kit's inputs: of 384 tokens in 4 heads, 256 are a grid, and a third of the blocks is kept."""
         blocks = torch.arange(6)
         masks = (blocks[:, None] + blocks + torch.arange(4)[:, None, None]) % 3 == 0

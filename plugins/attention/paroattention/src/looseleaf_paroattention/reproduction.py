@@ -176,7 +176,7 @@ def _errors(report: Report, model: Any, base: PAROAttention, statistics: Mapping
     """Errors of each layer's attention on exact inputs: density, orders and bits side by side."""
     from looseleaf.progress import track
     from looseleaf_lab.compare.attention import SideBySide
-    from looseleaf_lab.metrics import bootstrap
+    from looseleaf.statistics import bootstrap
 
     rivals = {f"{way}, density {density}": _made(base, statistics, way, density)
               for density in DENSITIES for way in WAYS}
@@ -238,7 +238,7 @@ def _quality(report: Report, model: Any, base: PAROAttention, statistics: Mappin
     """Videos from the same noise, by exact attention and by each rival."""
     from looseleaf.progress import track
     from looseleaf_lab import video
-    from looseleaf_lab.metrics import bootstrap
+    from looseleaf.statistics import bootstrap
 
     count, steps = (32, 5) if quick else (VIDEOS, SAMPLER_STEPS)
     real = video.moving_digits(4 * count, 77, "test").frames
@@ -367,7 +367,7 @@ def _ratio(values: Errors, one: str, two: str) -> tuple[float, float, float]:
     """Sum of ``one`` over sum of ``two``, paired, with its 95 % bootstrap interval."""
     import numpy as np
 
-    from looseleaf_lab.metrics import bootstrap
+    from looseleaf.statistics import bootstrap
 
     pairs = np.array([values[one], values[two]])
 

@@ -49,7 +49,7 @@ class SparseD(AttentionBackend):
         summary="Diffusion language models denoise faster: each head's pattern is found once and used again.")
 
     @classmethod
-    def kit(cls) -> dict[str, Any]:
+    def conformance(cls) -> dict[str, Any]:
         """Small blocks, so that the method is at work on the kit's 384 tokens."""
         return {"make": lambda: cls(block_size=16, min_length=48)}
 

@@ -106,7 +106,7 @@ class _Lab:
 
 def _learned(report: Report, lab: _Lab) -> None:
     from looseleaf_lab.masked_diffusion import unigram_entropy
-    from looseleaf_lab.metrics import bootstrap
+    from looseleaf.statistics import bootstrap
 
     entropy = unigram_entropy(lab.texts, lab.tokenizer.vocabulary)
     loss = bootstrap(lab.nll(lab.texts).tolist())
@@ -120,7 +120,7 @@ def _learned(report: Report, lab: _Lab) -> None:
 
 def _similarity(report: Report, lab: _Lab) -> None:
     """Block importance of every head in every step of a run with exact attention."""
-    from looseleaf_lab.metrics import bootstrap
+    from looseleaf.statistics import bootstrap
 
     first = SparseD(skip=SKIP).full_steps(STEPS)
     same: list[Tensor] = []
@@ -162,7 +162,7 @@ def _similarity(report: Report, lab: _Lab) -> None:
 
 def _agreement(report: Report, lab: _Lab) -> None:
     """What is generated against what exact attention generates, by SparseD and by its rivals."""
-    from looseleaf_lab.metrics import bootstrap
+    from looseleaf.statistics import bootstrap
 
     exact, _ = lab.generate(None)
     exact_nll = lab.nll(exact)
@@ -221,7 +221,7 @@ class _Measured:
 
 
 def _better(report: Report, lab: _Lab, name: str, ours: _Measured, rival: _Measured) -> None:
-    from looseleaf_lab.metrics import bootstrap
+    from looseleaf.statistics import bootstrap
 
     gain = bootstrap((ours.agreement - rival.agreement).tolist())
     closer = bootstrap((rival.difference - ours.difference).tolist())

@@ -9,7 +9,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 
-from looseleaf import LanguageModel
+from looseleaf_text import LanguageModel
 from looseleaf_abstract_reasoning.generate import STORY_RULES
 from looseleaf_abstract_reasoning.items import ANSWER, Item
 from looseleaf_abstract_reasoning.problems import Problem

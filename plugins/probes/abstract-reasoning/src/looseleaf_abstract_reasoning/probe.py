@@ -7,7 +7,8 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
-from looseleaf import Claim, LanguageModel, LocalModel, Paper, Probe, Report
+from looseleaf import Claim, Paper, Probe, Report
+from looseleaf_text import LanguageModel, LocalModel
 from looseleaf.errors import did_you_mean
 from looseleaf_abstract_reasoning.controls import Memoriser, Oracle
 from looseleaf_abstract_reasoning.datasets import DATASETS, DRAWN
@@ -85,8 +86,8 @@ class AbstractReasoningProbe(Probe):
         """Measure Gamma and Delta.
 
         Args:
-            model: a transformers causal language model, or any :class:`looseleaf.LanguageModel` such as an
-                :class:`looseleaf.EndpointModel`.
+            model: a transformers causal language model, or any :class:`looseleaf_text.LanguageModel` such as an
+                :class:`looseleaf_text.EndpointModel`.
             data: items of your own: a list of :class:`Item`, or their JSON lines as one text. None: problems made
                 from ``seed``.
             tokenizer: the model's; needed for a transformers model. A token for padding it need not have.

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from looseleaf import Claim, LanguageModel, LocalModel, Report
+from looseleaf import Claim, Report
+from looseleaf_text import LanguageModel, LocalModel
 from looseleaf import progress as progress_
 from looseleaf_abstract_reasoning.controls import Memoriser, Oracle
 from looseleaf_abstract_reasoning.datasets import DATASETS, DRAWN
@@ -73,7 +74,7 @@ def summarise(samples: Sequence[Sequence[Mark]], probe: AbstractReasoningProbe, 
     report = Report("Abstract reasoning of SmolLM2-135M-Instruct", {
         "model": "SmolLM2-135M-Instruct, float32", "seeds": len(samples), "prompts": len(marks),
         "sample": f"{probe.per_category} problems of each category and seed, spread evenly over its sub-datasets",
-        **probe.parameters(), "categories": ", ".join(probe.categories), "seconds": round(seconds, 1)})
+        **probe.hyperparameters(), "categories": ", ".join(probe.categories), "seconds": round(seconds, 1)})
     write_report(report, marks)
     _controls(report, quick)
     _generation(report)
@@ -186,7 +187,7 @@ ABOVE = "the 95% interval lies above 0: holds; at or below 0: does not hold; acr
 
 
 def _delta_claims(report: Report, samples: Sequence[Sequence[Mark]], quick: bool) -> None:
-    from looseleaf_lab.metrics import bootstrap
+    from looseleaf.statistics import bootstrap
 
     marks = [mark for part in samples for mark in part]
     basic = {kind: bootstrap(_losses(pairs(marks, kind, "basic-computation"))) for kind in REMAPPINGS}
@@ -217,7 +218,7 @@ def _delta_claims(report: Report, samples: Sequence[Sequence[Mark]], quick: bool
 
 
 def _gamma_claims(report: Report, samples: Sequence[Sequence[Mark]], quick: bool) -> None:
-    from looseleaf_lab.metrics import bootstrap
+    from looseleaf.statistics import bootstrap
 
     def above_chance(marks: Sequence[Mark], category: str) -> float:
         of = of_category(marks, category)

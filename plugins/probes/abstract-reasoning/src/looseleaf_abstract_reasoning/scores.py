@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from looseleaf import LanguageModel
+from looseleaf_text import LanguageModel
 from looseleaf import progress as progress_
 from looseleaf_abstract_reasoning.items import Item
 

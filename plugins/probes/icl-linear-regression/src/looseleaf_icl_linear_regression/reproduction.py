@@ -285,7 +285,7 @@ def _several(report: Report, names: range, scale: ex.Scale, quick: bool, progres
 
 # ------------------------------------------------------------------------------------------------------- helpers
 def _bootstrap(values: Sequence[float]) -> tuple[float, float, float]:
-    from looseleaf_lab.metrics import bootstrap
+    from looseleaf.statistics import bootstrap
 
     return bootstrap(values)
 

@@ -127,7 +127,7 @@ def summarise(measured: Sequence[Seed], quick: bool = False) -> Report:
     plugin = LinEAS(steps=QUICK_STEPS) if quick else LinEAS()
     report = Report("LinEAS on SmolLM2-135M-Instruct", {
         "model": "SmolLM2-135M-Instruct, float32", "sentences": f"{SENTENCES} + {SENTENCES}", "seeds": len(measured),
-        **plugin.parameters(), "sparse fit, lambda_1": LAMBDA_1,
+        **plugin.hyperparameters(), "sparse fit, lambda_1": LAMBDA_1,
         "judge": "VADER compound score of greedy continuations, -1 to 1",
         "continuations": f"{8 if quick else len(BEGINNINGS)} of {NEW_TOKENS} tokens"})
     _curves(report, measured, quick)
@@ -140,7 +140,7 @@ def _strengths(quick: bool) -> tuple[float, ...]:
 
 
 def _curves(report: Report, measured: Sequence[Seed], quick: bool) -> None:
-    from looseleaf_lab.metrics import bootstrap
+    from looseleaf.statistics import bootstrap
 
     strengths = _strengths(quick)
     table = report.table("Effect of strength", ["method", "strength", "sentiment", "low", "high", "perplexity"],
@@ -159,7 +159,7 @@ def _curves(report: Report, measured: Sequence[Seed], quick: bool) -> None:
 
 
 def _claims(report: Report, measured: Sequence[Seed], quick: bool) -> None:
-    from looseleaf_lab.metrics import bootstrap
+    from looseleaf.statistics import bootstrap
 
     ours = [seed.curves["LinEAS"] for seed in measured]
     strengths, draws = _strengths(quick), f"{len(measured)} seeds"

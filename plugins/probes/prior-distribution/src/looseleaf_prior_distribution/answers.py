@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from looseleaf import LocalModel
+from looseleaf_text import LocalModel
 from looseleaf_prior_distribution.scoring import answer_scores, gold, priors, right
 from looseleaf_prior_distribution.statistics import Slope, slope
 from looseleaf_prior_distribution.tasks import PriorTask

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from looseleaf import LocalModel, LogitLens, decoder_layers, scale_layers
+from looseleaf_text import LocalModel, LogitLens, decoder_layers, scale_layers
 from looseleaf import progress as progress_
 from looseleaf_prior_distribution.scoring import favoured, lens_scores
 from looseleaf_prior_distribution.statistics import correlation

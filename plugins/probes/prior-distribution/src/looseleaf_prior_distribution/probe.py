@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-from looseleaf import LocalModel, LogitLens, Paper, Probe, Report, Series
+from looseleaf import Paper, Probe, Report, Series
+from looseleaf_text import LocalModel, LogitLens
 from looseleaf import progress as progress_
 from looseleaf_prior_distribution.answers import Behaviour, behaviour
 from looseleaf_prior_distribution.generators import TASKS, generate

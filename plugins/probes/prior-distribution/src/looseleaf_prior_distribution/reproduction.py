@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from looseleaf import Claim, LocalModel, LogitLens, Report, Series
+from looseleaf import Claim, Report, Series
+from looseleaf_text import LocalModel, LogitLens
 from looseleaf import progress as progress_
-from looseleaf_lab.metrics import bootstrap
+from looseleaf.statistics import bootstrap
 from looseleaf_prior_distribution.answers import Behaviour, behaviour
 from looseleaf_prior_distribution.controls import planted
 from looseleaf_prior_distribution.generators import acronym, counting, middle_word

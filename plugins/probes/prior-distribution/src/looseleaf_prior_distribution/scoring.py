@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from looseleaf import LocalModel, LogitLens
+from looseleaf_text import LocalModel, LogitLens
 from looseleaf_prior_distribution.tasks import PriorTask
 
 

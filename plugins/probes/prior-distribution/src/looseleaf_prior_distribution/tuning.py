@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from looseleaf import LocalModel, decoder_layers
+from looseleaf_text import LocalModel, decoder_layers
 from looseleaf import progress as progress_
 from looseleaf_prior_distribution.tasks import PriorTask
 

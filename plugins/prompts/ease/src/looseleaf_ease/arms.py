@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from looseleaf import Example
+from looseleaf_text import Example
 from looseleaf_ease.transport import Ints
 
 Arm = tuple[int, tuple[int, ...]]

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from looseleaf import EndpointError, LanguageModel
+from looseleaf import EndpointError
+from looseleaf_text import LanguageModel
 from looseleaf.errors import did_you_mean
 
 Vectors = NDArray[np.float32]

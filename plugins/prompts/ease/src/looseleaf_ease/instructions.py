@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from looseleaf import LanguageModel, Prompt
+from looseleaf_text import LanguageModel, Prompt
 from looseleaf_ease.arms import generator
 
 DEMONSTRATIONS = 10

@@ -9,8 +9,9 @@ from typing import ClassVar
 
 import torch
 
-from looseleaf import Budget, BudgetExhausted, LanguageModel, Paper, Prompt, PromptOptimizer, Task
-from looseleaf.prompts.budget import reason
+from looseleaf import Budget, BudgetExhausted, Paper, PromptOptimizer
+from looseleaf_text import LanguageModel, Prompt, Task
+from looseleaf.budget import reason
 from looseleaf_ease.arms import Arm, draw, generator, sets_of
 from looseleaf_ease.bandit import NeuralUCB
 from looseleaf_ease.encoder import Choice

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from looseleaf import Claim, LanguageModel, LocalModel, Report, Series, Task
+from looseleaf import Claim, Report, Series
+from looseleaf_text import LanguageModel, LocalModel, Task
 from looseleaf import progress as progress_
 from looseleaf_ease.arms import draw, generator, sets_of
 from looseleaf_ease.bandit import NeuralUCB
@@ -113,7 +114,7 @@ def measure(task: Task, model: LanguageModel, encoder: Callable[[list[str]], Any
         evaluations: of each.
         test: how many test examples are used.
     """
-    from looseleaf_lab.metrics import spearman
+    from looseleaf.statistics import spearman
 
     ease = EASE(total_iterations=evaluations, n_init=round(INITIAL_SHARE * evaluations), encoder=encoder)
     methods = {"EASE": ease, "Best-of-N": dataclasses.replace(ease, n_init=evaluations)}
@@ -188,7 +189,7 @@ def summarise(measured: dict[str, list[Seed]], parts: list[float], quick: bool =
     report = Report("EASE: exemplars, their order and nothing else", {
         "model": "SmolLM2-135M-Instruct", "encoder": "all-MiniLM-L6-v2", "seeds": seeds, "pool": POOL,
         "validation examples": VALIDATION, "test examples": 30 if quick else TEST,
-        **{k: v for k, v in EASE().parameters().items() if k in ("k", "nu", "lam", "domain", "train_steps")},
+        **{k: v for k, v in EASE().hyperparameters().items() if k in ("k", "nu", "lam", "domain", "train_steps")},
         "keep": KEEP, "quick": quick})
     _scores(report, measured)
     _against(report, measured, quick)
@@ -205,7 +206,7 @@ def summarise(measured: dict[str, list[Seed]], parts: list[float], quick: bool =
 
 
 def _scores(report: Report, measured: dict[str, list[Seed]]) -> None:
-    from looseleaf_lab.metrics import bootstrap
+    from looseleaf.statistics import bootstrap
 
     table = report.table("Best prompt of each search", [
         "task", "method", "evaluations", "validation", "from", "to", "test", "from ", "to ", "seconds"],
@@ -226,7 +227,7 @@ def _scores(report: Report, measured: dict[str, list[Seed]]) -> None:
 
 
 def _curve(name: str, curves: Sequence[Sequence[float]], longest: int) -> Series:
-    from looseleaf_lab.metrics import bootstrap
+    from looseleaf.statistics import bootstrap
 
     full = [[*c, *[c[-1]] * (longest - len(c))] for c in curves]
     points = [bootstrap([c[n] for c in full]) for n in range(longest)]
@@ -235,7 +236,7 @@ def _curve(name: str, curves: Sequence[Sequence[float]], longest: int) -> Series
 
 
 def _against(report: Report, measured: dict[str, list[Seed]], quick: bool) -> None:
-    from looseleaf_lab.metrics import bootstrap
+    from looseleaf.statistics import bootstrap
 
     table = report.table("EASE against Best-of-N", ["task", "scored on", "difference", "from", "to"],
                          note="paired by seed, 95 % bootstrap")
@@ -264,7 +265,7 @@ def _against(report: Report, measured: dict[str, list[Seed]], quick: bool) -> No
 
 
 def _predictor(report: Report, measured: dict[str, list[Seed]], quick: bool) -> None:
-    from looseleaf_lab.metrics import bootstrap
+    from looseleaf.statistics import bootstrap
 
     table = report.table("Order, and what the network knows", [
         "task", "range over orders", "from", "to", "rank correlation", "from ", "to "],

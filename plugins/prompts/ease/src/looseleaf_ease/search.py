@@ -15,11 +15,12 @@ from safetensors.torch import load as unpack
 from safetensors.torch import save as pack
 from torch import Tensor
 
-from looseleaf import Budget, BudgetExhausted, Example, LanguageModel, Prompt, Task
+from looseleaf import Budget, BudgetExhausted
+from looseleaf_text import Example, LanguageModel, Prompt, Task
 from looseleaf.progress import bar
-from looseleaf.prompts.model import MeteredModel
-from looseleaf.prompts.state import SearchState, identity
-from looseleaf.prompts.task import slots
+from looseleaf_text.model import MeteredModel
+from looseleaf.resume import SearchState
+from looseleaf_text.task import slots
 from looseleaf_ease.arms import Arm, in_turn
 from looseleaf_ease.encoder import Vectors, encode, resolve
 from looseleaf_ease.instructions import context, propose
@@ -95,7 +96,7 @@ class Search:
         self.distances: np.ndarray | None = None
         self.confidence: Tensor | None = None
         # A function has no lasting name but its own.
-        same = identity(optimizer, task, model, start, seed)
+        same = optimizer.identity(task, model, start, seed)
         same["parameters"]["encoder"] = self.encoder_name
         self.state = SearchState(state_dir, same)
         self._load()

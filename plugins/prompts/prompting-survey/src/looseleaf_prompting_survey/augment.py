@@ -9,7 +9,7 @@ import random
 from collections.abc import Sequence
 from typing import Literal
 
-from looseleaf import Example, LanguageModel, Prompt, Task
+from looseleaf_text import Example, LanguageModel, Prompt, Task
 
 
 @dataclasses.dataclass

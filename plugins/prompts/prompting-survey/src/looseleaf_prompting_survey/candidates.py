@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from looseleaf import Budget, Example, LanguageModel, Prompt, PromptOptimizer, Task, Template
+from looseleaf import Budget, PromptOptimizer
+from looseleaf_text import Example, LanguageModel, Prompt, Task, Template
 from looseleaf.progress import bar
-from looseleaf.prompts.calibration import CONTENT_FREE, content_free, offsets, subtract
-from looseleaf.prompts.model import MeteredModel
-from looseleaf.prompts.state import SearchState, identity
+from looseleaf_text.calibration import CONTENT_FREE, content_free, offsets, subtract
+from looseleaf_text.model import MeteredModel
+from looseleaf.resume import SearchState
 from looseleaf_prompting_survey.ensemble import accuracy, gold_places, log_likelihood
 from looseleaf_prompting_survey.pool import default_pool
 
@@ -69,7 +70,7 @@ class Candidates:
         self.first += [(t.text, self.prompt(t)) for t in map(Template, templates)] if templates else [
             (t.text, self.prompt(t)) for t in default_pool(task)]
         # A start and a template may be worded alike; what is asked is asked once.
-        kept = SearchState(state_dir, {**identity(optimizer, task, model, start, seed),
+        kept = SearchState(state_dir, {**optimizer.identity(task, model, start, seed),
                                        "pool": [[name, p.render(self.examples[0])] for name, p in self.first]})
         self.state = kept
         self.asked: dict[str, dict[str, Any]] = {}

@@ -6,8 +6,8 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from looseleaf import Example, LanguageModel, Template, Verbalizer
-from looseleaf.prompts.template import spaced
+from looseleaf_text import Example, LanguageModel, Template, Verbalizer
+from looseleaf_text.template import spaced
 
 Answers = dict[str, str]
 

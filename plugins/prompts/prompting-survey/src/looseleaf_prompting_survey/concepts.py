@@ -9,7 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from looseleaf import Example, LanguageModel, LocalModel, MaskedModel, Prompt, Task, Template, Verbalizer, calibrate
+from looseleaf_text import (
+    Example,
+    LanguageModel,
+    LocalModel,
+    MaskedModel,
+    Prompt,
+    Task,
+    Template,
+    Verbalizer,
+    calibrate,
+)
 from looseleaf.errors import did_you_mean
 from looseleaf_prompting_survey.augment import PromptAugmenter
 from looseleaf_prompting_survey.compose import PromptComposer, share

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 
-from looseleaf import Example, LanguageModel, Template, Verbalizer
+from looseleaf_text import Example, LanguageModel, Template, Verbalizer
 from looseleaf_prompting_survey.formalism import search
 
 Part = dict[str, str]

@@ -7,9 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from looseleaf import Example, LanguageModel, LocalModel, Prompt, Task
-from looseleaf.prompts.answers import shares_of
-from looseleaf.prompts.verbalizer import log_normalised
+from looseleaf_text import Example, LanguageModel, LocalModel, Prompt, Task
+from looseleaf_text.answers import shares_of
+from looseleaf_text.verbalizer import log_normalised
 
 Rows = Sequence[Sequence[float]]
 
@@ -32,7 +32,7 @@ class PromptEnsemble:
         self.to_prompt()  # a core prompt checks weights and combine
 
     def to_prompt(self) -> Prompt:
-        """The ensemble as one :class:`looseleaf.Prompt`, which ``Task.evaluate`` understands and which can be saved."""
+        """The ensemble as one :class:`looseleaf_text.Prompt`, which ``Task.evaluate`` understands and which can be saved."""
         if not self.prompts:
             raise ValueError("an ensemble needs one prompt or more")
         return Prompt(members=self.prompts, weights=self.weights, combine=self.combine)

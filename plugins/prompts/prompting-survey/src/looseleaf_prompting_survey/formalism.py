@@ -1,8 +1,8 @@
 """Prompting in three steps: prompt addition, answer search, answer mapping (survey, section 2.2).
 
-A :class:`looseleaf.Template` is the prompting function: ``template.fill(x)`` adds the prompt, and
+A :class:`looseleaf_text.Template` is the prompting function: ``template.fill(x)`` adds the prompt, and
 ``template.fill(x, z)`` is a *filled prompt*, or the *answered prompt* where z is the right answer. A
-:class:`looseleaf.Verbalizer` holds the answer space Z and the mapping of answers to labels. What is left is the search.
+:class:`looseleaf_text.Verbalizer` holds the answer space Z and the mapping of answers to labels. What is left is the search.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import random
 from collections.abc import Sequence
 from typing import Literal
 
-from looseleaf import Example, LanguageModel, Template, Verbalizer
-from looseleaf.prompts.answers import answer_log_probs
-from looseleaf.prompts.verbalizer import log_normalised
+from looseleaf_text import Example, LanguageModel, Template, Verbalizer
+from looseleaf_text.answers import answer_log_probs
+from looseleaf_text.verbalizer import log_normalised
 
 
 @dataclasses.dataclass(frozen=True)

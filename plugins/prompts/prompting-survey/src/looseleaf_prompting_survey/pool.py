@@ -7,8 +7,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from looseleaf import LanguageModel, Task, Template
-from looseleaf.prompts.template import Slot
+from looseleaf_text import LanguageModel, Task, Template
+from looseleaf_text.template import Slot
 
 CLASSIFICATION = (
     "{task}\nQuestion: Which of these fits best, {options}?\nAnswer:[Z]",

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from looseleaf import Claim, LanguageModel, LocalModel, MaskedModel, Report, Series, Task
+from looseleaf import Claim, Report, Series
+from looseleaf_text import LanguageModel, LocalModel, MaskedModel, Task
 from looseleaf.progress import track
-from looseleaf.prompts.answers import combine
-from looseleaf.prompts.calibration import content_free, offsets, subtract
+from looseleaf_text.answers import combine
+from looseleaf_text.calibration import content_free, offsets, subtract
 from looseleaf_prompting_survey import concepts
 from looseleaf_prompting_survey.augment import PromptAugmenter
 from looseleaf_prompting_survey.ensemble import accuracy, accuracy_weights, gold_places, likelihood_weights
@@ -113,7 +114,7 @@ def measure(task: Task, model: LanguageModel, seed: int) -> Run:
 
 def summarise(runs: Sequence[Run], quick: bool = False) -> Report:
     """The report on what :func:`measure` gave."""
-    from looseleaf_lab.metrics import bootstrap
+    from looseleaf.statistics import bootstrap
 
     report = Report("Prompting in parts: ensembles, demonstrations, calibration", {
         "templates": len(runs[0].singles[0]), "demonstrations": SHOTS, "runs": len(runs)})
@@ -144,7 +145,7 @@ def summarise(runs: Sequence[Run], quick: bool = False) -> Report:
 
 
 def _ensemble_claims(report: Report, runs: Sequence[Run], quick: bool) -> None:
-    from looseleaf_lab.metrics import bootstrap
+    from looseleaf.statistics import bootstrap
 
     for method, statement in (
             ("ensemble by likelihood", "A weighted ensemble is at least as good as the mean of its templates"),
@@ -157,7 +158,7 @@ def _ensemble_claims(report: Report, runs: Sequence[Run], quick: bool) -> None:
 
 
 def _calibration_claim(report: Report, runs: Sequence[Run], quick: bool) -> None:
-    from looseleaf_lab.metrics import bootstrap
+    from looseleaf.statistics import bootstrap
 
     before, after = (np.array([np.var(r.singles[k]) for r in runs]) for k in (0, 1))
 

@@ -9,12 +9,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from looseleaf import Budget, BudgetExhausted, LanguageModel, LocalModel, Paper, Prompt, PromptOptimizer, Task
+from looseleaf import Budget, BudgetExhausted, Paper, PromptOptimizer
+from looseleaf_text import LanguageModel, LocalModel, Prompt, Task
 from looseleaf.errors import UnsupportedModelError
 from looseleaf.progress import bar
-from looseleaf.prompts.budget import reason
-from looseleaf.prompts.model import MeteredModel
-from looseleaf.prompts.state import SearchState, identity
+from looseleaf.budget import reason
+from looseleaf_text.model import MeteredModel
+from looseleaf.resume import SearchState
 from looseleaf_prompting_survey.paper import PAPER
 from looseleaf_prompting_survey.strategies import answer_ids, batches
 
@@ -27,7 +28,7 @@ class SoftPromptTuning(PromptOptimizer):
     """Learns a soft prompt for a local model whose weights stay as they are (survey, section 3.3.2).
 
     The work is done by the package ``peft``: ``pip install 'looseleaf-prompting-survey[peft]'``. What is learned goes
-    into :attr:`looseleaf.Prompt.soft`, which ``Task.evaluate`` heeds; PEFT is not needed to use it.
+    into :attr:`looseleaf_text.Prompt.soft`, which ``Task.evaluate`` heeds; PEFT is not needed to use it.
 
     Args:
         method: ``"prompt"``: embeddings before the input (Lester et al. 2021); ``"prefix"``: keys and values in every
@@ -64,7 +65,7 @@ class SoftPromptTuning(PromptOptimizer):
         """See :meth:`looseleaf.PromptOptimizer.optimize`.
 
         Args:
-            model: a :class:`looseleaf.LocalModel`; gradients cannot be had from a server.
+            model: a :class:`looseleaf_text.LocalModel`; gradients cannot be had from a server.
             start: the text that examples are shown with; None: as the task does.
 
         Returns:
@@ -85,7 +86,7 @@ class SoftPromptTuning(PromptOptimizer):
         budget = budget or Budget()
         shown = dataclasses.replace(start or Prompt.for_task(task), soft=None)
         training = _Training(self, local, seed)
-        state = SearchState(state_dir, identity(self, task, model, start, seed))
+        state = SearchState(state_dir, self.identity(task, model, start, seed))
         folder = None if state_dir is None else Path(state_dir)
         saved = state.load()
         losses: list[float] = []
@@ -187,7 +188,7 @@ class _Training:
         return float(loss.detach())
 
     def soft(self) -> Tensor:
-        """What was learned, as :attr:`looseleaf.Prompt.soft` wants it."""
+        """What was learned, as :attr:`looseleaf_text.Prompt.soft` wants it."""
         weight = self.weight.detach().clone()
         if self.plugin.method == "prompt":
             return weight
@@ -210,7 +211,7 @@ class _Training:
 
     def load(self, path: Path, steps: int) -> None:
         """Read what :meth:`save` wrote after ``steps`` steps."""
-        from looseleaf.prompts.state import StateError
+        from looseleaf.resume import StateError
 
         try:
             from safetensors.torch import load_file

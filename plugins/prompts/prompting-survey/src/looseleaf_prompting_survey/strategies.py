@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from looseleaf import Example, LocalModel, Prompt, Task
+from looseleaf_text import Example, LocalModel, Prompt, Task
 from looseleaf.errors import did_you_mean
 
 

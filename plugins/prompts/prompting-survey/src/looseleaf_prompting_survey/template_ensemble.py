@@ -6,9 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from looseleaf import Budget, BudgetExhausted, LanguageModel, Paper, Prompt, PromptOptimizer, Table, Task
-from looseleaf.prompts.answers import combine, most_voted
-from looseleaf.prompts.budget import reason
+from looseleaf import Budget, BudgetExhausted, Paper, PromptOptimizer, Table
+from looseleaf_text import LanguageModel, Prompt, Task
+from looseleaf_text.answers import combine, most_voted
+from looseleaf.budget import reason
 from looseleaf_prompting_survey.candidates import Candidates, Scored
 from looseleaf_prompting_survey.ensemble import accuracy, accuracy_weights, likelihood_weights, log_likelihood
 from looseleaf_prompting_survey.paper import PAPER
@@ -20,7 +21,7 @@ class TemplateEnsemble(PromptOptimizer):
     """Asks in several wordings and weighs the answers (survey, section 5.1).
 
     Nobody knows beforehand which wording a model takes best, and an ensemble need not choose. Weights are fitted on
-    ``task.dev``, or on ``task.train`` where there is none. The prompt found has :attr:`looseleaf.Prompt.members`;
+    ``task.dev``, or on ``task.train`` where there is none. The prompt found has :attr:`looseleaf_text.Prompt.members`;
     one call per member and example is what using it costs.
 
     Args:

@@ -7,8 +7,9 @@ import zlib
 from pathlib import Path
 from typing import ClassVar
 
-from looseleaf import Budget, BudgetExhausted, LanguageModel, Paper, Prompt, PromptOptimizer, Task, Template
-from looseleaf.prompts.budget import reason
+from looseleaf import Budget, BudgetExhausted, Paper, PromptOptimizer
+from looseleaf_text import LanguageModel, Prompt, Task, Template
+from looseleaf.budget import reason
 from looseleaf_prompting_survey.candidates import Candidates, Scored
 from looseleaf_prompting_survey.paper import PAPER
 from looseleaf_prompting_survey.pool import paraphrase

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from looseleaf import Example
+from looseleaf_text import Example
 
 WRONG, RIGHT = 180.0, 200.0
 """lambda1 and lambda2 of the piecewise reward [paper, appendix; memory]."""

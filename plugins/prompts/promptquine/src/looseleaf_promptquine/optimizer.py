@@ -7,8 +7,9 @@ import random
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from looseleaf import Budget, BudgetExhausted, LanguageModel, Paper, Prompt, PromptOptimizer, Task
-from looseleaf.prompts.budget import reason
+from looseleaf import Budget, BudgetExhausted, Paper, PromptOptimizer
+from looseleaf_text import LanguageModel, Prompt, Task
+from looseleaf.budget import reason
 from looseleaf_promptquine.pieces import length, without
 from looseleaf_promptquine.search import Search
 

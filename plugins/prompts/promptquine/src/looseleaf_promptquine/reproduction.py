@@ -9,23 +9,11 @@ import time
 from pathlib import Path
 from typing import Any, ClassVar
 
-from looseleaf import (
-    Budget,
-    BudgetExhausted,
-    Claim,
-    Example,
-    LanguageModel,
-    LocalModel,
-    Paper,
-    Prompt,
-    PromptOptimizer,
-    Report,
-    Series,
-    Task,
-)
+from looseleaf import Budget, BudgetExhausted, Claim, Paper, PromptOptimizer, Report, Series
+from looseleaf_text import Example, LanguageModel, LocalModel, Prompt, Task
 from looseleaf.progress import bar
-from looseleaf.prompts.budget import reason
-from looseleaf.prompts.task import fill
+from looseleaf.budget import reason
+from looseleaf_text.task import fill
 from looseleaf_promptquine.optimizer import PAPER, PromptQuine
 from looseleaf_promptquine.pieces import Pieces, without
 from looseleaf_promptquine.search import Search
@@ -130,7 +118,7 @@ def reproduce(*, seeds: int = 5, quick: bool = False, progress: bool | None = No
 
 
 def _accuracy(report: Report, scores: dict[str, dict[str, list[float]]], seeds: int) -> None:
-    from looseleaf_lab.metrics import bootstrap
+    from looseleaf.statistics import bootstrap
 
     table = report.table("Test accuracy: mean over seeds and 95 % bootstrap interval",
                          ["task", "prompt", "accuracy", "low", "high"])

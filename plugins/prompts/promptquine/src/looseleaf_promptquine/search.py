@@ -8,13 +8,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from looseleaf import Budget, BudgetExhausted, Example, LanguageModel, Prompt, PromptOptimizer, Task
+from looseleaf import Budget, BudgetExhausted, PromptOptimizer
+from looseleaf_text import Example, LanguageModel, Prompt, Task
 from looseleaf.progress import bar
-from looseleaf.prompts.budget import reason
-from looseleaf.prompts.calibration import content_free, offsets, subtract
-from looseleaf.prompts.model import MeteredModel
-from looseleaf.prompts.state import SearchState, identity
-from looseleaf.prompts.task import fill
+from looseleaf.budget import reason
+from looseleaf_text.calibration import content_free, offsets, subtract
+from looseleaf_text.model import MeteredModel
+from looseleaf.resume import SearchState
+from looseleaf_text.task import fill
 from looseleaf_promptquine.fitness import accuracy, reward, some_per_class
 from looseleaf_promptquine.pieces import Pieces, length
 
@@ -59,7 +60,7 @@ class Search:
         self.seen: dict[str, list[float]] = {}
         self.reranked: dict[str, list[float]] = {}
         self.partial: dict[str, list[float]] = {}  # generation: marks of the first fitness examples
-        self.state = SearchState(state_dir, identity(optimizer, task, model, start, seed))
+        self.state = SearchState(state_dir, optimizer.identity(task, model, start, seed))
         saved = self.state.load()
         if saved is not None:
             self.seen, self.reranked = dict(saved["seen"]), dict(saved["reranked"])

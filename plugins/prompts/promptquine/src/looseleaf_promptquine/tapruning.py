@@ -6,8 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import ClassVar
 
-from looseleaf import Budget, BudgetExhausted, LanguageModel, Paper, Prompt, PromptOptimizer, Task
-from looseleaf.prompts.budget import reason
+from looseleaf import Budget, BudgetExhausted, Paper, PromptOptimizer
+from looseleaf_text import LanguageModel, Prompt, Task
+from looseleaf.budget import reason
 from looseleaf_promptquine.optimizer import PAPER
 from looseleaf_promptquine.pieces import length, without
 from looseleaf_promptquine.search import Search

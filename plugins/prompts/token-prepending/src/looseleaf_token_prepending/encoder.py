@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from looseleaf import Prompt, decoder_layers, intervene
+from looseleaf import intervene
+from looseleaf_text import Prompt, decoder_layers
 from looseleaf.progress import bar
 from looseleaf_token_prepending.templates import check_template, tidy, with_placeholder
 from looseleaf_token_prepending.tokens import NOWHERE, Row, batches, collate, tokenize

@@ -6,21 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from looseleaf import (
-    Budget,
-    BudgetExhausted,
-    LanguageModel,
-    LocalModel,
-    Paper,
-    Prompt,
-    PromptOptimizer,
-    Task,
-    UnsupportedModelError,
-    decoder_layers,
-)
+from looseleaf import Budget, BudgetExhausted, Paper, PromptOptimizer, UnsupportedModelError
+from looseleaf_text import LanguageModel, LocalModel, Prompt, Task, decoder_layers
 from looseleaf.progress import bar
-from looseleaf.prompts.budget import reason
-from looseleaf.prompts.state import SearchState, identity
+from looseleaf.budget import reason
+from looseleaf.resume import SearchState
 from looseleaf_token_prepending.encoder import SentenceEncoder, Settings, body
 from looseleaf_token_prepending.quality import Development
 from looseleaf_token_prepending.search import Layers, Run, Texts, Work, default_ends, default_exit
@@ -109,7 +99,7 @@ class TokenPrepending(PromptOptimizer):
                  state_dir: str | Path | None = None, progress: bool | None = None) -> Prompt:
         """Choose prompt and layers by the quality of the embeddings of ``task.train`` and ``task.dev`` together.
 
-        On a :class:`looseleaf.LocalModel` the layers of ``prompt`` are chosen first (every exit comes from the same
+        On a :class:`looseleaf_text.LocalModel` the layers of ``prompt`` are chosen first (every exit comes from the same
         run), then the alternatives are tried with the same ``end_layer``. A model behind a server has no layers to
         reach into: there the prompts, and the bare text, are compared by what its ``embed`` gives.
 
@@ -131,7 +121,7 @@ class TokenPrepending(PromptOptimizer):
         budget = budget or Budget()
         begin = self.prompt if start is None else _as_template(start)
         work = (Layers if isinstance(model, LocalModel) else Texts)(self, model, budget, data, seed)
-        state = SearchState(state_dir, identity(self, task, model, start, seed))
+        state = SearchState(state_dir, self.identity(task, model, start, seed))
         saved = state.load() or {"runs": {}, "used": None}
         runs: dict[str, dict[str, Any]] = dict(saved["runs"])
         if saved["used"] is not None:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from looseleaf import Example, Task
+from looseleaf_text import Example, Task
 
 
 class Encodes(Protocol):

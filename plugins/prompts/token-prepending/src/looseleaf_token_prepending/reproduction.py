@@ -134,7 +134,7 @@ def _depth(model: Any, tokenizer: Any) -> int:
 def difference(judged: Judged, ones: Sequence[Choice], others: Sequence[Choice] | None = None,
                name: str | None = None) -> Interval:
     """Correlation with the teacher (less that of ``others``), of one set or all: (mean, low, high) over the splits."""
-    from looseleaf_lab.metrics import bootstrap
+    from looseleaf.statistics import bootstrap
 
     found = []
     for seed, (one, other) in enumerate(paired(ones, others)):
@@ -146,7 +146,7 @@ def difference(judged: Judged, ones: Sequence[Choice], others: Sequence[Choice] 
 
 def retrieval(judged: Judged, ones: Sequence[Choice], others: Sequence[Choice] | None, teacher: bool) -> Interval:
     """Share of right nearest neighbours (less that of ``others``): (mean, low, high) over the splits."""
-    from looseleaf_lab.metrics import bootstrap
+    from looseleaf.statistics import bootstrap
 
     found = []
     for seed, (one, other) in enumerate(paired(ones, others)):

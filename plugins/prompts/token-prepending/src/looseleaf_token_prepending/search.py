@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from looseleaf import Budget, decoder_layers
-from looseleaf.prompts.model import MeteredModel
-from looseleaf.prompts.task import fill
+from looseleaf import Budget
+from looseleaf_text import decoder_layers
+from looseleaf_text.model import MeteredModel
+from looseleaf_text.task import fill
 from looseleaf_token_prepending.encoder import SentenceEncoder, body
 from looseleaf_token_prepending.quality import Development
 from looseleaf_token_prepending.templates import templates_of, tidy, without_placeholder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from looseleaf.errors import did_you_mean
-from looseleaf.prompts.task import slots
+from looseleaf_text.task import slots
 
 PLACEHOLDER = "<PST>"
 """Marks in a template where the placeholder token goes; it is never tokenised as text."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from looseleaf.prompts.task import fill
+from looseleaf_text.task import fill
 from looseleaf_token_prepending.templates import PLACEHOLDER, around
 
 NOWHERE = -1

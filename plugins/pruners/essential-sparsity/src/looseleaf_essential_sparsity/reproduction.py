@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from looseleaf import Claim, Masks, Report, Series, Unstructured, find_tickets, prunable_parameters
+from looseleaf import Claim, Masks, Report, Series, Unstructured, prunable_parameters
+from looseleaf_tickets import find_tickets
 from looseleaf.progress import track
 from looseleaf.pruning.knee import Curve, Knee, essential_sparsity, relative_drops
 from looseleaf_essential_sparsity.pruner import MagnitudePruner
@@ -260,7 +261,7 @@ def _iterative(report: Report, seeds: int, quick: bool, progress: bool | None) -
     digit, the other half), one-shot masks are magnitudes of the pre-trained weights, and iterative pruning goes back
     to the pre-trained weights after each round. The same from random weights for comparison.
     """
-    from looseleaf_lab.metrics import bootstrap
+    from looseleaf.statistics import bootstrap
 
     rounds = 6 if quick else 12
     levels = [1 - 0.8 ** k for k in range(1, rounds + 1)]

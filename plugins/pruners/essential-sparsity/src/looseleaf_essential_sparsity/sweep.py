@@ -38,7 +38,7 @@ def sparsity_curve(model: nn.Module, evaluate: Evaluate, levels: Sequence[float]
             a number.
     """
     pruner = pruner or MagnitudePruner()
-    if "sparsity" not in pruner.parameters():
+    if "sparsity" not in pruner.hyperparameters():
         raise ValueError(f"{type(pruner).__name__} has no field 'sparsity': a sweep needs one")
     wanted = sorted({0.0, *(float(s) for s in levels)})
     if len(wanted) < 2:
@@ -85,7 +85,7 @@ def sparsity_sweep(model: nn.Module, evaluate: Evaluate, levels: Sequence[float]
             curves[label] = sparsity_curve(model, evaluate, levels, pruner=pruner, name=name, data=data, mean=mean,
                                            higher_is_better=higher_is_better, progress=progress)
         else:
-            points[label] = (float(pruner.parameters()["sparsity"]), masked_metric(model, evaluate, pruner, data))
+            points[label] = (float(pruner.hyperparameters()["sparsity"]), masked_metric(model, evaluate, pruner, data))
     if points and not curves:  # points alone still need their dense reference
         curves["dense"] = Curve([0.0, 0.5], [_numbers(evaluate(model))] * 2, name, higher_is_better, mean)
     report = Report(f"Essential sparsity of {type(model).__name__}", facts={"metric": name, "seed": seed})

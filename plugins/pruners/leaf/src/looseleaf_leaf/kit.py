@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from looseleaf.testing.pruners import tiny_llama
+from looseleaf.testing.models import tied_llama as tiny_llama
 
 
 def teacher() -> Any:

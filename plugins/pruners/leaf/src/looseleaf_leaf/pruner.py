@@ -78,8 +78,8 @@ class LeaF(Pruner):
                 "them.")
 
     @classmethod
-    def kit(cls) -> dict[str, Any]:
-        """See :meth:`looseleaf.Plugin.kit`: a teacher, and batches."""
+    def conformance(cls) -> dict[str, Any]:
+        """See :meth:`looseleaf.Plugin.conformance`: a teacher, and batches."""
         from looseleaf_leaf.kit import batch, teacher
 
         return {"make": lambda: cls().with_teacher(teacher()), "data": batch}

@@ -146,7 +146,7 @@ def conclude(report: Report, found: list[Row], others: list[Row]) -> None:
 
 def judge(report: Report, found: list[Row], models: str, how: str) -> None:
     """The claims that hold or not for these models; none is decided where the student is not confounded."""
-    from looseleaf_lab.metrics import bootstrap
+    from looseleaf.statistics import bootstrap
 
     def of(name: str, against: str | None = None) -> tuple[float, float, float]:
         return bootstrap([row[name] - (row[against] if against else 0.0) for row in found], 0)

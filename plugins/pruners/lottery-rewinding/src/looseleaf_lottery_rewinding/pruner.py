@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from looseleaf import IterativePruner, Paper
-from looseleaf.pruning.iterative import check_rewind
+from looseleaf import Paper
+from looseleaf_tickets import IterativePruner
+from looseleaf_tickets.iterative import check_rewind
 
 
 @dataclasses.dataclass
@@ -19,7 +20,7 @@ class LotteryRewinding(IterativePruner):
 
     Args:
         rewind_to: k, as a step of the first training (whole number) or a share of it (float below 1). The training
-            function must tell its steps, see :class:`looseleaf.TrainingRun`.
+            function must tell its steps, see :class:`looseleaf_tickets.TrainingRun`.
         rounds: how often weights are removed; None: as often as ``sparsity`` needs, or 8 times without one. With
             ``sparsity``: the most rounds that are allowed.
         fraction: share of the remaining weights that goes in a round, 0 < fraction < 1.

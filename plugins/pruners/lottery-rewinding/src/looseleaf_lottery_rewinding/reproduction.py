@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from looseleaf import Claim, Report, Series, TrainingRun
+from looseleaf import Claim, Report, Series
+from looseleaf_tickets import TrainingRun
 from looseleaf.progress import bar
 from looseleaf_lottery_rewinding.pruner import LotteryRewinding
 from looseleaf_lottery_rewinding.stability import Stability, stability
@@ -185,7 +186,7 @@ def _minus(value: tuple[float, float, float]) -> tuple[float, float, float]:
 
 
 def _of(values: Sequence[float]) -> tuple[float, float, float]:
-    from looseleaf_lab.metrics import bootstrap
+    from looseleaf.statistics import bootstrap
 
     return bootstrap(values)
 

@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from looseleaf import Ticket, train_ticket
-from looseleaf.pruning.training import Train
+from looseleaf_tickets import Ticket, train_ticket
+from looseleaf_tickets.training import Train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +35,13 @@ def stability(ticket: Ticket, model: nn.Module, train: Train, seeds: tuple[int, 
     Args:
         ticket: with the start to train from.
         model: its architecture; not changed.
-        train: see :func:`looseleaf.train_ticket`. The order of its data must come from ``run.seed``, ``run.batches`` or
+        train: see :func:`looseleaf_tickets.train_ticket`. The order of its data must come from ``run.seed``, ``run.batches`` or
             torch's global generator; nothing else may differ between two calls.
         seeds: of the two trainings.
 
     Raises:
         ValueError: the seeds are equal, or both trainings gave the same weights; what
-            :func:`looseleaf.train_ticket` raises.
+            :func:`looseleaf_tickets.train_ticket` raises.
     """
     if seeds[0] == seeds[1]:
         raise ValueError(f"seeds={seeds}: allowed are two different ones, since the order of the data must differ")

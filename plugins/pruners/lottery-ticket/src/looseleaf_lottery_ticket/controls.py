@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from looseleaf import Masks, Ticket
-from looseleaf.pruning.tickets import snapshot
-from looseleaf.pruning.training import own_randomness
+from looseleaf import Masks
+from looseleaf_tickets import Ticket
+from looseleaf_tickets.tickets import snapshot
+from looseleaf_tickets.training import own_randomness
 
 
 def random_reinit(ticket: Ticket, model: nn.Module, seed: int,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, Literal
 
-from looseleaf import IterativePruner, Paper
+from looseleaf import Paper
+from looseleaf_tickets import IterativePruner
 
 
 @dataclasses.dataclass

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from looseleaf import Claim, Report, Series, Ticket, TrainingRun, train_ticket
+from looseleaf import Claim, Report, Series
+from looseleaf_tickets import Ticket, TrainingRun, train_ticket
 from looseleaf.progress import bar
 from looseleaf_lottery_ticket.controls import random_mask, random_reinit
 from looseleaf_lottery_ticket.pruner import LotteryTicket
@@ -200,7 +201,7 @@ def _claims(report: Report, found: list[Measured], scale: Scale, quick: bool) ->
 
 
 def _of(values: Sequence[float]) -> tuple[float, float, float]:
-    from looseleaf_lab.metrics import bootstrap
+    from looseleaf.statistics import bootstrap
 
     return bootstrap(values)
 

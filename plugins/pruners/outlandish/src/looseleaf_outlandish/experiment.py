@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from looseleaf import LocalModel
+from looseleaf_text import LocalModel
 from looseleaf.pruning.selection import removed
 from looseleaf_outlandish.largest import keep_smallest
 from looseleaf_outlandish.learning import learn

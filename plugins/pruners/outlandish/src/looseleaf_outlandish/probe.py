@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from looseleaf import LocalModel, Paper, Probe, Report, Series
+from looseleaf import Paper, Probe, Report, Series
+from looseleaf_text import LocalModel
 from looseleaf import progress as progress_
 from looseleaf_outlandish.learning import learn, restored
 from looseleaf_outlandish.paper import PAPER

@@ -70,8 +70,8 @@ class IgnoreTopK(Pruner):
     paper: ClassVar[Paper] = PAPER
 
     @classmethod
-    def kit(cls) -> dict[str, Any]:
-        """See :meth:`looseleaf.Plugin.kit`: a state before."""
+    def conformance(cls) -> dict[str, Any]:
+        """See :meth:`looseleaf.Plugin.conformance`: a state before."""
         from looseleaf.testing.pruners import earlier
 
         return {"data": earlier}

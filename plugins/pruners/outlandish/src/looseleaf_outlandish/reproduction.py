@@ -246,14 +246,14 @@ def _kept(rows: Sequence[Measured], method: str) -> float:
 
 def _interval(units: Sequence[Any], statistic: Callable[[Any], float]) -> tuple[float, float, float]:
     """The statistic of all units, and its 95 % bootstrap interval over them."""
-    from looseleaf_lab.metrics import bootstrap
+    from looseleaf.statistics import bootstrap
 
     return bootstrap(range(len(units)), samples=1000, statistic=lambda rows: np.array(
         [statistic([units[int(i)] for i in row]) for row in rows]))
 
 
 def _spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    from looseleaf_lab.metrics import spearman
+    from looseleaf.statistics import spearman
 
     return spearman(x, y)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from looseleaf import LanguageModel
+from looseleaf_text import LanguageModel
 from looseleaf_outlandish.sample import Sample
 
 
@@ -34,7 +34,7 @@ def chances(model: LanguageModel, sample: Sample) -> Chances:
     A keyword of several tokens has the product of their probabilities, each given those before it (chain rule).
 
     Args:
-        model: such as ``looseleaf.LocalModel(model, tokenizer)``.
+        model: such as ``looseleaf_text.LocalModel(model, tokenizer)``.
         sample: text, keyword and contexts.
     """
     contexts = [*sample.own_contexts(), *sample.theme_contexts()]

@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Callable
 
-from looseleaf import LanguageModel
+from looseleaf_text import LanguageModel
 from looseleaf.errors import did_you_mean
 from looseleaf_outlandish.sample import Sample
 
@@ -71,7 +71,7 @@ def stepping_stones(text: str, keyword: str, by: LanguageModel | Rewriter | None
     elif callable(by):
         rewritten = [by(text, keyword)]
     else:
-        raise ValueError(f"by={by!r}: allowed is None, a looseleaf.LanguageModel or a function of text and keyword")
+        raise ValueError(f"by={by!r}: allowed is None, a looseleaf_text.LanguageModel or a function of text and keyword")
     for new in rewritten:
         if not isinstance(new, str) or not re.search(rf"(?<!\w){re.escape(keyword)}(?!\w)", new):
             raise ValueError(f"the rewriter lost the keyword {keyword!r}: it gave {new!r}")

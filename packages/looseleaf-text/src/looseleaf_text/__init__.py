@@ -1,0 +1,48 @@
+"""Language models, local, behind an endpoint or masked, and prompts made of text.
+
+Names are loaded when first used, so that importing the package costs milliseconds and never imports torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.2.0"
+
+_HOME = {
+    "LanguageModel": "model", "LocalModel": "local", "EndpointModel": "endpoint", "MaskedModel": "masked",
+    "Template": "template", "Verbalizer": "verbalizer", "calibrate": "calibration", "LogitLens": "lens",
+    "decoder_layers": "layers", "scale_layers": "scaling", "Prompt": "prompt", "Task": "task",
+    "Example": "task",
+}
+
+__all__ = ["__version__", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:
+    from looseleaf_text.calibration import calibrate
+    from looseleaf_text.endpoint import EndpointModel
+    from looseleaf_text.layers import decoder_layers
+    from looseleaf_text.lens import LogitLens
+    from looseleaf_text.local import LocalModel
+    from looseleaf_text.masked import MaskedModel
+    from looseleaf_text.model import LanguageModel
+    from looseleaf_text.prompt import Prompt
+    from looseleaf_text.scaling import scale_layers
+    from looseleaf_text.task import Example, Task
+    from looseleaf_text.template import Template
+    from looseleaf_text.verbalizer import Verbalizer

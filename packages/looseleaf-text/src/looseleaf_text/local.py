@@ -1,0 +1,518 @@
+"""A causal language model of transformers, scored in batches that share what their prompts share."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from looseleaf.fingerprint import fingerprint
+from looseleaf_text.model import LanguageModel
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Ids = Sequence[int]
+STRETCH = 400
+"""Rows planned together; also the deepest the plan can recurse."""
+
+
+class LocalModel(LanguageModel):
+    """A transformers causal language model and its tokenizer.
+
+    Scoring forwards what prompts have in common once (their keys and values are kept and shared), the rest in
+    batches. What comes out equals scoring every prompt by itself, up to rounding. The model's mode and weights are
+    left as they are; its dropout must be off (``model.eval()``), as it is after ``from_pretrained``.
+
+    Args:
+        model: any ``AutoModelForCausalLM``; moved nowhere, evaluated where it is.
+        tokenizer: its tokenizer.
+        batch_tokens: most positions (rows x longest row, shared parts included) in memory at once. A single prompt
+            longer than this is still forwarded, alone.
+        share_prefixes: False forwards every prompt in full; for comparison, and used by itself for models whose
+            state cannot be shared.
+
+    Attributes:
+        forwarded: positions really forwarded, padding included; ``tokens`` counts as if nothing were shared.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, batch_tokens: int = 8192, *, share_prefixes: bool = True) -> None:
+        if not isinstance(batch_tokens, int) or batch_tokens < 1:
+            raise ValueError(f"LocalModel.batch_tokens={batch_tokens!r}: allowed is a whole number from 1")
+        if not callable(model) or not hasattr(model, "config"):
+            raise ValueError(f"LocalModel needs a transformers causal language model, got {type(model).__name__}")
+        if not callable(tokenizer):
+            raise ValueError(f"LocalModel needs the model's tokenizer, got {type(tokenizer).__name__}")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.batch_tokens = batch_tokens
+        self.calls = 0
+        self.tokens = 0
+        self.forwarded = 0
+        parameters = sum(p.numel() for p in model.parameters())
+        self.name = f"{type(model).__name__}-{parameters}"
+        accepted = inspect.signature(model.forward).parameters
+        self._keeps = "logits_to_keep" in accepted
+        self._positions = "position_ids" in accepted
+        text_config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+        self._window: int | None = getattr(text_config, "sliding_window", None)
+        self._longest: int | None = getattr(text_config, "max_position_embeddings", None)
+        # Without position_ids a model counts places itself, and would count padding between shared part and rest.
+        self.share_prefixes = share_prefixes and self._positions
+        self._caches = self._positions
+
+    def fingerprint(self) -> str:
+        """Of the weights as they are now, see :func:`looseleaf.fingerprint.fingerprint`."""
+        return fingerprint(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's parameters are."""
+        return next(self.model.parameters()).device
+
+    # -- text and ids ---------------------------------------------------------------------------------------------
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of ``text``, without special tokens."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def detokenize(self, ids: list[int]) -> str:
+        """The text of ``ids``; special tokens are kept."""
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    def _encode(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
+        if not texts:
+            return []
+        return [list(ids) for ids in self.tokenizer(list(texts), add_special_tokens=special)["input_ids"]]
+
+    def encode_pairs(self, prefixes: Sequence[str],
+                     continuations: Sequence[Sequence[str]]) -> tuple[list[list[int]], list[list[list[int]]]]:
+        """Ids of prefixes and of the continuations after them.
+
+        White space at the end of a prefix goes with the continuation, since tokenizers put it there. Where the two
+        together are tokenized otherwise than prefix first, each is tokenized by itself.
+
+        Raises:
+            ValueError: a continuation has no tokens.
+        """
+        bare = [p.rstrip(" ") for p in prefixes]
+        moved = [p[len(b):] for p, b in zip(prefixes, bare, strict=True)]
+        heads = self._encode(bare)
+        joint = iter(self._encode([b + m + c for b, m, row in zip(bare, moved, continuations, strict=True)
+                                   for c in row]))
+        alone: dict[str, list[int]] = {}
+        tails: list[list[list[int]]] = []
+        for n, row in enumerate(continuations):
+            tails.append([])
+            for text in row:
+                whole, head = next(joint), heads[n]
+                # Tokenizers that end a text with a special token (</s>) have one at the end of both.
+                if whole[:len(head)] == head and len(whole) > len(head):
+                    ids = whole[len(head):]
+                else:
+                    text = moved[n] + text
+                    if text not in alone:
+                        alone[text] = self._encode([text], special=False)[0]
+                    ids = alone[text]
+                if not ids:
+                    raise ValueError(f"the continuation {text!r} has no tokens; give it a text")
+                tails[-1].append(ids)
+        return heads, tails
+
+    # -- log-likelihood -------------------------------------------------------------------------------------------
+
+    def score(self, prefixes: list[str], continuations: list[list[str]]) -> list[list[float]]:
+        """See :meth:`LanguageModel.score`."""
+        _same_length(prefixes, continuations)
+        return self.score_ids(*self.encode_pairs(prefixes, continuations))
+
+    @torch.inference_mode()
+    def score_ids(self, prefix_ids: Sequence[Ids], continuation_ids: Sequence[Sequence[Ids]]) -> list[list[float]]:
+        """As :meth:`score`, of token ids.
+
+        Args:
+            prefix_ids: n lists of ids. An empty one is read as the beginning-of-text token.
+            continuation_ids: for each prefix the lists of ids to score, each of at least one.
+        """
+        _same_length(prefix_ids, continuation_ids)
+        heads = [list(p) or [self._begin()] for p in prefix_ids]
+        for n, row in enumerate(continuation_ids):
+            if not row or not all(len(c) for c in row):
+                raise ValueError(f"continuations of prefix {n} are {list(row)!r}: give at least one, each with at "
+                                 "least one token")
+        self._check_length(max((len(h) + max(map(len, row)) - 1
+                                for h, row in zip(heads, continuation_ids, strict=True)), default=0))
+        self.calls += len(heads)
+        self.tokens += sum(map(len, heads)) + sum(max(len(c) for c in row) - 1 for row in continuation_ids)
+        out: list[list[float]] = [[] for _ in heads]
+        for start, rows in self._batches(heads, continuation_ids):
+            for n, values in zip(rows, self._score_batch(heads, continuation_ids, start, rows), strict=True):
+                out[n] = values
+        return out
+
+    def _check_length(self, positions: int) -> None:
+        if self._longest is not None and positions > self._longest:
+            raise ValueError(f"a prompt needs {positions} positions, allowed are {self._longest} (the model's "
+                             "max_position_embeddings): shorten it")
+
+    def _begin(self) -> int:
+        for name in ("bos_token_id", "eos_token_id"):
+            value = getattr(self.tokenizer, name, None)
+            if value is not None:
+                return int(value)
+        raise ValueError("an empty prefix cannot be scored: the tokenizer has no beginning-of-text token")
+
+    def _batches(self, heads: list[list[int]],
+                 tails: Sequence[Sequence[Ids]]) -> Iterator[tuple[list[tuple[int, int]], list[int]]]:
+        """Batches as ([(rows of a group, length of what they share)], rows in the order of the groups)."""
+        order = sorted(range(len(heads)), key=lambda n: heads[n])
+        groups: list[tuple[list[int], int]] = []
+        # The plan looks at a bounded stretch of sorted rows: planning stays far cheaper than the work.
+        for begin in range(0, len(order), STRETCH):
+            groups += plan(heads, order[begin:begin + STRETCH]) if self.share_prefixes else [
+                ([n], 0) for n in order[begin:begin + STRETCH]]
+        ready: list[tuple[list[int], int]] = []
+        for members, shared in groups:
+            extra = max((len(heads[n]) + max(map(len, tails[n]))) * _distinct(tails[n]) for n in members)
+            size = max(1, self.batch_tokens // extra)
+            members = sorted(members, key=lambda n: len(heads[n]))
+            ready += [(members[i:i + size], shared) for i in range(0, len(members), size)]
+        # Groups of like shape go together, so that little is padding.
+        ready.sort(key=lambda g: (g[1] == 0, g[1], max(len(heads[n]) for n in g[0])))
+        batch: list[tuple[list[int], int]] = []
+        for group in ready:
+            wanted = [*batch, group]
+            rows = [n for members, _ in wanted for n in members]
+            longest = max(s for _, s in wanted) + max(len(heads[n]) - s for m, s in wanted for n in m)
+            longest += max(len(c) for n in rows for c in tails[n])
+            copies = max(_distinct(tails[n]) for n in rows)
+            mixed = (batch[0][1] == 0) != (group[1] == 0) if batch else False
+            if batch and (mixed or len(rows) * copies * longest > self.batch_tokens):
+                yield [(len(m), s) for m, s in batch], [n for m, _ in batch for n in m]
+                batch = []
+            batch.append(group)
+        if batch:
+            yield [(len(m), s) for m, s in batch], [n for m, _ in batch for n in m]
+
+    def _score_batch(self, heads: list[list[int]], tails: Sequence[Sequence[Ids]], groups: list[tuple[int, int]],
+                     rows: list[int]) -> list[list[float]]:
+        shared = [s for size, s in groups for _ in range(size)]
+        longest = max(shared) + max(len(heads[n]) - s for n, s in zip(rows, shared, strict=True))
+        longest += max(len(c) for n in rows for c in tails[n])
+        # Padding between the shared part and the rest would count as distance inside a sliding window.
+        windowed = self._window is not None and longest > self._window
+        share = max(shared) > 0 and not windowed
+        cache, mask = None, None
+        if share:
+            firsts, at = [], 0
+            for size, length in groups:
+                firsts.append(heads[rows[at]][:length])
+                at += size
+            _, cache, mask = self._forward(firsts, keep=1)
+            if not _selectable(cache):
+                self.share_prefixes = share = False
+        group_of = [g for g, (size, _) in enumerate(groups) for _ in range(size)]
+        bodies = [heads[n][s if share else 0:] for n, s in zip(rows, shared, strict=True)]
+        totals: list[list[float]] = [[] for _ in rows]
+        for part in self._even(bodies):
+            if windowed and any(len(c) > 1 for r in part for c in tails[rows[r]]):
+                values = self._score_whole(heads, tails, [rows[r] for r in part])
+            elif share:
+                assert mask is not None
+                index = torch.tensor([group_of[r] for r in part], device=self.device)
+                values = self._score_part([bodies[r] for r in part], [tails[rows[r]] for r in part],
+                                          _select(cache, index), mask[index])
+            else:
+                values = self._score_part([bodies[r] for r in part], [tails[rows[r]] for r in part], None, None)
+            for r, row in zip(part, values, strict=True):
+                totals[r] = row
+        return totals
+
+    def _even(self, bodies: list[list[int]]) -> Iterator[list[int]]:
+        """Places of ``bodies`` in parts of like length, each large enough to be worth a forward of its own."""
+        enough = 256 if self.device.type == "cpu" else 8192
+        part: list[int] = []
+        for r in sorted(range(len(bodies)), key=lambda r: len(bodies[r])):
+            width = len(bodies[r])
+            if part and width > 1.2 * len(bodies[part[0]]) and width * len(part) >= enough:
+                yield part
+                part = []
+            part.append(r)
+        if part:
+            yield part
+
+    def _score_part(self, bodies: list[list[int]], tails: list[Sequence[Ids]], cache: Any,
+                    mask: Tensor | None) -> list[list[float]]:
+        """Log-probabilities of ``tails`` after ``bodies`` after what ``cache`` holds."""
+        more = any(len(c) > 1 for row in tails for c in row)
+        if more and cache is None and not self._caches:
+            return self._score_whole(bodies, tails, range(len(bodies)))
+        logits, kept, whole = self._forward(bodies, cache, mask, keep=1, use_cache=more or cache is not None)
+        if more and not _selectable(kept):
+            self._caches = False
+            return self._score_whole(bodies, tails, range(len(bodies)))
+        first = torch.log_softmax(logits[:, -1].float(), dim=-1)
+        totals = [[0.0] * len(row) for row in tails]
+        picks = [(r, k, ids[0]) for r, row in enumerate(tails) for k, ids in enumerate(row)]
+        got = first[torch.tensor([p[0] for p in picks], device=first.device),
+                    torch.tensor([p[2] for p in picks], device=first.device)].tolist()
+        for (r, k, _), value in zip(picks, got, strict=True):
+            totals[r][k] = value
+        if more:
+            self._add_tails(totals, tails, kept, whole)
+        return totals
+
+    def _add_tails(self, totals: list[list[float]], tails: list[Sequence[Ids]], cache: Any, mask: Tensor) -> None:
+        """Add the log-probabilities of second and later tokens, given the cache after each row's prefix."""
+        runs: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+        for r, row in enumerate(tails):
+            for k, ids in enumerate(row):
+                if len(ids) > 1:  # continuations that differ in the last token alone share one row
+                    runs.setdefault((r, tuple(ids[:-1])), []).append(k)
+        keys = list(runs)
+        index = torch.tensor([r for r, _ in keys], device=self.device)
+        logits, _, _ = self._forward([list(ids) for _, ids in keys], _select(cache, index), mask[index],
+                                     keep=max(len(ids) for _, ids in keys), use_cache=True)
+        log_probs = torch.log_softmax(logits.float(), dim=-1)
+        for j, (r, ids) in enumerate(keys):
+            for k in runs[r, ids]:
+                targets = torch.tensor(list(tails[r][k][1:]), device=log_probs.device)
+                totals[r][k] += float(log_probs[j, -len(ids):].gather(1, targets[:, None]).sum())
+
+    def _score_whole(self, heads: list[list[int]], tails: Sequence[Sequence[Ids]],
+                     rows: Sequence[int]) -> list[list[float]]:
+        """The plain way: prefix and continuation in one piece, left-padded, nothing kept."""
+        flat = [(r, k) for r, n in enumerate(rows) for k in range(len(tails[n]))]
+        totals = [[0.0] * len(tails[n]) for n in rows]
+        whole = [[*heads[rows[r]], *tails[rows[r]][k][:-1]] for r, k in flat]
+        size = max(1, self.batch_tokens // max(map(len, whole)))
+        for begin in range(0, len(flat), size):
+            part = flat[begin:begin + size]
+            keep = max(len(tails[rows[r]][k]) for r, k in part)
+            logits, _, _ = self._forward(whole[begin:begin + size], keep=keep, use_cache=False)
+            log_probs = torch.log_softmax(logits.float(), dim=-1)
+            for j, (r, k) in enumerate(part):
+                targets = torch.tensor(list(tails[rows[r]][k]), device=log_probs.device)
+                totals[r][k] = float(log_probs[j, -len(targets):].gather(1, targets[:, None]).sum())
+        return totals
+
+    def _forward(self, rows: list[list[int]], cache: Any = None, mask: Tensor | None = None, *, keep: int,
+                 use_cache: bool = True) -> tuple[Tensor, Any, Tensor]:
+        """Forward left-padded ``rows`` after ``cache``.
+
+        Returns:
+            logits (rows, keep, vocabulary) of the last ``keep`` positions, the cache, and the mask (rows, length)
+            of what the cache holds.
+        """
+        width = max(map(len, rows))
+        device = self.device
+        if self.model.training:
+            raise ValueError("the model is in training mode, where dropout makes every score different: "
+                             "call model.eval() first")
+        # The padding's id is never looked at: it is masked as a key, and its own output is not read.
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        own = torch.zeros(len(rows), width, dtype=torch.long)
+        for r, row in enumerate(rows):
+            ids[r, width - len(row):] = torch.tensor(row, dtype=torch.long)
+            own[r, width - len(row):] = 1
+        ids, own = ids.to(device), own.to(device)
+        whole = own if mask is None else torch.cat([mask, own], dim=1)
+        arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": whole, "use_cache": use_cache}
+        if self._positions:
+            arguments["position_ids"] = (whole.cumsum(1) - 1).clamp(min=0)[:, -width:]
+        if self._keeps:
+            arguments["logits_to_keep"] = min(keep, width)
+        if cache is not None:
+            arguments["past_key_values"] = cache
+        out = self.model(**arguments)
+        self.forwarded += ids.numel()
+        return out.logits[:, -keep:], getattr(out, "past_key_values", None), whole
+
+    # -- generation and embeddings --------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def generate(self, prompts: list[str], max_tokens: int, stop: list[str] | None = None,
+                 temperature: float = 0.0, seed: int = 0) -> list[str]:
+        """See :meth:`LanguageModel.generate`; temperature 0 takes the likeliest token.
+
+        Raises:
+            ValueError: ``max_tokens`` below 1 or a negative temperature.
+        """
+        if max_tokens < 1 or temperature < 0:
+            raise ValueError(f"generate(max_tokens={max_tokens!r}, temperature={temperature!r}): allowed are "
+                             "max_tokens from 1 and temperature from 0")
+        heads = [ids or [self._begin()] for ids in self._encode(prompts)]
+        self._check_length(max(map(len, heads), default=0) + max_tokens)
+        generator = torch.Generator().manual_seed(seed)
+        out = [""] * len(heads)
+        order = sorted(range(len(heads)), key=lambda n: len(heads[n]))
+        self.calls += len(heads)
+        at = 0
+        while at < len(order):
+            end = at + 1
+            while end < len(order) and (end + 1 - at) * (len(heads[order[end]]) + max_tokens) <= self.batch_tokens:
+                end += 1
+            rows = order[at:end]
+            for n, ids in zip(rows, self._generate([heads[n] for n in rows], max_tokens, stop, temperature,
+                                                   generator), strict=True):
+                self.tokens += len(heads[n]) + len(ids)
+                out[n] = cut(self._text(ids), stop)
+            at = end
+        return out
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _generate(self, heads: list[list[int]], max_tokens: int, stop: list[str] | None, temperature: float,
+                  generator: torch.Generator) -> list[list[int]]:
+        ends = self._ends()
+        made: list[list[int]] = [[] for _ in heads]
+        live = [True] * len(heads)
+        rows, cache, mask = heads, None, None
+        for _ in range(max_tokens):
+            logits, cache, mask = self._forward(rows, cache, mask, keep=1)
+            last = logits[:, -1].float()
+            if temperature > 0:
+                chances = torch.softmax(last / temperature, dim=-1).cpu()
+                picked = torch.multinomial(chances, 1, generator=generator)[:, 0].tolist()
+            else:
+                picked = last.argmax(-1).tolist()
+            for r, token in enumerate(picked):
+                if live[r] and token in ends:
+                    live[r] = False
+                elif live[r]:
+                    made[r].append(token)
+                    text = self._text(made[r]) if stop else ""
+                    live[r] = not any(s in text for s in stop or ())
+            if not any(live):
+                break
+            rows = [[token] for token in picked]
+            if cache is None:  # a model without a cache starts over each time
+                heads = [[*head, token] for head, token in zip(heads, picked, strict=True)]
+                rows, mask = heads, None
+        return made
+
+    def _ends(self) -> set[int]:
+        found: set[int] = set()
+        for value in (getattr(getattr(self.model, "generation_config", None), "eos_token_id", None),
+                      getattr(self.tokenizer, "eos_token_id", None)):
+            found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
+        return found
+
+    @torch.inference_mode()
+    def embed(self, texts: list[str]) -> np.ndarray:
+        """The mean of the last hidden states over each text's tokens, float32 of shape (n, hidden)."""
+        import numpy as np
+
+        rows = [ids or [self._begin()] for ids in self._encode(texts)]
+        self._check_length(max(map(len, rows), default=0))
+        out: list[Any] = [None] * len(rows)
+        self.calls += len(rows)
+        self.tokens += sum(map(len, rows))
+        order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
+        at = 0
+        while at < len(order):
+            end = at + 1
+            while end < len(order) and (end + 1 - at) * len(rows[order[end]]) <= self.batch_tokens:
+                end += 1
+            part = order[at:end]
+            width = max(len(rows[n]) for n in part)
+            ids = torch.zeros(len(part), width, dtype=torch.long)
+            mask = torch.zeros(len(part), width, dtype=torch.long)
+            for r, n in enumerate(part):  # right-padded: nothing after a token reaches it in a causal model
+                ids[r, :len(rows[n])] = torch.tensor(rows[n])
+                mask[r, :len(rows[n])] = 1
+            ids, mask = ids.to(self.device), mask.to(self.device)
+            hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            self.forwarded += ids.numel()
+            weight = mask[..., None].to(hidden.dtype)
+            mean = ((hidden * weight).sum(1) / weight.sum(1)).float().cpu().numpy()
+            for r, n in enumerate(part):
+                out[n] = mean[r]
+            at = end
+        return np.stack(out) if out else np.zeros((0, 0), dtype=np.float32)
+
+
+def plan(heads: Sequence[Ids], order: Sequence[int]) -> list[tuple[list[int], int]]:
+    """Group rows that begin alike so that the fewest tokens are forwarded.
+
+    With rows sorted, the common beginnings form a tree; each node is either one group (its common part once, then
+    the rest of every row) or what its children are, whichever is cheaper.
+
+    Args:
+        heads: all rows.
+        order: indices of the rows to plan for, sorted by content.
+
+    Returns:
+        (row indices, length of the common beginning) per group. At least one token of each row is left to forward.
+    """
+    common = [_common(heads[a], heads[b]) for a, b in itertools.pairwise(order)]
+
+    def best(low: int, high: int) -> tuple[int, list[tuple[list[int], int]]]:
+        rows = list(order[low:high])
+        total = sum(len(heads[n]) for n in rows)
+        if len(rows) == 1:
+            return total, [(rows, 0)]
+        least = min(common[low:high - 1])
+        # Two rows may be equal, or one the beginning of another: the last token must still give logits.
+        length = min(least, min(len(heads[n]) for n in rows) - 1)
+        together = total - length * (len(rows) - 1)
+        cuts = [i + 1 for i in range(low, high - 1) if common[i] == least]
+        cost = 0
+        groups: list[tuple[list[int], int]] = []
+        for a, b in zip([low, *cuts], [*cuts, high], strict=True):
+            part_cost, part = best(a, b)
+            cost += part_cost
+            groups += part
+        return (together, [(rows, length)]) if length > 0 and together <= cost else (cost, groups)
+
+    return _merge_single(best(0, len(order))[1]) if order else []
+
+
+def _merge_single(groups: list[tuple[list[int], int]]) -> list[tuple[list[int], int]]:
+    return [(rows, 0 if len(rows) == 1 else length) for rows, length in groups]
+
+
+def _common(a: Ids, b: Ids) -> int:
+    n = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        n += 1
+    return n
+
+
+def _distinct(tails: Sequence[Ids]) -> int:
+    """How many rows of their own the continuations need beside the prefix's."""
+    return max(1, len({tuple(c[:-1]) for c in tails if len(c) > 1}))
+
+
+def _selectable(cache: Any) -> bool:
+    return cache is not None and hasattr(cache, "layers") and all(
+        hasattr(layer, "batch_select_indices") for layer in cache.layers)
+
+
+def _select(cache: Any, index: Tensor) -> Any:
+    """A cache of the rows ``index`` of ``cache``, which stays as it is."""
+    made = copy.copy(cache)
+    made.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in made.layers:
+        layer.batch_select_indices(index)
+    return made
+
+
+def cut(text: str, stop: Sequence[str] | None) -> str:
+    """``text`` up to the first of ``stop``."""
+    places = [text.find(s) for s in stop or () if s and s in text]
+    return text[:min(places)] if places else text
+
+
+def _same_length(prefixes: Sequence[Any], continuations: Sequence[Any]) -> None:
+    if len(prefixes) != len(continuations):
+        raise ValueError(f"{len(prefixes)} prefixes but {len(continuations)} lists of continuations: "
+                         "give one list per prefix")

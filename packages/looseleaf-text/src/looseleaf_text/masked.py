@@ -1,0 +1,162 @@
+"""A masked language model of transformers: it fills blanks, and scores answers by pseudo-likelihood."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from looseleaf.errors import UnsupportedModelError
+from looseleaf.fingerprint import fingerprint
+from looseleaf_text.model import LanguageModel
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Ids = list[int]
+Asked = tuple[int, int, int, int]
+"""Prompt, answer, position in the row, token wanted there."""
+
+
+class MaskedModel(LanguageModel):
+    """A transformers masked language model and its tokenizer.
+
+    The score of an answer is its pseudo-log-likelihood (Salazar et al. 2020, section 2): the sum over its tokens of the
+    log-probability of the token where it alone is masked. Text before and after the answer is seen in full, which is
+    what cloze prompts are made for.
+
+    Args:
+        model: any ``AutoModelForMaskedLM``, in evaluation mode; moved nowhere, evaluated where it is.
+        tokenizer: its tokenizer, with a mask token.
+        batch_tokens: most positions (rows x longest row) in memory at once.
+
+    Raises:
+        ValueError: no mask token, or something that is no model or tokenizer.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, batch_tokens: int = 8192) -> None:
+        if not isinstance(batch_tokens, int) or batch_tokens < 1:
+            raise ValueError(f"MaskedModel.batch_tokens={batch_tokens!r}: allowed is a whole number from 1")
+        if not callable(model) or not hasattr(model, "config"):
+            raise ValueError(f"MaskedModel needs a transformers masked language model, got {type(model).__name__}")
+        if getattr(tokenizer, "mask_token_id", None) is None:
+            raise ValueError(f"MaskedModel needs a tokenizer with a mask token; {type(tokenizer).__name__} has none: "
+                             "a causal language model goes into LocalModel")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.batch_tokens = batch_tokens
+        self.calls = 0
+        self.tokens = 0
+        self.name = f"{type(model).__name__}-{sum(p.numel() for p in model.parameters())}"
+        self._longest: int | None = getattr(model.config, "max_position_embeddings", None)
+        bare, whole = self.tokenize("a"), list(tokenizer("a")["input_ids"])
+        place = next((n for n in range(len(whole)) if whole[n:n + len(bare)] == bare), 0)
+        self._begin, self._end = whole[:place], whole[place + len(bare):]
+
+    def fingerprint(self) -> str:
+        """Of the weights as they are now, see :func:`looseleaf.fingerprint.fingerprint`."""
+        return fingerprint(self.model)
+
+    def tokenize(self, text: str) -> Ids:
+        """Token ids of ``text``, without special tokens."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def detokenize(self, ids: Ids) -> str:
+        """The text of ``ids``; special tokens are kept."""
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    def score(self, prefixes: list[str], continuations: list[list[str]]) -> list[list[float]]:
+        """Pseudo-log-likelihood of each continuation after its prefix; an empty prefix scores a whole text."""
+        return self.score_cloze(prefixes, continuations, [""] * len(prefixes))
+
+    def score_cloze(self, befores: list[str], answers: list[list[str]], afters: list[str]) -> list[list[float]]:
+        """Pseudo-log-likelihood of each answer between two texts.
+
+        The three are tokenized each by itself, spaces between the first two going with the answer.
+
+        Args:
+            befores, afters: n texts; either may be empty.
+            answers: for each the answers, each with at least one token.
+
+        Raises:
+            ValueError: not equally many, an answer without tokens, or a text longer than the model takes.
+        """
+        if not len(befores) == len(answers) == len(afters):
+            raise ValueError(f"{len(befores)} texts before, {len(answers)} lists of answers and {len(afters)} texts "
+                             "after: give one of each for every prompt")
+        rows: dict[tuple[int, ...], list[Asked]] = {}
+        out = [[0.0] * len(row) for row in answers]
+        for n, (before, row, after) in enumerate(zip(befores, answers, afters, strict=True)):
+            bare = before.rstrip(" ")
+            head, tail = [*self._begin, *self.tokenize(bare)], [*self.tokenize(after), *self._end]
+            longest = 0
+            for k, answer in enumerate(row):
+                ids = self.tokenize(before[len(bare):] + answer)
+                if not ids:
+                    raise ValueError(f"the answer {answer!r} has no tokens; give it a text")
+                longest = max(longest, len(ids))
+                for place, target in enumerate(ids):
+                    masked = (*head, *ids[:place], self.tokenizer.mask_token_id, *ids[place + 1:], *tail)
+                    # Answers of one token share a row: it differs from none of theirs.
+                    rows.setdefault(masked, []).append((n, k, len(head) + place, target))
+            self.calls += 1
+            self.tokens += len(head) + longest + len(tail)
+        for asked, log_probs in self._masked(rows):
+            for n, k, place, target in asked:
+                out[n][k] += float(log_probs[place, target])
+        return out
+
+    def _masked(self, rows: dict[tuple[int, ...], list[Asked]]) -> Iterator[tuple[list[Asked], Tensor]]:
+        """What is asked of each row and its log-probabilities (length, vocabulary), in batches."""
+        order = sorted(rows, key=len)
+        if order and self._longest is not None and len(order[-1]) > self._longest:
+            raise ValueError(f"a prompt needs {len(order[-1])} positions, allowed are {self._longest} (the model's "
+                             "max_position_embeddings): shorten it")
+        at = 0
+        while at < len(order):
+            end = at + 1
+            while end < len(order) and (end + 1 - at) * len(order[end]) <= self.batch_tokens:
+                end += 1
+            part = order[at:end]
+            log_probs = torch.log_softmax(self._forward(part).logits.float(), dim=-1).cpu()
+            for r, ids in enumerate(part):
+                yield rows[ids], log_probs[r]
+            at = end
+
+    @torch.inference_mode()
+    def _forward(self, part: Sequence[Sequence[int]], **more: Any) -> Any:
+        """Forward right-padded rows."""
+        if self.model.training:
+            raise ValueError("the model is in training mode, where dropout makes every score different: "
+                             "call model.eval() first")
+        device = next(self.model.parameters()).device
+        width = max(map(len, part))
+        padding = self.tokenizer.pad_token_id or 0
+        ids = torch.full((len(part), width), padding, dtype=torch.long)
+        mask = torch.zeros(len(part), width, dtype=torch.long)
+        for r, row in enumerate(part):
+            ids[r, :len(row)] = torch.tensor(row, dtype=torch.long)
+            mask[r, :len(row)] = 1
+        return self.model(input_ids=ids.to(device), attention_mask=mask.to(device), **more)
+
+    def generate(self, prompts: list[str], max_tokens: int, stop: list[str] | None = None,
+                 temperature: float = 0.0, seed: int = 0) -> list[str]:
+        """Not what a masked language model does.
+
+        Raises:
+            UnsupportedModelError: always.
+        """
+        raise UnsupportedModelError(f"{self.name} is a masked language model: it fills blanks and does not continue "
+                                    "texts. Use LocalModel with a causal one, or a task with labels")
+
+    def embed(self, texts: list[str]) -> np.ndarray:
+        """The mean of the last hidden states over each text's tokens, float32 of shape (n, hidden)."""
+        import numpy as np
+
+        rows = [[*self._begin, *self.tokenize(text), *self._end] for text in texts]
+        self.calls += len(rows)
+        self.tokens += sum(map(len, rows))
+        hidden = [self._forward([row], output_hidden_states=True).hidden_states[-1][0].mean(0) for row in rows]
+        return torch.stack(hidden).float().cpu().numpy() if hidden else np.zeros((0, 0), dtype=np.float32)

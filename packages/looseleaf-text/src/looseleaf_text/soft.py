@@ -1,0 +1,101 @@
+"""Soft prompts: learned vectors before everything a local model reads."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from looseleaf.errors import UnsupportedModelError
+from looseleaf_text.local import LocalModel
+from looseleaf_text.model import MeteredModel
+
+if TYPE_CHECKING:
+    from looseleaf_text.model import LanguageModel
+
+
+@contextlib.contextmanager
+def soft_prefix(model: LanguageModel, soft: Tensor) -> Iterator[None]:
+    """``model`` with ``soft`` before everything it reads, for as long as the block lasts.
+
+    Args:
+        model: a :class:`looseleaf_text.LocalModel`, metered or not.
+        soft: floating point; input embeddings of shape (tokens, hidden), or keys and values of shape
+            (layers, 2, key-value heads, tokens, head size), as prefix tuning learns them.
+
+    Raises:
+        UnsupportedModelError: the model is behind a server, is no causal model, or keeps no keys and values.
+        ValueError: the shape does not fit the model.
+    """
+    while isinstance(model, MeteredModel):
+        model = model.model
+    if not isinstance(model, LocalModel):
+        raise UnsupportedModelError(f"a soft prompt needs the embeddings of a LocalModel; {type(model).__name__} "
+                                    "takes text only")
+    plain = model.model
+    model.model = _Prefixed(plain, soft)
+    try:
+        yield
+    finally:
+        model.model = plain
+
+
+class _Prefixed(nn.Module):
+    """A causal model whose cache is never empty: it begins with what the soft prompt left there."""
+
+    def __init__(self, model: Any, soft: Tensor) -> None:
+        super().__init__()
+        self.inner = model
+        self.config = model.config
+        self.generation_config = getattr(model, "generation_config", None)
+        self.training = model.training
+        self.keys_values = keys_and_values(model, soft)
+        self.length = self.keys_values[0][0].shape[2]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, past_key_values: Any = None,
+                use_cache: bool = True, **more: Any) -> Any:
+        """As the inner model, with the soft prompt at the first positions."""
+        from transformers import DynamicCache
+
+        rows = input_ids.shape[0]
+        if past_key_values is None:
+            past_key_values = DynamicCache(config=self.config.get_text_config())
+            for layer, (keys, values) in enumerate(self.keys_values):
+                past_key_values.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
+        mask = torch.cat([attention_mask.new_ones(rows, self.length), attention_mask], dim=1)
+        if "position_ids" in more:
+            more["position_ids"] = more["position_ids"] + self.length
+        # The cache is used whatever is asked for: the soft prompt is in it.
+        return self.inner(input_ids=input_ids, attention_mask=mask, past_key_values=past_key_values, use_cache=True,
+                          **more)
+
+
+@torch.no_grad()
+def keys_and_values(model: Any, soft: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values (1, heads, tokens, head size) of each layer that ``soft`` (see :func:`soft_prefix`) stands for.
+
+    Raises:
+        ValueError: the shape does not fit the model.
+    """
+    table = model.get_input_embeddings().weight
+    soft = soft.to(device=table.device, dtype=table.dtype)
+    if soft.dim() == 5 and soft.shape[1] == 2:
+        found = [(layer[0][None], layer[1][None]) for layer in soft]
+    elif soft.dim() == 2 and soft.shape[1] == table.shape[1]:
+        was_training = model.training
+        model.eval()
+        try:
+            cache = model(inputs_embeds=soft[None], use_cache=True).past_key_values
+        finally:
+            model.train(was_training)
+        found = [(layer.keys, layer.values) for layer in cache.layers]
+    else:
+        raise ValueError(f"a soft prompt of shape {tuple(soft.shape)} does not fit the model: allowed is (tokens, "
+                         f"{table.shape[1]}), or (layers, 2, key-value heads, tokens, head size)")
+    config = model.config.get_text_config()
+    if len(found) != config.num_hidden_layers:
+        raise ValueError(f"a soft prompt of {len(found)} layers does not fit a model of {config.num_hidden_layers}")
+    return found
