@@ -81,7 +81,7 @@ def lint(session: nox.Session) -> None:
     for package in PACKAGES:
         run(session, python, "-m", "mypy", str(package / "src"))
     run(session, python, "tools/readme_table.py", "--check")
-    run(session, python, "tools/house.py")
+    run(session, python, "tools/check_layout.py")
 
 
 @nox.session(venv_backend="none")
