@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "AttentionBackend": "attention.call", "AttentionCall": "attention.call",
@@ -32,6 +32,10 @@ __all__ = ["__version__", *sorted(_HOME)]
 def __getattr__(name: str) -> Any:
     home = _HOME.get(name)
     if home is None:
+        from looseleaf.moved import GUIDE, NAMES
+
+        if name in NAMES:  # ImportError, because an import of the name would hide the text of an AttributeError
+            raise ImportError(f"looseleaf.{name} was part of looseleaf 0.1: write {NAMES[name]} (see {GUIDE})")
         raise AttributeError(f"module 'looseleaf' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"looseleaf.{home}"), name)
     globals()[name] = value

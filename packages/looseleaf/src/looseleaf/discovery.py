@@ -20,6 +20,7 @@ from typing import Any
 
 from looseleaf.errors import AmbiguousPluginError, BrokenPluginError, UnknownPluginError, did_you_mean
 from looseleaf.files import cache_dir, write_text
+from looseleaf.moved import advice
 from looseleaf.plugin import KINDS
 
 REPRODUCTIONS = "reproductions"
@@ -75,7 +76,7 @@ def plugins(kind: str | None = None) -> list[Installed]:
         ValueError: unknown kind.
     """
     if kind is not None and kind not in KINDS:
-        raise ValueError(f"kind={kind!r}: allowed is {', '.join(KINDS)}.{did_you_mean(kind, KINDS)}")
+        raise ValueError(f"kind: expected {', '.join(KINDS)}, got {kind!r}.{did_you_mean(kind, KINDS)}")
     remembered = _read_verdicts()
     found = []
     for each in _entries((kind,) if kind else KINDS):
@@ -123,7 +124,8 @@ def load(name: str | Installed, kind: str | None = None) -> Any:
         _remember({_verdict_key(entry): reason})
         raise BrokenPluginError(
             f"plugin {entry.name!r} of {entry.dist} {entry.version} cannot be imported: {reason}. "
-            f"Reinstall it (pip install --force-reinstall {entry.dist}) or tell its authors") from error
+            + (advice(error) or f"Reinstall it (pip install --force-reinstall {entry.dist}) or tell its authors")
+        ) from error
     if entry.kind != REPRODUCTIONS:
         _require_plugin_class(entry, loaded)
     return loaded
@@ -141,7 +143,7 @@ def get(name: str, kind: str | None = None, **parameters: Any) -> Any:
     known = [p.name for p in cls.parameter_info()]
     for parameter in parameters:
         if parameter not in known:
-            raise TypeError(f"{name} has no parameter {parameter!r}: allowed is {', '.join(known) or 'none'}."
+            raise TypeError(f"{name} has no parameter {parameter!r}: expected {', '.join(known) or 'none'}."
                             f"{did_you_mean(parameter, known)}")
     return cls(**parameters)
 
@@ -291,11 +293,11 @@ def _try_imports(entries: list[Installed]) -> dict[str, str]:
             raw = late.stdout or b""
             output = raw.decode(errors="replace") if isinstance(raw, bytes) else raw
             died = f"the import took more than {CHECK_SECONDS:.0f} seconds"
-        said = [json.loads(line[9:]) for line in output.splitlines() if line.startswith("@verdict ")]
-        for entry, reason in zip(waiting, said):
+        verdicts_read = [json.loads(line[9:]) for line in output.splitlines() if line.startswith("@verdict ")]
+        for entry, reason in zip(waiting, verdicts_read):
             verdicts[_verdict_key(entry)] = reason
-        if len(said) < len(waiting):
-            verdicts[_verdict_key(waiting[len(said)])] = died
-            said.append(died)
-        waiting = waiting[len(said):]
+        if len(verdicts_read) < len(waiting):
+            verdicts[_verdict_key(waiting[len(verdicts_read)])] = died
+            verdicts_read.append(died)
+        waiting = waiting[len(verdicts_read):]
     return verdicts

@@ -1,4 +1,4 @@
-"""Errors that a user of Looseleaf can meet. Each message says what was given, what is allowed and what to do."""
+"""Errors that a user of Looseleaf can meet. Each message says what was expected, what was given and what to do."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Paper:
         if not self.title or not self.authors:
             raise ValueError("Paper needs a title and at least one author")
         if not 1900 <= self.year <= 2100:
-            raise ValueError(f"Paper.year={self.year!r}: allowed is 1900 to 2100")
+            raise ValueError(f"Paper.year: expected a year from 1900 to 2100, got {self.year!r}")
 
     @property
     def url(self) -> str | None:

@@ -11,6 +11,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
+from looseleaf.moved import refuse_former
 from looseleaf.paper import Paper
 
 KINDS = ("attention", "pruners", "prompts", "probes")
@@ -79,6 +80,10 @@ class Plugin:
 
     paper: ClassVar[Paper]
     kind: ClassVar[str] = ""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        refuse_former(cls)
 
     def __post_init__(self) -> None:
         hints = _hints(type(self))

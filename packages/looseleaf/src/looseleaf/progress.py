@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 def track(items: Iterable[T], label: str, total: int | None = None, show: bool | None = None) -> Iterator[T]:
     """Iterate over ``items`` under a progress bar; ``show=None`` shows it only where stderr is a terminal."""
-    with bar(label, total if total is not None else _length(items), show) as moving:
+    with bar(label, total if total is not None else _length(items), show) as progress_bar:
         for item in items:
             yield item
-            moving.update()
+            progress_bar.update()
 
 
 def bar(label: str, total: int | None = None, show: bool | None = None) -> Any:

@@ -1,0 +1,260 @@
+"""A reproduction as data: claims with their rules, and how one seed is measured.
+
+```python
+study = Study("my-method: the paper's claims", measure, claims=[...], show=show, full=Scale(), quick=Scale(steps=40))
+```
+
+``measure(seed, scale)`` gives plain data. The study runs the seeds, in parallel processes where asked, keeps each
+finished one so that a killed run goes on, and makes claims, tables and figures of all of them. An instance is what the
+entry point ``looseleaf.reproductions`` names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from looseleaf import progress as progress_
+from looseleaf.files import cache_dir
+from looseleaf.report import Claim, Report
+from looseleaf.resume import Cells, as_plain, digest
+from looseleaf.statistics import Interval, bootstrap
+
+Row = dict[str, Any]
+Decision = tuple["bool | None", str]
+"""Whether a claim holds (None: not shown at this scale), and what was measured, in words."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """What all seeds gave.
+
+    Attributes:
+        rows: what ``measure`` returned for each seed, in their order.
+        once: what ``once`` returned; empty without it.
+        seeds: the seeds.
+        scale: how much was measured.
+        quick: whether this is the quick run, which decides nothing that needs the full scale.
+    """
+
+    rows: list[Row]
+    once: Row
+    seeds: list[int]
+    scale: Any
+    quick: bool
+
+    def values(self, *path: str | int) -> list[Any]:
+        """The entry at ``path`` of every row: ``values("accuracy", "dense")`` is ``row["accuracy"]["dense"]`` of each.
+
+        Raises:
+            KeyError: no such entry; the message names what there is.
+        """
+        return [_at(row, path) for row in self.rows]
+
+    def interval(self, *path: str | int, minus: Sequence[str | int] | None = None, times: float = 1.0,
+                 statistic: Callable[[Any], Any] | None = None) -> Interval:
+        """The mean over seeds of the number at ``path``, with its 95 % bootstrap interval.
+
+        Args:
+            path: see :meth:`values`.
+            minus: path of what is subtracted in each seed, so that the difference is paired.
+            times: factor, such as 100 for points.
+            statistic: instead of the mean, see :func:`looseleaf.statistics.bootstrap`.
+        """
+        values = self.values(*path)
+        if minus is not None:
+            values = [a - b for a, b in zip(values, self.values(*minus), strict=True)]
+        return bootstrap([times * v for v in values], statistic=statistic)
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyClaim:
+    """A statement of the paper and the rule that decides it, fixed before measuring.
+
+    Attributes:
+        statement: what the paper says, in one sentence.
+        source: where it says it, or that the rule is this project's.
+        paper: the paper's own figure as text.
+        rule: the rule, in words; or made from the scale.
+        decide: results -> whether it holds, and what was measured in words. None: nothing is measured.
+        unmeasured: why not, where ``decide`` is None.
+    """
+
+    statement: str
+    source: str
+    paper: str
+    rule: str | Callable[[Any], str]
+    decide: Callable[[Results], Decision] | None = None
+    unmeasured: str = ""
+
+    def on(self, results: Results) -> Claim:
+        """The claim with its verdict."""
+        holds, measured = (None, self.unmeasured) if self.decide is None else self.decide(results)
+        rule = self.rule if isinstance(self.rule, str) else self.rule(results.scale)
+        return Claim.decide(holds, statement=self.statement, source=self.source, paper=self.paper, measured=measured,
+                            rule=rule)
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A reproduction.
+
+    Args:
+        title: headline of the report, such as ``"my-method: the paper's claims"``.
+        measure: ``measure(seed, scale)`` gives plain data for one seed: numbers, text, lists, dictionaries. It must be
+            a function of an importable module, and depend on its arguments alone.
+        claims: the claims, in the order of the report; or a function of the results where their number depends on them.
+        show: ``show(report, results)`` adds tables, figures and strips, before the claims.
+        once: ``once(scale)`` gives what is measured a single time, such as speed; always in this process, alone.
+        full, quick: what ``measure`` is given as ``scale``, any plain dataclass.
+        facts: results -> facts of the report.
+        quick_seeds: most seeds under ``quick``.
+    """
+
+    title: str
+    measure: Callable[[int, Any], Row] | None
+    claims: Sequence[StudyClaim] | Callable[[Results], Sequence[StudyClaim]]
+    show: Callable[[Report, Results], None] | None = None
+    once: Callable[[Any], Row] | None = None
+    full: Any = None
+    quick: Any = None
+    facts: Callable[[Results], dict[str, Any]] | None = None
+    quick_seeds: int = 2
+
+    def __call__(self, *, seeds: int = 5, quick: bool = False, jobs: int = 1,
+                 state: str | os.PathLike[str] | None = None, progress: bool | None = None) -> Report:
+        """Measure every claim.
+
+        Args:
+            seeds: how many, from 0 on.
+            quick: minutes instead of thoroughness; shows that everything runs.
+            jobs: seeds measured at the same time, each in a process of its own.
+            state: folder for finished seeds, kept afterwards. None: they are kept in the cache until the run is
+                complete, so that a killed run goes on.
+            progress: show a progress bar; None: only on a terminal.
+
+        Raises:
+            ValueError: ``seeds`` or ``jobs`` below 1.
+        """
+        for name, value in (("seeds", seeds), ("jobs", jobs)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+        began = time.perf_counter()
+        scale = self.quick if quick else self.full
+        numbers = list(range(min(seeds, self.quick_seeds) if quick else seeds)) if self.measure else []
+        folder = Path(state) if state is not None else cache_dir() / "studies" / digest(self._key(scale))
+        cells = Cells(folder)
+        rows: dict[int, Row] = {}
+        with progress_.bar("seeds", len(numbers) + (self.once is not None), progress) as progress_bar:
+            for seed, row in self._rows(numbers, scale, cells, jobs):
+                rows[seed] = row
+                progress_bar.update()
+            once: Row = {}
+            if self.once is not None:
+                once = cells.do({**self._key(scale), "once": True}, lambda: self.once(scale))  # type: ignore[misc]
+                progress_bar.update()
+        results = Results([rows[seed] for seed in numbers], once, numbers, scale, quick)
+        report = self.report(results)
+        report.facts["seconds"] = time.perf_counter() - began
+        if state is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        return report
+
+    def report(self, results: Results) -> Report:
+        """The report on results that are there."""
+        import torch
+
+        facts = self.facts(results) if self.facts else {}
+        report = Report(self.title, facts={"seeds": len(results.seeds), "quick": results.quick, **facts,
+                                           "torch": torch.__version__})
+        if self.show is not None:
+            self.show(report, results)
+        claims = self.claims(results) if callable(self.claims) else self.claims
+        report.claims.extend(claim.on(results) for claim in claims)
+        return report
+
+    def _key(self, scale: Any) -> Row:
+        from importlib.metadata import PackageNotFoundError, version
+
+        source = (self.measure or self.once or self.show).__module__.partition(".")[0]  # type: ignore[union-attr]
+        try:
+            of = version(source.replace("_", "-"))
+        except PackageNotFoundError:
+            of = ""
+        return {"study": self.title, "package": source, "version": of, "scale": repr(scale)}
+
+    def _rows(self, seeds: Sequence[int], scale: Any, cells: Cells, jobs: int) -> Iterator[tuple[int, Row]]:
+        """Seed and row, in the order in which they are finished; those kept come first."""
+        keys = {seed: {**self._key(scale), "seed": seed} for seed in seeds}
+        todo = []
+        for seed in seeds:
+            kept = cells.get(keys[seed])
+            if kept is None:
+                todo.append(seed)
+            else:
+                yield seed, kept
+        if not todo:
+            return
+        assert self.measure is not None
+        if jobs == 1 or len(todo) == 1:
+            for seed in todo:
+                row = as_plain(self.measure(seed, scale))
+                cells.put(keys[seed], row)
+                yield seed, row
+            return
+        # spawned: torch must not be forked once it has started threads
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _few_threads, (threads,)) as pool:
+            futures = {pool.submit(self.measure, seed, scale): seed for seed in todo}
+            try:
+                for future in as_completed(futures):
+                    row = as_plain(future.result())
+                    cells.put(keys[futures[future]], row)
+                    yield futures[future], row
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def above(interval: Sequence[float], limit: float = 0.0) -> bool | None:
+    """Whether an interval lies above ``limit``; False: below it; None: ``limit`` is inside."""
+    return None if interval[1] <= limit <= interval[2] else interval[1] > limit
+
+
+def below(interval: Sequence[float], limit: float = 0.0) -> bool | None:
+    """Whether an interval lies below ``limit``; False: above it; None: ``limit`` is inside."""
+    return None if interval[1] <= limit <= interval[2] else interval[2] < limit
+
+
+def every(*verdicts: bool | None) -> bool | None:
+    """False where one is False, None where one is None, else True."""
+    return False if False in verdicts else None if None in verdicts else True
+
+
+def _at(row: Any, path: Sequence[str | int]) -> Any:
+    for n, step in enumerate(path):
+        # keys of dictionaries are text once they have been JSON
+        step = str(step) if isinstance(row, dict) else step
+        try:
+            row = row[step]
+        except (KeyError, IndexError, TypeError) as error:
+            there = ", ".join(row) if isinstance(row, dict) else f"{len(row)} entries" if isinstance(row, list) else row
+            raise KeyError(f"no {step!r} at {list(path[:n])}: there is {there}") from error
+    return row
+
+
+def _few_threads(count: int) -> None:
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    import torch
+
+    torch.set_num_threads(count)
+
+
+__all__ = ["Results", "Study", "StudyClaim", "above", "below", "every"]
