@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import numbers
 import re
 import types
 import typing
@@ -211,8 +212,8 @@ def _expected(hint: Any, limit: In | OneOf | None, value: Any) -> str | None:
     if hint is bool:
         return None if isinstance(value, bool) else "True or False"
     if hint in (int, float):
-        kinds = (int,) if hint is int else (int, float)
-        good = isinstance(value, kinds) and not isinstance(value, bool) and not math.isnan(value)
+        number = numbers.Integral if hint is int else numbers.Real  # numpy's are numbers, too
+        good = isinstance(value, number) and not isinstance(value, bool) and not math.isnan(value)
         if good and (limit is None or value in limit):
             return None
         return f"{'an integer' if hint is int else 'a number'}{within}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import string
@@ -14,7 +15,7 @@ from looseleaf.cli.main import EXIT
 
 WORDS = {  # kind -> (base class, file of the method, word in a sentence)
     "attention": ("AttentionBackend", "backend", "attention backend"),
-    "pruners": ("Pruner", "pruner", "pruner"),
+    "pruners": ("WeightPruner", "pruner", "pruner"),
     "prompts": ("PromptOptimizer", "optimizer", "prompt optimizer"),
     "probes": ("Probe", "probe", "probe"),
 }
@@ -39,8 +40,8 @@ def write_package(kind: str, name: str, into: Path) -> Path:
         ValueError: the name is not lower case letters, digits and dashes, or the folder exists.
     """
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
-        raise ValueError(f"name={name!r}: allowed are lower-case letters, digits and single dashes, "
-                         "beginning with a letter, such as 'my-method'")
+        raise ValueError("name: expected lower-case letters, digits and single dashes, beginning with a letter, such as "
+                         f"'my-method', got {name!r}")
     folder = into / f"looseleaf-{name}"
     if folder.exists():
         raise ValueError(f"{folder} exists already: remove it, or choose another name or --into")
@@ -49,8 +50,6 @@ def write_package(kind: str, name: str, into: Path) -> Path:
         "name": name, "package": "looseleaf_" + name.replace("-", "_"), "kind": kind, "module": module,
         "base": base, "word": word, "cls": "".join(part.capitalize() for part in name.split("-")),
         "core": discovery.core_version(), "next_major": str(int(discovery.core_version().split(".")[0]) + 1),
-        "check": {"attention": "check_attention_backend", "pruners": "check_pruner",
-                  "prompts": "check_prompt_optimizer", "probes": "check_probe"}[kind],
     }
     root = resources.files("looseleaf") / "templates"
     targets = {
@@ -69,21 +68,23 @@ def write_package(kind: str, name: str, into: Path) -> Path:
 
 
 def check(arguments: argparse.Namespace) -> int:
-    """Run the kit and print what failed."""
-    from looseleaf.testing import check as run_kit
+    """Run the kit and print what came out of each check."""
+    from looseleaf import progress, testing
+    from looseleaf.testing.common import run
 
     entry = discovery.find(arguments.name, arguments.kind)
-    cls = discovery.load(entry)
-    problem: str | None = None
-    try:
-        run_kit(cls)
-    except AssertionError as error:
-        problem = str(error)
+    checks = testing.checks(discovery.load(entry))
+    outcomes = [run([one])[0] for one in progress.track(checks, f"checks of {entry.name}")]
+    failed = [o for o in outcomes if o.problem is not None]
+    skipped = [o for o in outcomes if o.skipped is not None]
     if arguments.json:
-        print(json.dumps({"name": entry.name, "kind": entry.kind, "version": entry.version,
-                          "passes": problem is None, "problem": problem}, indent=1))
-    elif problem is None:
-        print(f"{entry.name} {entry.version} ({entry.kind}) passes the conformance kit")
+        print(json.dumps({"name": entry.name, "kind": entry.kind, "version": entry.version, "passes": not failed,
+                          "checks": [dataclasses.asdict(o) for o in outcomes]}, indent=1))
     else:
-        print(f"{entry.name} {entry.version} ({entry.kind}) fails the conformance kit:\n{problem}")
-    return 0 if problem is None else EXIT["no"]
+        said = f"{len(outcomes) - len(failed) - len(skipped)} checks pass" + "".join(
+            f", {len(some)} {word}" for some, word in ((skipped, "skipped"), (failed, "fail")) if some)
+        print(f"{entry.name} {entry.version} ({entry.kind}) {'fails' if failed else 'passes'} the conformance kit: {said}")
+        for outcome in [*skipped, *failed]:
+            print(f"  {'skipped' if outcome.problem is None else 'FAILS'}: {outcome.name}: "
+                  f"{outcome.problem or outcome.skipped}")
+    return EXIT["no"] if failed else 0
