@@ -81,6 +81,7 @@ def lint(session: nox.Session) -> None:
     for package in PACKAGES:
         run(session, python, "-m", "mypy", str(package / "src"))
     run(session, python, "tools/readme_table.py", "--check")
+    run(session, python, "tools/public_names.py", "--check")
     run(session, python, "tools/check_layout.py")
 
 

@@ -21,39 +21,29 @@ for readme in sorted(ROOT.glob("plugins/*/*/README.md")):
     with mkdocs_gen_files.open(f"papers/{kind}/{name}.md", "w") as page:
         page.write(readme.read_text(encoding="utf-8"))
 
-MODULES = {
-    "The core": ["looseleaf.plugin", "looseleaf.paper", "looseleaf.report", "looseleaf.discovery",
-                 "looseleaf.attention.call", "looseleaf.attention.attach", "looseleaf.attention.window",
-                 "looseleaf.pruning.pruner", "looseleaf.pruning.masks", "looseleaf.pruning.selection",
-                 "looseleaf.pruning.targets", "looseleaf_tickets.iterative", "looseleaf_tickets.training",
-                 "looseleaf_tickets.tickets", "looseleaf.pruning.knee", "looseleaf.pruning.semi_structured",
-                 "looseleaf.prompts.optimizer", "looseleaf_text.task",
-                 "looseleaf_text.prompt", "looseleaf.budget", "looseleaf_text.model",
-                 "looseleaf_text.local", "looseleaf_text.endpoint", "looseleaf_text.masked",
-                 "looseleaf_text.template", "looseleaf_text.verbalizer", "looseleaf_text.calibration",
-                 "looseleaf.probes.probe", "looseleaf.probes.hooks", "looseleaf_text.layers",
-                 "looseleaf_text.lens", "looseleaf_text.scaling", "looseleaf.files", "looseleaf.fingerprint",
-                 "looseleaf.testing",
-                 "looseleaf.errors"],
-    "The kernels": ["looseleaf_kernels"],
-    "The lab": ["looseleaf_lab.models", "looseleaf_lab.data", "looseleaf_lab.metrics", "looseleaf_lab.vision",
-                "looseleaf_lab.compressed",
-                "looseleaf_lab.compare",
-                "looseleaf_lab.sweep", "looseleaf_lab.html"],
-}
-SOURCES = [ROOT / "packages/looseleaf/src", ROOT / "packages/looseleaf-lab/src", ROOT / "kernels/src"]
+LIBRARIES = {"The core": "packages/looseleaf", "Language models and text prompts": "packages/looseleaf-text",
+             "Train, prune, rewind": "packages/looseleaf-tickets", "The kernels": "kernels",
+             "The lab": "packages/looseleaf-lab"}
+INNER = ("cli", "templates", "__main__")
 
 
-def exists(module: str) -> bool:
-    """Whether the module has a source file."""
-    part = module.replace(".", "/")
-    return any((s / f"{part}.py").exists() or (s / part / "__init__.py").exists() for s in SOURCES)
+def public_modules(folder: str) -> list[str]:
+    """Modules with something documented in them; those of the command line are not for import."""
+    source = ROOT / folder / "src"
+    found = []
+    for path in sorted(source.rglob("*.py")):
+        parts = path.relative_to(source).with_suffix("").parts
+        parts = parts[:-1] if parts[-1] == "__init__" else parts
+        if any(p in INNER or p.startswith("_") for p in parts) or "\ndef " not in path.read_text() \
+                and "\nclass " not in path.read_text():
+            continue
+        found.append(".".join(parts))
+    return found
 
 
 with mkdocs_gen_files.open("api.md", "w") as page:
     print("# API reference\n", file=page)
-    for title, modules in MODULES.items():
+    for title, folder in LIBRARIES.items():
         print(f"## {title}\n", file=page)
-        for module in modules:
-            if exists(module):
-                print(f"::: {module}\n", file=page)
+        for module in public_modules(folder):
+            print(f"::: {module}\n", file=page)

@@ -22,9 +22,8 @@ import tomllib
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / ".nox" / "torch-only"
 BIN = "Scripts" if os.name == "nt" else "bin"
-PACKAGES = [p.parent for p in (ROOT / "packages/looseleaf/pyproject.toml", ROOT / "kernels/pyproject.toml",
-                               ROOT / "packages/looseleaf-lab/pyproject.toml",
-                               *sorted(ROOT.glob("plugins/*/*/pyproject.toml"))) if p.exists()]
+PACKAGES = [p.parent for p in (*sorted(ROOT.glob("packages/*/pyproject.toml")), ROOT / "kernels/pyproject.toml",
+                               *sorted(ROOT.glob("plugins/*/*/pyproject.toml")))]
 
 PRELUDE = '''
 import os, sys, tempfile
@@ -90,6 +89,8 @@ def check(package: Path, wheels: Path, site: Path, work: Path) -> None:
             raise SystemExit(f"{name}: the plugin {other} is listed in its clean layer")
     unasked = [m for m in ("transformers", "diffusers", "ray", "sklearn", "matplotlib")
                if not _asked_for(project, m)]
+    if name == "looseleaf":  # servers are the affair of looseleaf-text
+        unasked.append("httpx")
     for extra in unasked:
         sh(python, "-c", absent, extra)
     if "kernels" not in str(package):
