@@ -12,16 +12,22 @@ entry point ``looseleaf.reproductions`` names.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import importlib.util
+import io
 import multiprocessing
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 from looseleaf import progress as progress_
+from looseleaf.errors import LooseleafError
 from looseleaf.files import cache_dir
 from looseleaf.report import Claim, Report
 from looseleaf.resume import Cells, as_plain, digest
@@ -30,6 +36,10 @@ from looseleaf.statistics import Interval, bootstrap
 Row = dict[str, Any]
 Decision = tuple["bool | None", str]
 """Whether a claim holds (None: not shown at this scale), and what was measured, in words."""
+
+
+class LostProcessError(LooseleafError, RuntimeError):
+    """A process that measured a seed died, most often because the memory was full."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,13 +145,15 @@ class Study:
         Args:
             seeds: how many, from 0 on.
             quick: minutes instead of thoroughness; shows that everything runs.
-            jobs: seeds measured at the same time, each in a process of its own.
+            jobs: seeds measured at the same time, each in a process of its own with its part of the threads; sums over
+                another number of threads may differ in their last digits.
             state: folder for finished seeds, kept afterwards. None: they are kept in the cache until the run is
-                complete, so that a killed run goes on.
+                complete, so that a killed run goes on. What other code measured is not taken.
             progress: show a progress bar; None: only on a terminal.
 
         Raises:
             ValueError: ``seeds`` or ``jobs`` below 1.
+            LostProcessError: a process died; what is finished is kept.
         """
         for name, value in (("seeds", seeds), ("jobs", jobs)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -181,14 +193,8 @@ class Study:
         return report
 
     def _key(self, scale: Any) -> Row:
-        from importlib.metadata import PackageNotFoundError, version
-
-        source = (self.measure or self.once or self.show).__module__.partition(".")[0]  # type: ignore[union-attr]
-        try:
-            of = version(source.replace("_", "-"))
-        except PackageNotFoundError:
-            of = ""
-        return {"study": self.title, "package": source, "version": of, "scale": repr(scale)}
+        package = (self.measure or self.once or self.show).__module__.partition(".")[0]  # type: ignore[union-attr]
+        return {"study": self.title, "package": package, "code": _code(package), "scale": repr(scale)}
 
     def _rows(self, seeds: Sequence[int], scale: Any, cells: Cells, jobs: int) -> Iterator[tuple[int, Row]]:
         """Seed and row, in the order in which they are finished; those kept come first."""
@@ -211,13 +217,19 @@ class Study:
             return
         # spawned: torch must not be forked once it has started threads
         threads = max(1, (os.cpu_count() or 1) // jobs)
-        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _few_threads, (threads,)) as pool:
+        with ProcessPoolExecutor(min(jobs, len(todo)), multiprocessing.get_context("spawn"), _quiet_worker,
+                                 (threads,)) as pool:
             futures = {pool.submit(self.measure, seed, scale): seed for seed in todo}
             try:
                 for future in as_completed(futures):
                     row = as_plain(future.result())
                     cells.put(keys[futures[future]], row)
                     yield futures[future], row
+            except BrokenProcessPool as error:
+                raise LostProcessError(
+                    f"a process that measured a seed died: expected {jobs} at the same time, got too little memory for "
+                    f"them, most likely. Measure fewer at once (--jobs); {cells.folder} has what is finished, which is "
+                    "kept and taken by the same command") from error
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -250,11 +262,29 @@ def _at(row: Any, path: Sequence[str | int]) -> Any:
     return row
 
 
-def _few_threads(count: int) -> None:
-    os.environ["OMP_NUM_THREADS"] = str(count)
+def _code(package: str) -> str:
+    """A digest of the Python files of a package or module, so that what other code measured is not taken."""
+    spec = importlib.util.find_spec(package) if package != "__main__" else None
+    if spec is None or spec.origin is None:
+        return ""
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    files = sorted(path for folder in folders for path in folder.rglob("*.py")) or [Path(spec.origin)]
+    return digest([hashlib.sha256(path.read_bytes()).hexdigest() for path in files])
+
+
+class _Log(io.TextIOWrapper):
+    """A stream on which nothing draws a progress bar: those of several processes would overwrite each other."""
+
+    def isatty(self) -> bool:
+        return False
+
+
+def _quiet_worker(threads: int) -> None:
+    sys.stderr = _Log(os.fdopen(2, "wb", closefd=False), line_buffering=True)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     import torch
 
-    torch.set_num_threads(count)
+    torch.set_num_threads(threads)
 
 
-__all__ = ["Results", "Study", "StudyClaim", "above", "below", "every"]
+__all__ = ["LostProcessError", "Results", "Study", "StudyClaim", "above", "below", "every"]
