@@ -43,8 +43,9 @@ def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
 
 GOOD = '''
 import dataclasses
-from typing import ClassVar
+from typing import Annotated, ClassVar
 from looseleaf import Paper, Probe, Report
+from looseleaf.plugin import In
 
 @dataclasses.dataclass
 class Method(Probe):
@@ -53,13 +54,10 @@ class Method(Probe):
     Args:
         size: how large; at least 1.
     """
-    size: int = 3
+    size: Annotated[int, In(">= 1")] = 3
     paper: ClassVar[Paper] = Paper(title="A made-up paper", authors=("Ada Lovelace",), year=2026)
 
-    def validate(self):
-        self.check("size", self.size >= 1, "at least 1")
-
-    def run(self, model, data=None, *, tokenizer=None, seed=0, progress=None):
+    def run(self, subject, data=None, *, seed=0, progress=None):
         return Report("made up")
 '''
 

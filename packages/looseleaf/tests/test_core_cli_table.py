@@ -45,7 +45,7 @@ def test_tables_are_shown_and_filtered(capsys: pytest.CaptureFixture[str]) -> No
     (["made-up", "--table"], "'made-up' has no table"),
     (["tabled", "--table", "--where", "shap=cloze"], "'shap'; it has name, year, shape. Did you mean 'shape'?"),
     (["tabled", "--table", "--where", "shape=closed"], "there is cloze, prefix. Did you mean 'cloze'?"),
-    (["tabled", "--table", "--where", "cloze"], "allowed is FIELD=VALUE"),
+    (["tabled", "--table", "--where", "cloze"], "expected FIELD=VALUE"),
     (["tabled", "--where", "shape=cloze"], "needs --table"),
 ])
 def test_bad_questions(capsys: pytest.CaptureFixture[str], argv: list[str], says: str) -> None:

@@ -25,7 +25,7 @@ def test_get_makes_an_instance_by_name(distribution: Install, good_source: str) 
 
 def test_a_parameter_it_does_not_have(distribution: Install, good_source: str) -> None:
     distribution("looseleaf-made-up", "made-up", good_source)
-    with pytest.raises(TypeError, match=r"no parameter 'sise': allowed is size. Did you mean 'size'\?"):
+    with pytest.raises(TypeError, match=r"no parameter 'sise': expected size. Did you mean 'size'\?"):
         looseleaf.get("made-up", sise=4)
 
 

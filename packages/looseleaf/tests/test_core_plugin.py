@@ -6,13 +6,14 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
+import numpy as np
 import pytest
 
 from looseleaf import Claim, Figure, Paper, Plugin, Report, Series
 from looseleaf.files import write_text
-from looseleaf.plugin import docstring_arguments
+from looseleaf.plugin import In, OneOf, docstring_arguments
 
 
 @dataclasses.dataclass
@@ -25,18 +26,53 @@ class Method(Plugin):
         steps: how many.
     """
 
-    gamma: float = 0.9
+    gamma: Annotated[float, In("(0, 1]")] = 0.9
     steps: int = 3
     paper: ClassVar[Paper] = Paper("A title of a paper", ("Grace Hopper", "Alan Turing"), 2024, arxiv="2401.00001",
                                    venue="ICML 2024")
 
     def validate(self) -> None:
-        self.check("gamma", 0 < self.gamma <= 1, "0 < gamma <= 1")
+        self.check("steps", self.steps < 10 or self.gamma < 1, "below 10 where gamma is 1")
 
 
 def test_a_bad_value_names_field_value_and_range() -> None:
-    with pytest.raises(ValueError, match=r"Method\.gamma=1\.5: allowed is 0 < gamma <= 1"):
+    with pytest.raises(ValueError, match=r"Method\.gamma: expected a number in \(0, 1\], got 1\.5"):
         Method(gamma=1.5)
+    with pytest.raises(ValueError, match=r"Method\.steps: expected below 10 where gamma is 1, got 12"):
+        Method(gamma=1, steps=12)
+
+
+@dataclasses.dataclass
+class Ranges(Plugin):
+    """Fields of every type that is checked."""
+
+    rate: Annotated[float, In("> 0")] = 1.0
+    limit: Annotated[float, In("> 0", infinite=True)] = math.inf
+    count: Annotated[int | None, In(">= 1")] = None
+    sizes: Annotated[tuple[int, ...], In("[1, 9]")] = (1, 2)
+    block: Annotated[int, OneOf(16, 32)] = 16
+    mode: Literal["a", "b"] = "a"
+    exact: bool = False
+    name: str = "x"
+    paper: ClassVar[Paper] = Method.paper
+
+
+@pytest.mark.parametrize(("field", "value", "expected"), [
+    ("rate", math.nan, "a number > 0"), ("rate", math.inf, "a number > 0"), ("rate", "1", "a number > 0"),
+    ("rate", True, "a number > 0"), ("limit", 0, "a number > 0"), ("count", 0, "None or an integer >= 1"),
+    ("count", 1.5, "None or an integer >= 1"), ("sizes", (0,), r"a sequence of integers in \[1, 9\]"),
+    ("sizes", 3, r"a sequence of integers in \[1, 9\]"), ("block", 17, "16 or 32"), ("mode", "c", "'a' or 'b'"),
+    ("exact", 1, "True or False"), ("name", 3, "text")])
+def test_declared_ranges_are_checked(field: str, value: object, expected: str) -> None:
+    with pytest.raises(ValueError, match=rf"Ranges\.{field}: expected {expected}, got "):
+        Ranges(**{field: value})  # type: ignore[arg-type]
+
+
+def test_declared_ranges_take_what_they_should() -> None:
+    Ranges(rate=np.float32(0.5), count=np.int64(3), sizes=[1, 9], block=32)  # type: ignore[arg-type]
+    Ranges(rate=2, limit=3, count=None)
+    with pytest.raises(ValueError, match="interval: expected text such as"):
+        In("0 to 1")
 
 
 def test_parameters_come_with_type_default_and_help() -> None:
@@ -44,7 +80,7 @@ def test_parameters_come_with_type_default_and_help() -> None:
     assert (gamma.name, gamma.type_name, gamma.default, gamma.help) == (
         "gamma", "float", 0.9, "share to keep, in (0, 1].")
     assert steps.help == "how many."
-    assert Method(steps=5).parameters() == {"gamma": 0.9, "steps": 5}
+    assert Method(steps=5).hyperparameters() == {"gamma": 0.9, "steps": 5}
 
 
 def test_docstring_section_ends_at_the_next_one() -> None:

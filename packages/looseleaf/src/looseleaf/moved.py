@@ -46,6 +46,8 @@ def advice(error: BaseException) -> str:
 
 def refuse_former(cls: type) -> None:
     """TypeError where a plugin class has an attribute of 0.1; the message says what to write now."""
+    if cls.__module__.startswith("looseleaf."):
+        return
     for name, instead in ATTRIBUTES.items():
         if name in vars(cls):
             raise TypeError(f"{cls.__name__}.{name} was part of looseleaf 0.1: {instead} (see {GUIDE})")

@@ -86,7 +86,7 @@ def _table(entry: discovery.Installed, cls: Any, arguments: argparse.Namespace) 
     for text in arguments.where or []:
         field, found, value = text.partition("=")
         if not found:
-            raise ValueError(f"--where {text!r}: allowed is FIELD=VALUE, such as year=2021")
+            raise ValueError(f"--where: expected FIELD=VALUE, such as year=2021, got {text!r}")
         conditions[field.strip()] = value.strip()
     table = select(make(), conditions)
     if arguments.json:
