@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from looseleaf import Masks, get
-from looseleaf_tickets import Ticket, TrainingRun
 from looseleaf_lottery_rewinding import LotteryRewinding, stability
+from looseleaf_tickets import Ticket, TrainingRun
 
 torch.set_num_threads(1)
 

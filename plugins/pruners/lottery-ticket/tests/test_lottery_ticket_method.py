@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from looseleaf import LooseleafError, Masks, get
-from looseleaf_tickets import Ticket, train_ticket
 from looseleaf.testing.models import small_network
 from looseleaf_lottery_ticket import LotteryTicket, random_mask, random_reinit
+from looseleaf_tickets import Ticket, train_ticket
 
 torch.set_num_threads(1)
 

@@ -35,8 +35,8 @@ def stability(ticket: Ticket, model: nn.Module, train: Train, seeds: tuple[int, 
     Args:
         ticket: with the start to train from.
         model: its architecture; not changed.
-        train: see :func:`looseleaf_tickets.train_ticket`. The order of its data must come from ``run.seed``, ``run.batches`` or
-            torch's global generator; nothing else may differ between two calls.
+        train: see :func:`looseleaf_tickets.train_ticket`. The order of its data must come from ``run.seed``,
+            ``run.batches`` or torch's global generator; nothing else may differ between two calls.
         seeds: of the two trainings.
 
     Raises:
@@ -44,7 +44,7 @@ def stability(ticket: Ticket, model: nn.Module, train: Train, seeds: tuple[int, 
             :func:`looseleaf_tickets.train_ticket` raises.
     """
     if seeds[0] == seeds[1]:
-        raise ValueError(f"seeds={seeds}: allowed are two different ones, since the order of the data must differ")
+        raise ValueError(f"seeds: expected two different ones, since the order of the data must differ, got {seeds}")
     start = _vector(ticket, ticket.start)
     first, second = (_vector(ticket, dict(train_ticket(ticket, model, train, seed=seed).model.named_parameters()))
                      for seed in seeds)
