@@ -126,7 +126,7 @@ def test_counts_nesting_and_start() -> None:
         assert (ticket.masks & after.masks) == after.masks and "score" in ticket.metrics
         assert not any("bias" in n or n.startswith("1.") for n in ticket.masks), "biases and norms are never pruned"
         made = network(seed=5)
-        ticket.apply(made).bake(made)
+        ticket.apply(made).make_permanent(made)
         for name, tensor in made.state_dict().items():
             assert torch.equal(tensor, before[name] * ticket.masks[name] if name in ticket.masks else before[name])
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
@@ -640,9 +640,9 @@ def test_schedules() -> None:
     with pytest.raises(ValueError, match=r"rounds=3: allowed is None, or at least 11: 3 rounds at fraction=0\.2 reach "
                                          r"sparsity 0\.488, not 0\.9"):
         Sound(rounds=3, sparsity=0.9)
-    rule: Any = Sound(rounds=2, half_rate="5").selection()  # type: ignore[arg-type]
+    rule: Any = Sound(rounds=2, half_rate_layers="5").selection()  # type: ignore[arg-type]
     assert rule.others["5"].sparsity == 1 - 0.9 ** 2
-    rule = Sound(sparsity=0.9, half_rate=("5",)).selection()
+    rule = Sound(sparsity=0.9, half_rate_layers=("5",)).selection()
     assert rule.rule.sparsity == 0.9 and rule.others["5"].sparsity == pytest.approx(1 - 0.9 ** 10.3189, abs=1e-5)
 
 
@@ -651,7 +651,7 @@ def test_schedules() -> None:
     ({"fraction": 0.0}, "fraction"), ({"fraction": 1.0}, "fraction"), ({"fraction": "much"}, "fraction"),
     ({"sparsity": 1.0}, "sparsity"), ({"sparsity": "half"}, "sparsity"),
     ({"scope": "model"}, "scope"), ({"seed": 0.5}, "seed"),
-    ({"half_rate": ()}, "half_rate"), ({"targets": 5}, "targets"), ({"exclude": ("",)}, "exclude")])
+    ({"half_rate_layers": ()}, "half_rate_layers"), ({"targets": 5}, "targets"), ({"exclude": ("",)}, "exclude")])
 def test_bad_values(fields: dict[str, Any], word: str) -> None:
     with pytest.raises(ValueError, match=word) as caught:
         Sound(**fields)
@@ -659,7 +659,7 @@ def test_bad_values(fields: dict[str, Any], word: str) -> None:
 
 
 def test_find_prune_and_score_agree(tmp_path: Path) -> None:
-    pruner = Sound(rounds=3, scope="layer", half_rate=("5",), seed=4)
+    pruner = Sound(rounds=3, scope="layer", half_rate_layers=("5",), seed=4)
     tickets = pruner.find(network(), plain, evaluate, state=tmp_path, progress=False)
     assert pruner.prune(network(), data=plain) == tickets[-1].masks
     assert pruner.selection().select(pruner.score(network(), plain)) == tickets[-1].masks
@@ -671,7 +671,7 @@ def test_find_prune_and_score_agree(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"training function is needed.*prune\(model, data=train\)"):
             pruner.prune(network(), data)
     with pytest.raises(ValueError, match="matches no parameter"):
-        Sound(half_rate=("output",)).prune(network(), plain)
+        Sound(half_rate_layers=("output",)).prune(network(), plain)
     assert Sound(sparsity=0.0).prune(network(), plain).removed() == 0
 
 

@@ -128,7 +128,7 @@ class TestTargets:
         sparse = model(x)
         masks.remove(model)
         assert torch.equal(model(x), dense)
-        masks.bake(model)
+        masks.make_permanent(model)
         torch.testing.assert_close(model(x), sparse)
         assert set(input_dims(model, names).values()) == {1}
 
@@ -396,7 +396,7 @@ class TestMasks:
         with pytest.raises(ValueError, match="other masks"):
             other.remove(model)
         with pytest.raises(ValueError, match="other masks"):
-            other.bake(model)
+            other.make_permanent(model)
         masks.remove(model)
         other.apply(model)
 
@@ -414,7 +414,7 @@ class TestMasks:
             with pytest.raises(ValueError, match="another model"):
                 bad.apply(model)
             with pytest.raises(ValueError, match="another model"):
-                bad.bake(model)
+                bad.make_permanent(model)
             assert list(model.state_dict()) == keys
 
     def test_apply_undone_when_it_fails_halfway(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -463,7 +463,7 @@ class TestMasks:
         assert len(list(model.parameters())) == 5
         masks.remove(model)
         assert model.first.weight is model.again.weight
-        masks.bake(model)
+        masks.make_permanent(model)
         assert model.first.weight is model.again.weight and not model.first.weight[~masks["first.weight"]].any()
 
     @pytest.mark.parametrize("make", [
@@ -482,7 +482,7 @@ class TestMasks:
             assert not stored.grad[~masks["hidden.weight"]].any() and stored.grad.any()
             optimizer.step()
             assert not weight.weight[~masks["hidden.weight"]].any()
-        masks.bake(model)
+        masks.make_permanent(model)
         hidden: Any = model.hidden
         assert not torch.equal(hidden.weight, dense["hidden.weight"])
         assert hidden.weight is stored
@@ -498,9 +498,9 @@ class TestMasks:
         model, other = small_network(), small_network()
         masks = self.masks(model)
         masks.apply(model)
-        masks.bake(model)
+        masks.make_permanent(model)
         masks.remove(model)
-        masks.bake(other)
+        masks.make_permanent(other)
         assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
         assert list(model.state_dict()) == list(other.state_dict())
 
@@ -517,7 +517,7 @@ class TestMasks:
         model = llama()
         masks = self.masks(model).apply(model)
         expected = model(IDS).logits
-        masks.bake(model).remove(model)
+        masks.make_permanent(model).remove(model)
         model.save_pretrained(tmp_path)
         plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
         assert torch.equal(plain(IDS).logits, expected)
@@ -670,7 +670,7 @@ class Writing(Sound):
     __doc__ = Sound.__doc__
 
     def prune(self, model: nn.Module, data: Any = None) -> Masks:
-        return super().prune(model, data).bake(model)
+        return super().prune(model, data).make_permanent(model)
 
 
 @dataclasses.dataclass

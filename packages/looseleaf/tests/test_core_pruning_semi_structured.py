@@ -49,7 +49,7 @@ def test_our_masks_are_what_torch_compresses_without_loss() -> None:
     """The conversion itself has no need of a GPU."""
     conversions = pytest.importorskip("torch.sparse._semi_structured_conversions")
     model = net().half()
-    masks_of(model, NM(2, 4)).bake(model)
+    masks_of(model, NM(2, 4)).make_permanent(model)
     for weight in (model[0].weight.detach(), model[2].weight.detach()):  # type: ignore[index]
         small, places = conversions.sparse_semi_structured_from_dense_cutlass(weight)
         assert small.shape == (weight.shape[0], weight.shape[1] // 2)

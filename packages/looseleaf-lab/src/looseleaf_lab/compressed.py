@@ -49,7 +49,7 @@ def save_compressed(model: Any, tokenizer: Any, masks: Masks, folder: str | os.P
             raise ValueError(f"{name!r}: {wrong} groups of 4 inputs keep more than 2: prune Linear layers with "
                              "NM(2, 4)")
     pruned = copy.deepcopy(model)
-    masks.bake(pruned)
+    masks.make_permanent(pruned)
     target = models.new_folder(folder)
     # first the plain model, whole or not at all; then its weights are replaced, and last the configuration
     beside = target.with_name(f".{target.name}.part")

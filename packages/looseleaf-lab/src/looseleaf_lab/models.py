@@ -216,7 +216,7 @@ def save(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> None:
     """Write model and tokenizer to a new folder that any version of transformers reads.
 
     Args:
-        model: a transformers model without masks on it (``masks.bake(model)`` first).
+        model: a transformers model without masks on it (``masks.make_permanent(model)`` first).
         tokenizer: its tokenizer.
         folder: made here; whole or not at all.
 

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from looseleaf import progress as progress_
 from looseleaf.fingerprint import fingerprint
 from looseleaf.pruning.masks import Masks, _mask_of
-from looseleaf.pruning.pruner import Pruner
+from looseleaf.pruning.pruner import WeightPruner
 from looseleaf.pruning.selection import Selection, Unstructured
 from looseleaf.pruning.targets import check_finite, holders, model_facts, prunable_parameters, stored_parameter
 from looseleaf_tickets.tickets import Ticket, TicketFolder, snapshot
@@ -140,7 +140,7 @@ def _checked(model: nn.Module, names: list[str]) -> list[str]:
             check_finite(name, parameter.detach(), "weights")
         if any(parametrize.is_parametrized(*place) and (name in names or _mask_of(*place) is not None)
                for place in found):
-            raise ValueError(f"{name!r} carries a mask or another parametrization: take it off first (remove or bake "
+            raise ValueError(f"{name!r} carries a mask or another parametrization: take it off first (remove or make_permanent "
                              "of the masks)")
     return names
 
@@ -203,7 +203,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 @dataclasses.dataclass
-class IterativePruner(Pruner):
+class IterativePruner(WeightPruner):
     """What methods of iterative magnitude pruning share: the schedule, and ``find`` on top of :func:`find_tickets`.
 
     After i rounds ``(1 - fraction)^i`` of the weights are left, to the weight: ``round((1 - (1 - fraction)^i) * n)`` of
@@ -215,7 +215,7 @@ class IterativePruner(Pruner):
         fraction: share of the remaining weights that goes in a round, 0 < fraction < 1.
         sparsity: share of the weights to remove in all, in [0, 1); the last round then removes only what is missing.
         scope: "global" compares all weights together, "layer" removes the same share of each parameter.
-        half_rate: patterns of layers that are pruned at half of ``fraction``, and apart from the others.
+        half_rate_layers: patterns of layers that are pruned at half of ``fraction``, and apart from the others.
         targets: patterns of the weights to prune; None: every Linear and convolution of the body.
         exclude: patterns of weights to leave out.
         seed: of the random numbers of every training.
@@ -225,7 +225,7 @@ class IterativePruner(Pruner):
     fraction: float = 0.2
     sparsity: float | None = None
     scope: Literal["global", "layer"] = "global"
-    half_rate: tuple[str, ...] | None = None
+    half_rate_layers: tuple[str, ...] | None = None
     targets: tuple[str, ...] | None = None
     exclude: tuple[str, ...] | None = None
     seed: int = 0
@@ -246,7 +246,7 @@ class IterativePruner(Pruner):
                    "None, or 0 <= sparsity < 1")
         self.check("scope", self.scope in ("global", "layer"), "'global' or 'layer'")
         self.check("seed", _whole(self.seed), "a whole number")
-        for name in ("half_rate", "targets", "exclude"):
+        for name in ("half_rate_layers", "targets", "exclude"):
             value = getattr(self, name)
             value = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
             setattr(self, name, value)
@@ -277,7 +277,7 @@ class IterativePruner(Pruner):
 
     def _rule(self, level: float, slower: float) -> Selection:
         rule = Unstructured(level, self.scope)
-        return Grouped(rule, {p: Unstructured(slower, self.scope) for p in self.half_rate}) if self.half_rate else rule
+        return Grouped(rule, {p: Unstructured(slower, self.scope) for p in self.half_rate_layers}) if self.half_rate_layers else rule
 
     def selection(self) -> Selection:
         """The rule of the last round."""
@@ -333,7 +333,7 @@ class IterativePruner(Pruner):
 
     def _weights(self, model: nn.Module) -> list[str]:
         chosen = list(prunable_parameters(model, self.targets, self.exclude))
-        slow = list(prunable_parameters(model, self.half_rate)) if self.half_rate else []
+        slow = list(prunable_parameters(model, self.half_rate_layers)) if self.half_rate_layers else []
         return chosen + [name for name in slow if name not in chosen]
 
 

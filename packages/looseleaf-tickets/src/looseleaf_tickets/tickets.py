@@ -51,14 +51,14 @@ class Ticket:
         """Make ``model`` this ticket, ready to be trained, and return the masks that are on it now.
 
         All weights and buffers take the values of ``start``; removed weights become 0, behind the mask too, so that
-        weight decay, momentum and norms of parameters see zeros as well. ``bake`` of the masks ends it.
+        weight decay, momentum and norms of parameters see zeros as well. ``make_permanent`` of the masks ends it.
 
         Raises:
             ValueError: the ticket is for another model (names or shapes), or the model carries masks.
         """
         self.masks._places(model)
         load_state(model, self.start)
-        return self.masks.bake(model).apply(model)
+        return self.masks.make_permanent(model).apply(model)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the ticket to one safetensors file, whole or not at all; round, step and metrics are JSON in its head.

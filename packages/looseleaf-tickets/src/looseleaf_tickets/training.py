@@ -215,7 +215,7 @@ def train_ticket(ticket: Ticket, model: nn.Module, train: Train, evaluate: Evalu
         for name, places in ticket.masks._places(copied).items():
             if any(_mask_of(*place) is None for place in places):
                 raise ValueError(f"the training function took the mask of {name!r} off: it must leave the masks on")
-        ticket.masks.bake(copied)
+        ticket.masks.make_permanent(copied)
     for parameter in copied.parameters():
         parameter.grad = None
     _changed(copied, ticket)

@@ -13,7 +13,8 @@ __version__ = "0.2.0"
 _HOME = {
     "AttentionBackend": "attention.call", "AttentionCall": "attention.call",
     "Attached": "attention.attach", "attach": "attention.attach", "SlidingWindow": "attention.window",
-    "Pruner": "pruning.pruner", "Masks": "pruning.masks", "Unstructured": "pruning.selection",
+    "Pruner": "pruning.pruner", "WeightPruner": "pruning.pruner", "TokenPruner": "pruning.pruner",
+    "UpdatePruner": "pruning.pruner", "Masks": "pruning.masks", "Unstructured": "pruning.selection",
     "NM": "pruning.selection", "Structured": "pruning.selection", "Selection": "pruning.selection",
     "prunable_parameters": "pruning.targets",
     "PromptOptimizer": "prompts.optimizer", "Budget": "budget",
@@ -69,7 +70,7 @@ if TYPE_CHECKING:
     from looseleaf.budget import Budget
     from looseleaf.prompts.optimizer import PromptOptimizer
     from looseleaf.pruning.masks import Masks
-    from looseleaf.pruning.pruner import Pruner
+    from looseleaf.pruning.pruner import Pruner, TokenPruner, UpdatePruner, WeightPruner
     from looseleaf.pruning.selection import NM, Selection, Structured, Unstructured
     from looseleaf.pruning.targets import prunable_parameters
     from looseleaf.report import Claim, Figure, Report, Series, Table, TokenStrip

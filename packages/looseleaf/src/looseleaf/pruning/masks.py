@@ -27,7 +27,7 @@ class Masks(Mapping[str, Tensor]):
 
     ``apply`` puts the masks in front of the weights of a model as torch parametrizations: the forward pass sees zeros,
     the parameters stay the same objects (an optimiser made before or after keeps working), and removed weights get a
-    gradient of exactly zero. ``remove`` takes the masks off and gives the dense weights back; ``bake`` writes the
+    gradient of exactly zero. ``remove`` takes the masks off and gives the dense weights back; ``make_permanent`` writes the
     zeros into the weights and leaves a plain model, ready for ``save_pretrained``.
 
     Args:
@@ -149,7 +149,7 @@ class Masks(Mapping[str, Tensor]):
         """Put the masks on ``model`` and return self. Applying the same masks twice changes nothing.
 
         The model is checked as a whole before anything is changed. The masks are copied to each weight's device.
-        Save a masked model only after :meth:`bake` or :meth:`remove`: its ``state_dict`` has other names.
+        Save a masked model only after :meth:`make_permanent` or :meth:`remove`: its ``state_dict`` has other names.
 
         Raises:
             ValueError: the masks are for another model (names or shapes), the model carries other masks or a weight has
@@ -186,7 +186,7 @@ class Masks(Mapping[str, Tensor]):
     def remove(self, model: nn.Module) -> None:
         """Take the masks off ``model``: the weights are the dense ones again, bit for bit (or as training left them).
 
-        After :meth:`bake` this does nothing: the zeros stay.
+        After :meth:`make_permanent` this does nothing: the zeros stay.
 
         Raises:
             ValueError: the masks are for another model, are not on this one, or others are.
@@ -207,7 +207,7 @@ class Masks(Mapping[str, Tensor]):
         for place in carried:
             _take_off(*place)
 
-    def bake(self, model: nn.Module) -> Masks:
+    def make_permanent(self, model: nn.Module) -> Masks:
         """Write zeros into the removed weights of ``model``, take the masks off if they are on, and return self.
 
         The result is a plain model: ``save_pretrained`` writes it and any version of transformers reads it.

@@ -1,10 +1,11 @@
-"""The interface of a method that decides what is removed."""
+"""The interfaces of methods that decide what is removed: from weights, from a batch, from an update."""
 
 from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from looseleaf.plugin import Plugin
 
@@ -18,38 +19,76 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Pruner(Plugin):
-    """Decides what is removed: :meth:`score` -> :meth:`selection` -> :class:`looseleaf.Masks`.
+    """What the three kinds of pruner have in common; subclass one of them.
 
-    A score says how much an entry matters; the selection rule keeps the entries with high scores. What the entries are
-    is said by :attr:`removes`:
-
-    ============ ======================================== ==================================== =======================
-    ``removes``  names of scores and masks                ``model``                            ``data``
-    ============ ======================================== ==================================== =======================
-    ``weights``  prunable parameters of the model         the model                            batches, a training
-                                                                                               function, or nothing
-    ``updates``  any parameters of the model              the model after the step or training its ``state_dict`` before
-    ``tokens``   tensors of the batch, as ``input_ids``   the model that is to read them       a batch
-    ============ ======================================== ==================================== =======================
-
-    Methods of several rounds override :meth:`prune`.
-
-    Attributes:
-        removes: what the masks are put on.
+    :class:`WeightPruner` removes weights of a model, :class:`TokenPruner` tokens (or patches, or frames) of a batch,
+    :class:`UpdatePruner` entries of what training did to the weights.
     """
 
     kind: ClassVar[str] = "pruners"
-    removes: ClassVar[Literal["weights", "updates", "tokens"]] = "weights"
+
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        if "removes" in cls.__dict__:
+            raise TypeError(f"{cls.__name__}.removes: expected a subclass of WeightPruner, TokenPruner or UpdatePruner, "
+                            f"got the class attribute removes={cls.__dict__['removes']!r}, which says no more what a "
+                            "pruner removes. TokenPruner has keep(model, batch), UpdatePruner keep(before, after)")
+
+
+@dataclasses.dataclass
+class WeightPruner(Pruner):
+    """Removes weights of a model: :meth:`score` -> :meth:`selection` -> :class:`looseleaf.Masks`.
+
+    A score says how much a weight matters; the selection rule keeps the weights with high scores. Methods of several
+    rounds override :meth:`prune`.
+    """
 
     @abstractmethod
     def score(self, model: torch.nn.Module, data: Any = None) -> dict[str, Tensor]:
-        """Scores by name, each of the shape of what it scores; only what may be removed appears."""
+        """Scores of the weights that may be removed: parameter name -> tensor of the parameter's shape.
+
+        Args:
+            model: any torch module; not changed.
+            data: batches, a training function, or whatever the method's docstring says; None: nothing.
+        """
 
     @abstractmethod
     def selection(self) -> Selection:
         """The rule that turns scores into masks."""
 
     def prune(self, model: torch.nn.Module, data: Any = None) -> Masks:
-        """The masks (True = keep). The model itself is not changed; masks of weights go on it by
-        ``masks.apply(model)``."""
+        """The masks (True = keep) for ``model``, which is not changed; ``masks.apply(model)`` puts them on.
+
+        Args:
+            model: any torch module.
+            data: see :meth:`score`.
+        """
         return self.selection().select(self.score(model, data))
+
+
+@dataclasses.dataclass
+class TokenPruner(Pruner):
+    """Removes tokens, patches or frames of each sample of a batch."""
+
+    @abstractmethod
+    def keep(self, model: torch.nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What is kept of ``batch``: name of a tensor in it -> (B, N) bool, True = keep.
+
+        Args:
+            model: the model that is to read the batch; not changed.
+            batch: tensors by name, such as ``input_ids`` (B, N) or ``pixel_values``; not changed.
+        """
+
+
+@dataclasses.dataclass
+class UpdatePruner(Pruner):
+    """Removes entries of an update, of one step or of a whole training."""
+
+    @abstractmethod
+    def keep(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Masks:
+        """Which entries of ``after - before`` are kept (True); the others go back to their values before.
+
+        Args:
+            before: values by parameter name, as in ``state_dict``; not changed.
+            after: values of the same names and shapes; not changed.
+        """

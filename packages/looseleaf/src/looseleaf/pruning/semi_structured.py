@@ -22,7 +22,7 @@ def compress_semi_structured(model: nn.Module, masks: Masks) -> list[str]:
     the memory for the weights. Training and ``save_pretrained`` want the plain model: save it first.
 
     Args:
-        model: on a CUDA device, its weights float16, bfloat16 or int8. Masks on it are baked.
+        model: on a CUDA device, its weights float16, bfloat16 or int8. Masks on it are made permanent.
         masks: of the pattern 2:4 along the inputs, as ``NM(2, 4)`` makes them.
 
     Returns:
@@ -53,7 +53,7 @@ def compress_semi_structured(model: nn.Module, masks: Masks) -> list[str]:
                 f"{name!r} ({weight.dtype}, {tuple(weight.shape)}, on {weight.device}) has no semi-structured form: "
                 f"{error}. Wanted is a CUDA device of capability 8.0 or later, and float16, bfloat16 or int8"
             ) from error
-    masks.bake(model)
+    masks.make_permanent(model)
     for module, sparse in made.values():
         module.weight = nn.Parameter(sparse, requires_grad=False)
     return list(made)

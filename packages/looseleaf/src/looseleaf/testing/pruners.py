@@ -242,10 +242,10 @@ def _model(findings: Findings, title: str, make: Callable[[], Pruner], give: Cal
     with findings.check(f"{title}: training under masks"):
         _training(masks, build(), inputs)
     if hasattr(model, "save_pretrained"):
-        with findings.check(f"{title}: save_pretrained after bake"), tempfile.TemporaryDirectory() as folder:
+        with findings.check(f"{title}: save_pretrained after make_permanent"), tempfile.TemporaryDirectory() as folder:
             masks.apply(model)
             expected = _run(model, inputs)
-            masks.bake(model)
+            masks.make_permanent(model)
             model.save_pretrained(folder)  # type: ignore[operator]
             plain = type(model).from_pretrained(folder)  # type: ignore[attr-defined]
             assert torch.equal(_run(plain, inputs), expected), "the saved model computes something else"
@@ -261,15 +261,15 @@ def _round_trip(masks: Masks, model: nn.Module, inputs: Tensor) -> None:
     masks.remove(model)
     _unchanged(before, model)
     assert torch.equal(_run(model, inputs), dense), "after remove the model computes something else"
-    masks.bake(model)
-    assert torch.equal(_run(model, inputs), once), "bake computes something else than apply"
+    masks.make_permanent(model)
+    assert torch.equal(_run(model, inputs), once), "make_permanent computes something else than apply"
     for name, parameter in model.named_parameters():
         if name in masks:
             assert not parameter[~masks[name]].any(), f"{name} is not zero where it is removed"
             kept = before["values"][name][masks[name]]
-            assert torch.equal(parameter.detach()[masks[name]], kept), f"{name}: bake changes kept weights"
+            assert torch.equal(parameter.detach()[masks[name]], kept), f"{name}: make_permanent changes kept weights"
         else:
-            assert torch.equal(parameter.detach(), before["values"][name]), f"bake changes {name}, which has no mask"
+            assert torch.equal(parameter.detach(), before["values"][name]), f"make_permanent changes {name}, which has no mask"
 
 
 def _training(masks: Masks, model: nn.Module, inputs: Tensor) -> None:
