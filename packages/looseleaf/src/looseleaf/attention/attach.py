@@ -73,11 +73,11 @@ class Attached:
     def compute(self, call: AttentionCall, layer: int) -> Tensor:
         """Send one call to the backend, timed and recorded."""
         values: dict[str, Any] = {"layer": layer, "phase": call.phase}
-        call.layer, call.step, call.steps = layer, self.step, self.steps
+        call.layer, call.layers, call.step, call.steps = layer, len(self.layers), self.step, self.steps
         call.state = self._states.setdefault(layer, SimpleNamespace())
         call.record = lambda **given: values.update(given)
         stop = _stopwatch(call.query.device)
-        out = self.backend.attend(call)
+        out = self.backend.compute(call)
         self._calls.append((values, stop()))
         return out
 

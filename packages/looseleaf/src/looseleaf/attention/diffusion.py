@@ -142,4 +142,4 @@ class _TakeOver(TorchFunctionMode):
         if dropout_p or query.dim() != 4:
             return None
         return AttentionCall(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale, is_causal,
-                             mask=attn_mask, phase="encode", module=self.module)
+                             mask=attn_mask, phase="bidirectional", module=self.module)

@@ -262,7 +262,7 @@ def _call(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: An
 
 
 def _phase(causal: bool, lq: int) -> Phase:
-    return ("decode" if lq == 1 else "prefill") if causal else "encode"
+    return ("decode" if lq == 1 else "prefill") if causal else "bidirectional"
 
 
 def _is_cross(module: nn.Module) -> bool:

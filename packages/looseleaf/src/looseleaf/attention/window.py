@@ -1,9 +1,9 @@
-"""The trivial rival of every sparse method: the first keys and the most recent ones."""
+"""The baseline of every sparse method: the first keys and the most recent ones."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,40 +11,41 @@ from torch import Tensor
 from looseleaf.attention.call import AttentionBackend, AttentionCall
 from looseleaf.attention.dense import ROWS
 from looseleaf.paper import Paper
+from looseleaf.plugin import In
 
 
 @dataclasses.dataclass
 class SlidingWindow(AttentionBackend):
     """Attention sinks and a window: each query sees the first ``sink`` keys and the last ``window`` ones.
 
-    Exact inside that set, computed for a few hundred query rows at a time. Decode steps and encoders stay exact.
+    Exact inside that set, computed for a few hundred query rows at a time. Decoding and encoders stay exact.
 
     Args:
-        sink: number of first keys that every query sees; 0 or more.
-        window: number of most recent keys that a query sees, itself included; at least 1.
+        sink: number of first keys that every query sees.
+        window: number of most recent keys that a query sees, itself included.
     """
 
-    sink: int = 4
-    window: int = 1024
+    sink: Annotated[int, In(">= 0")] = 4
+    window: Annotated[int, In(">= 1")] = 1024
     paper: ClassVar[Paper] = Paper(
         title="Efficient Streaming Language Models with Attention Sinks",
         authors=("Guangxuan Xiao", "Yuandong Tian", "Beidi Chen", "Song Han", "Mike Lewis"), year=2024,
         arxiv="2309.17453", venue="ICLR 2024", summary="Bounded attention: the first tokens and a recent window.")
 
-    def validate(self) -> None:
-        self.check("sink", isinstance(self.sink, int) and self.sink >= 0, "a whole number from 0")
-        self.check("window", isinstance(self.window, int) and self.window >= 1, "a whole number from 1")
+    @classmethod
+    def conformance(cls) -> dict[str, Any]:
+        """A window shorter than the kit's inputs."""
+        return {"make": lambda: cls(sink=4, window=64)}
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Attention over sinks and window, (B, Hq, Lq, D)."""
-        if call.phase != "prefill" or call.mask is not None:
-            return call.fall_back("only causal prefill without an extra mask is changed")
-        _, _, _, lq, lk, _ = call.shape
+        if not call.is_causal or call.mask is not None:
+            return call.fall_back("an extra mask")
+        lk = call.key.shape[2]
         if lk <= self.sink + self.window:
             return call.fall_back("no longer than sinks and window")
-        batch, device = call.query.shape[0], call.query.device
-        key_lengths = [lk] * batch if call.key_lengths is None else call.key_lengths.tolist()
-        query_lengths = [lq] * batch if call.query_lengths is None else call.query_lengths.tolist()
+        device = call.query.device
+        query_lengths, key_lengths = (lengths.tolist() for lengths in call.lengths())
         out = call.query.new_zeros(*call.query.shape[:3], call.value.shape[-1])
         kept, seen = 0, 0
         for b, (nq, nk) in enumerate(zip(query_lengths, key_lengths, strict=True)):
