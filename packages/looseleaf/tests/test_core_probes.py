@@ -1,22 +1,23 @@
-"""capture, intervene and the probe kit."""
+"""capture, intervene, and what a probe is run on."""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, ClassVar
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from looseleaf import Paper, Probe, Report, SlidingWindow, capture, intervene
-from looseleaf.probes.hooks import CaptureLimitError, matching_modules
-from looseleaf.testing import check_probe
+from looseleaf import capture, intervene, patch
+from looseleaf.probes.hooks import CaptureLimitError, first_tensor, matching_modules
+from looseleaf.probes.subject import parts
 from looseleaf.testing.models import tiny_llama
 
 IDS = torch.arange(12).view(2, 6)
 
 
-def hooks(model: torch.nn.Module) -> int:
+def hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) for m in model.modules())
 
 
@@ -40,30 +41,38 @@ def test_capture_of_modules_that_return_tuples_and_outputs() -> None:
 
 def test_capture_is_bounded() -> None:
     model = tiny_llama()
-    with pytest.raises(CaptureLimitError, match=r"allowed is max_bytes=100\. Name fewer modules"), \
+    with pytest.raises(CaptureLimitError, match=r"expected at most max_bytes=100 .* Name fewer modules"), \
             capture(model, "*.mlp", max_bytes=100):
         model(IDS)
     assert hooks(model) == 0
 
 
-def test_patterns() -> None:
+def test_patterns_mean_what_they_mean_elsewhere() -> None:
     model = tiny_llama()
     assert list(matching_modules(model, "*.mlp")) == ["model.layers.0.mlp", "model.layers.1.mlp"]
-    assert list(matching_modules(model, "model.layers.*")) == ["model.layers.0", "model.layers.1"]
-    with pytest.raises(ValueError, match=r"no module of Llama.* matches .*: near names are model\.layers\.0\.mlp"), \
+    assert list(matching_modules(model, "layers.*")) == ["model.layers.0", "model.layers.1"]
+    assert list(matching_modules(model, "layers.1.**"))[:2] == ["model.layers.1.self_attn",
+                                                                "model.layers.1.self_attn.q_proj"]
+    assert list(matching_modules(model, "model")) == ["model"]
+    inside = nn.Sequential(model)
+    assert list(matching_modules(inside, "layers.*.mlp")) == ["0.model.layers.0.mlp", "0.model.layers.1.mlp"]
+    with pytest.raises(ValueError, match=r"no module matches 'model\.layer\.0\.mlp'\. Near names are model\."), \
             capture(model, "model.layer.0.mlp"):
         pass
 
 
 def test_bad_arguments_of_capture() -> None:
     model = tiny_llama()
-    with pytest.raises(ValueError, match=r"patterns=\[\]: allowed is"), capture(model, []):
+    with pytest.raises(ValueError, match=r"patterns: expected a name pattern .* got \[\]"), capture(model, []):
         pass
-    with pytest.raises(ValueError, match="max_bytes=0: allowed is"), capture(model, "*.mlp", max_bytes=0):
+    with pytest.raises(ValueError, match="max_bytes: expected a number of bytes > 0, got 0"), \
+            capture(model, "*.mlp", max_bytes=0):
         pass
-    with pytest.raises(TypeError, match=r"reduce returned float for model\.layers\.0\.mlp"), \
+    with pytest.raises(TypeError, match=r"returns a tensor, got float for model\.layers\.0\.mlp"), \
             capture(model, "*.mlp", reduce=lambda x: float(x.mean())):  # type: ignore[arg-type, return-value]
         model(IDS)
+    with pytest.raises(TypeError, match=r"m: expected an output with a tensor in it, got dict"):
+        first_tensor({"a": 1}, "m")
     assert hooks(model) == 0
 
 
@@ -85,7 +94,7 @@ def test_hooks_go_after_exceptions() -> None:
     model = tiny_llama()
     with pytest.raises(ZeroDivisionError), capture(model, "*.mlp"), intervene(model, {"*.mlp": lambda x: x}):
         raise ZeroDivisionError
-    with pytest.raises(ValueError, match=r"returned \(2, 3, 64\): allowed is a tensor of shape \(2, 6, 64\)"), \
+    with pytest.raises(ValueError, match=r"expected a tensor of shape \(2, 6, 64\), .* got \(2, 3, 64\)"), \
             intervene(model, {"*.mlp": lambda x: x[:, :3]}):
         model(IDS)
     with pytest.raises(ValueError, match="no module"), \
@@ -102,67 +111,76 @@ def test_gradients_flow_through_interventions() -> None:
     assert shift.grad is not None and float(shift.grad.abs().max()) > 0
 
 
-@dataclasses.dataclass
-class Norms(Probe):
-    """Mean norm of the outputs of some modules.
-
-    Args:
-        modules: name pattern.
-    """
-
-    modules: str = "*.mlp"
-    leave_hook: ClassVar[bool] = False
-    paper: ClassVar[Paper] = SlidingWindow.paper
-
-    def validate(self) -> None:
-        self.check("modules", bool(self.modules), "a name pattern")
-
-    def run(self, model: Any, data: Any = None, *, tokenizer: Any = None, seed: int = 0,
-            progress: bool | None = None) -> Report:
-        report = Report("norms")
-        table = report.table("norms", ["module", "norm"])
-        if self.leave_hook:
-            model.register_forward_hook(lambda *a: None)
-        with torch.no_grad(), capture(model, self.modules) as seen:
-            model(IDS)
-            model(IDS)
-            for name, values in seen.items():
-                table.add(name, float(values[0].norm()))
-        return report
+# ---------------------------------------------------------------------------------------------- compiled models
+def compile_whole(model: Any) -> Any:
+    model.compile(backend="eager")
+    return model
 
 
-def test_kit_passes_a_probe_and_finds_a_bad_one() -> None:
-    check_probe(Norms)
+def compile_outside(model: Any) -> Any:
+    return torch.compile(model, backend="eager")
 
-    @dataclasses.dataclass
-    class Careless(Norms):
-        """Mean norms, and a hook that stays.
 
-        Args:
-            modules: name pattern.
-        """
+def compile_forward(model: Any) -> Any:
+    model.forward = torch.compile(model.forward, backend="eager")
+    return model
 
-        leave_hook: ClassVar[bool] = True
 
-    with pytest.raises(AssertionError, match="hooks were left on the model"):
-        check_probe(Careless)
+def compile_layers(model: Any) -> Any:
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    return model
 
-    @dataclasses.dataclass
-    class Loud(Norms):
-        """Mean norms with noise, text and a mode of its own.
 
-        Args:
-            modules: name pattern.
-        """
+@pytest.mark.parametrize("compile_", [compile_whole, compile_outside, compile_forward, compile_layers])
+def test_hooks_work_on_a_model_that_was_compiled_and_run(compile_: Any) -> None:
+    ids = IDS[:1]
+    with torch.no_grad():
+        plain = tiny_llama()
+        with intervene(plain, {"model.layers.0.mlp": torch.zeros_like}):
+            wanted = plain(ids).logits
+        with capture(plain, "model.layers.0.mlp") as clean:
+            before = plain(ids).logits
+        model = compile_(tiny_llama())
+        torch.testing.assert_close(model(ids).logits, before)
+        with intervene(model, {"model.layers.0.mlp": torch.zeros_like}):
+            torch.testing.assert_close(model(ids).logits, wanted)
+        with capture(model, "model.layers.0.mlp") as seen, patch(model, clean, positions=0):
+            model(ids)
+        assert list(seen) == ["model.layers.0.mlp"] and len(seen["model.layers.0.mlp"]) == 1
+        torch.testing.assert_close(model(ids).logits, before)
+    assert hooks(model) == 0
 
-        def run(self, model: Any, data: Any = None, **given: Any) -> Report:
-            print("hello")
-            model.eval()
-            report = super().run(model, data, **given)
-            report.facts["noise"] = float(torch.rand(()))
-            return report
 
-    with pytest.raises(AssertionError) as caught:
-        check_probe(Loud)
-    for words in ("run printed 'hello'", "two runs with the same seed differ", "was in training mode and was not left"):
-        assert words in str(caught.value)
+def test_compiled_code_that_cannot_be_seen_is_named() -> None:
+    model = tiny_llama()
+    run = torch.compile(lambda ids: model(ids).logits, backend="eager")
+    with torch.no_grad():
+        run(IDS)
+        with pytest.warns(UserWarning, match=r"mlp was never called .* give capture, intervene or patch"), \
+                intervene(model, {"layers.0.mlp": torch.zeros_like}):
+            run(IDS)
+
+
+# ------------------------------------------------------------------------------------------------------- subject
+def test_parts_of_a_subject() -> None:
+    model, words, both = nn.Linear(2, 2), object(), object()
+    assert parts(model) == (model, None)
+    assert parts((model, words)) == (model, words) == parts([model, words])
+    assert parts((model, None)) == (model, None)
+    local = SimpleNamespace(model=model, tokenizer=words)
+    assert parts(local) == (model, words)
+    pipeline = SimpleNamespace(model=model, tokenizer=words, image_processor=object(), processor=both)
+    assert parts(pipeline) == (model, both), "a processor stands for tokenizer and image processor"
+    assert parts(SimpleNamespace(model=model, tokenizer=None, image_processor=words)) == (model, words)
+    whole = tiny_llama()
+    assert parts(whole) == (whole, None), "a module that has a part called model is itself the model"
+
+
+def test_subjects_that_are_none() -> None:
+    with pytest.raises(TypeError, match=r"subject: expected a model, a \(model, processor\) pair, .* got str"):
+        parts("smollm2")
+    with pytest.raises(TypeError, match="got a pair of object and Linear"):
+        parts((object(), nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match=r"subject: expected a \(model, tokenizer\) pair, got Linear alone"):
+        parts(nn.Linear(2, 2), needs="tokenizer")

@@ -1,4 +1,4 @@
-"""The interface of a method that observes a model or intervenes in it, and says what it measured."""
+"""The interface of a method that observes a model or intervenes in it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Probe(Plugin):
     kind: ClassVar[str] = "probes"
 
     @abstractmethod
-    def run(self, model: Any, data: Any = None, *, tokenizer: Any = None, seed: int = 0,
-            progress: bool | None = None) -> Report:
-        """The measurement. The model is left as it was found, also after an exception.
+    def run(self, subject: Any, data: Any = None, *, seed: int = 0, progress: bool | None = None) -> Report:
+        """The measurement. The subject is left as it was found, also after an exception.
 
         Args:
-            model: a torch module, most often a transformers model.
+            subject: what the probe's own documentation says: a model, a ``(model, processor)`` pair, a pipeline of
+                transformers, a ``looseleaf_text.LocalModel``, an environment. See
+                :func:`looseleaf.probes.subject.parts`.
             data: what the probe's own documentation says; None: the probe's built-in example data.
-            tokenizer: the model's tokenizer, where text is involved.
             seed: the only source of randomness.
             progress: show a progress bar; None: only on a terminal.
         """
