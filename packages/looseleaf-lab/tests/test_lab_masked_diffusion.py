@@ -65,7 +65,7 @@ def test_generation_with_any_bidirectional_model(name: str) -> None:
         seen = md.generate(model, ids, length=24, steps=6, mask_id=96, attached=attached)
         assert attached.step is None and attached.steps is None
     assert torch.equal(out, seen)
-    assert {r["phase"] for r in attached.records} == {"encode"}
+    assert {r["phase"] for r in attached.records} == {"bidirectional"}
     assert [r["seen"] for r in attached.records if r["layer"] == 0] == [f"{t} of 6" for t in range(6)]
 
 
@@ -160,11 +160,11 @@ def test_left_padding_of_prompts() -> None:
 
 
 @pytest.mark.parametrize(("given", "message"), [
-    ({"length": 0}, "length=0 with block_length=None: allowed is a length from 1"),
-    ({"length": 10, "block_length": 4}, "length=10 with block_length=4: allowed is .* multiple of the block length"),
-    ({"steps": 3, "block_length": 8}, "steps=3 for 2 blocks of 8 tokens: allowed is a multiple of 2 up to 16"),
-    ({"steps": 17}, "steps=17 for 1 blocks"), ({"temperature": -1.0}, r"temperature=-1\.0: allowed is 0 or more"),
-    ({"remasking": "best"}, "remasking='best': allowed is 'low_confidence' or 'random'")])
+    ({"length": 0}, "length: expected an integer >= 1 and a multiple of block_length=None, got 0"),
+    ({"length": 10, "block_length": 4}, "length: expected an integer >= 1 and a multiple of block_length=4, got 10"),
+    ({"steps": 3, "block_length": 8}, "steps: expected a multiple of 2 blocks of 8 tokens, at most 16, .*got 3"),
+    ({"steps": 17}, "steps: expected a multiple of 1 blocks .*got 17"), ({"temperature": -1.0}, r"temperature: expected a number >= 0, got -1\.0"),
+    ({"remasking": "best"}, "remasking: expected 'low_confidence' or 'random', got 'best'")])
 def test_what_cannot_be_generated(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         md.generate(None, prompt(), **{"length": 16, "steps": 4, "mask_id": 96, **given})
@@ -228,7 +228,7 @@ def test_training_learns_and_repeats() -> None:
     bound = float(md.nll(model, ids[:64 * 8].view(8, 64), mask_id=96).mean())
     assert bound < 0.8 * md.unigram_entropy(ids, 97) < 2.5
     assert trained(3)[1] == trained(3)[1]
-    with pytest.raises(ValueError, match="the text has 10 tokens: allowed is one window of 64"):
+    with pytest.raises(ValueError, match="ids: expected one window of length=64 tokens or more, got 10"):
         md.train(model, ids[:10], mask_id=96, steps=1, length=64)
 
 

@@ -38,7 +38,7 @@ def test_digits_move() -> None:
 
 @pytest.mark.parametrize(("count", "part"), [(0, "train"), (1, "tests")])
 def test_what_is_no_part(count: int, part: str) -> None:
-    with pytest.raises(ValueError, match="allowed is 1 or more of train, validation or test"):
+    with pytest.raises(ValueError, match="expected count >= 1 of train, validation or test"):
         video.moving_digits(count, 0, part)
 
 
@@ -48,7 +48,7 @@ def test_frechet_distance() -> None:
     near = video.frechet_distance(real, more)
     far = video.frechet_distance(real, (more + 0.5 * torch.randn(more.shape)).roll(4, -1).clamp(-1, 1) * 0.5)
     assert 0 < near < far and video.frechet_distance(more, real) == pytest.approx(near)
-    with pytest.raises(ValueError, match="128 and 31 videos: allowed is 32"):
+    with pytest.raises(ValueError, match="expected 32 videos or more of each, got 128 and 31"):
         video.frechet_distance(real, more[:31])
 
 
@@ -75,7 +75,7 @@ def test_training_is_repeatable_and_learns() -> None:
         assert not model.training
     assert losses[0] == losses[1] and sum(losses[0][-5:]) < 0.7 * sum(losses[0][:5])
     assert video.grid(model) == (8, 8, 8)
-    with pytest.raises(ValueError, match="steps=0, batch=2: allowed is 1 or more"):
+    with pytest.raises(ValueError, match="expected steps >= 1 and batch >= 1, got steps=0, batch=2"):
         video.train(model, 0)
 
 
@@ -99,8 +99,8 @@ def test_samples_and_steps() -> None:
         attached.compute = watched  # type: ignore[method-assign]
         assert torch.equal(video.sample(model, text, 0, steps=3, progress=False), one)
         video.sample(model, text, 0, steps=2, progress=False)
-    assert seen == [0, 1, 2, 0, 1] and attached.records[0]["phase"] == "encode"
-    with pytest.raises(ValueError, match="steps=0: allowed is 1 or more"):
+    assert seen == [0, 1, 2, 0, 1] and attached.records[0]["phase"] == "bidirectional"
+    with pytest.raises(ValueError, match="steps: expected an integer >= 1, got 0"):
         video.sample(model, text, steps=0)
 
 

@@ -31,7 +31,7 @@ def test_digits_in_parts_that_share_none() -> None:
     assert len(rows) == 1797 and torch.equal(rows.sum().round(), torch.cat(
         [part[0].flatten(1) for part in (other.train, other.validation, other.test)]).sum().round())
     for train, validation in ((0, 10), (10, 0), (1700, 97)):
-        with pytest.raises(ValueError, match="allowed is 1 or more"):
+        with pytest.raises(ValueError, match="expected train >= 1 and validation >= 1"):
             vision.digits(0, train, validation)
 
 
@@ -83,5 +83,5 @@ def test_fit_learns_stops_early_and_goes_on_from_a_step() -> None:
 
 
 def test_bad_batch() -> None:
-    with pytest.raises(ValueError, match="batch=2000"):
+    with pytest.raises(ValueError, match="batch: expected at most the 900 training images, got 2000"):
         vision.fit(vision.mlp(), vision.digits(), TrainingRun(vision.mlp()), sgd, steps=3, batch=2000)

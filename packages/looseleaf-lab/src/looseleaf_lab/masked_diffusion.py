@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from looseleaf.files import cache_dir
 from looseleaf.attention.attach import Attached
-from looseleaf.progress import bar, track
+from looseleaf.files import cache_dir
+from looseleaf.progress import track
+from looseleaf_lab.training import fit, warmup_cosine
 
 # --------------------------------------------------------------------------------------------------- generating
 
@@ -30,7 +31,7 @@ def generate(model: Any, prompt_ids: Tensor, *, length: int, steps: int, mask_id
              temperature: float = 0.0, remasking: str = "low_confidence", seed: int = 0,
              attention_mask: Tensor | None = None, shift: bool | None = None, attached: Attached | None = None,
              watch: Callable[[int, Tensor], None] | None = None, progress: bool | None = None) -> Tensor:
-    """Prompt and response, (B, P + length) int64: masks are replaced step by step, the surest tokens first.
+    """Prompt and response, (B, P + length) int64: masks are replaced step by step, the most confident first.
 
     The response is filled block by block; blocks to the right stay masked meanwhile (semi-autoregressive, LLaDA
     section 2.4). In each step every masked place of the block is predicted, and only some of the predictions stay.
@@ -59,16 +60,15 @@ def generate(model: Any, prompt_ids: Tensor, *, length: int, steps: int, mask_id
     """
     size = length if block_length is None else block_length
     if length < 1 or size < 1 or length % size:
-        raise ValueError(f"length={length} with block_length={block_length}: allowed is a length from 1 that is a "
-                         "multiple of the block length")
+        raise ValueError(f"length: expected an integer >= 1 and a multiple of block_length={block_length}, got {length}")
     blocks = length // size
     if steps < 1 or steps % blocks or steps > length:
-        raise ValueError(f"steps={steps} for {blocks} blocks of {size} tokens: allowed is a multiple of {blocks} up to "
-                         f"{length}, so that every step has a token to fill in")
+        raise ValueError(f"steps: expected a multiple of {blocks} blocks of {size} tokens, at most {length}, so that "
+                         f"every step has a token to fill in, got {steps}")
     if temperature < 0:
-        raise ValueError(f"temperature={temperature}: allowed is 0 or more")
+        raise ValueError(f"temperature: expected a number >= 0, got {temperature}")
     if remasking not in REMASKING:
-        raise ValueError(f"remasking={remasking!r}: allowed is {' or '.join(map(repr, REMASKING))}")
+        raise ValueError(f"remasking: expected {' or '.join(map(repr, REMASKING))}, got {remasking!r}")
     batch, prompt = prompt_ids.shape
     ids = torch.cat([prompt_ids, prompt_ids.new_full((batch, length), mask_id)], 1)
     given = {} if attention_mask is None else {
@@ -85,12 +85,12 @@ def generate(model: Any, prompt_ids: Tensor, *, length: int, steps: int, mask_id
             place = slice(prompt + block * size, prompt + (block + 1) * size)
             logits = _logits(model, ids, given, shift)[:, place]
             logits[..., mask_id] = -torch.inf
-            tokens, sureness = _predict(logits, temperature, generator)
+            tokens, confidence = _predict(logits, temperature, generator)
             if remasking == "random":
-                sureness = torch.rand(sureness.shape, generator=generator, device=ids.device)
-            sureness = sureness.masked_fill(ids[:, place] != mask_id, -torch.inf)
+                confidence = torch.rand(confidence.shape, generator=generator, device=ids.device)
+            confidence = confidence.masked_fill(ids[:, place] != mask_id, -torch.inf)
             each, rest = divmod(size, steps // blocks)
-            best = sureness.topk(each + (turn < rest), -1).indices
+            best = confidence.topk(each + (turn < rest), -1).indices
             ids[:, place] = ids[:, place].scatter(1, best, tokens.gather(1, best))
     finally:
         if attached is not None and former is not None:
@@ -109,8 +109,8 @@ def _predict(logits: Tensor, temperature: float, generator: torch.Generator) -> 
     """Tokens and their probabilities, (B, n) each."""
     probabilities = logits.softmax(-1)
     if temperature == 0:
-        sureness, tokens = probabilities.max(-1)
-        return tokens, sureness
+        confidence, tokens = probabilities.max(-1)
+        return tokens, confidence
     sharper = (logits / temperature).softmax(-1)
     tokens = torch.multinomial(sharper.flatten(0, 1), 1, generator=generator).view(logits.shape[:2])
     return tokens, probabilities.gather(-1, tokens[..., None])[..., 0]
@@ -124,7 +124,7 @@ def nll(model: Any, ids: Tensor, *, mask_id: int, prompt_tokens: int = 0, draws:
         shift: bool | None = None) -> Tensor:
     """Upper bound of the negative log-likelihood of each text given its prompt, (B,) float64, in nats a token.
 
-    The bound of masked diffusion (LLaDA, equation 6), estimated with the same masks for every text: ``draws`` shares
+    The bound of masked diffusion (LLaDA, equation 6), estimated with the same masks for every text: ``draws`` fractions
     of masked places, evenly spread over (0, 1].
 
     Args:
@@ -136,8 +136,8 @@ def nll(model: Any, ids: Tensor, *, mask_id: int, prompt_tokens: int = 0, draws:
     """
     length = ids.shape[1] - prompt_tokens
     if length < 1 or draws < 1:
-        raise ValueError(f"{ids.shape[1]} tokens with prompt_tokens={prompt_tokens}, draws={draws}: allowed is one "
-                         "token beyond the prompt and one draw, or more")
+        raise ValueError(f"nll: expected a token beyond the prompt and draws >= 1, got {ids.shape[1]} tokens with "
+                         f"prompt_tokens={prompt_tokens} and draws={draws}")
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
     for draw in range(draws):
@@ -153,8 +153,8 @@ def nll(model: Any, ids: Tensor, *, mask_id: int, prompt_tokens: int = 0, draws:
 
 def unigram_entropy(ids: Tensor, vocabulary: int) -> float:
     """Nats a token of the best model that does not look at the context."""
-    shares = torch.bincount(ids.flatten(), minlength=vocabulary).double() / ids.numel()
-    return float(-(shares * shares.clamp(min=1e-300).log()).sum())
+    p = torch.bincount(ids.flatten(), minlength=vocabulary).double() / ids.numel()
+    return float(-(p * p.clamp(min=1e-300).log()).sum())
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -163,16 +163,16 @@ def unigram_entropy(ids: Tensor, vocabulary: int) -> float:
 def masked_loss(model: Any, ids: Tensor, mask_id: int, generator: torch.Generator) -> Tensor:
     """The training loss of masked diffusion, a scalar, nats a token (LLaDA, equation 3).
 
-    Each text has a share t of masked tokens, uniform over (0, 1], and its loss is weighted by 1 / t. The shares of a
+    A fraction t of each text is masked, uniform over (0, 1], and its loss is weighted by 1 / t. The fractions of a
     batch are spread evenly, which makes the loss less noisy and leaves each of them uniform.
     """
     batch = len(ids)
     first = 1 - torch.rand(1, generator=generator)
-    shares = (torch.arange(batch) + first) / batch
-    masked = torch.rand(ids.shape, generator=generator) < shares[:, None]
+    fractions = (torch.arange(batch) + first) / batch
+    masked = torch.rand(ids.shape, generator=generator) < fractions[:, None]
     logits = _logits(model, ids.masked_fill(masked, mask_id), {}, None)
     losses = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
-    return (losses * masked / shares[:, None]).sum() / ids.numel()
+    return (losses * masked / fractions[:, None]).sum() / ids.numel()
 
 
 def train(model: Any, ids: Tensor, *, mask_id: int, steps: int, batch: int = 2, length: int = 512, rate: float = 2e-3,
@@ -194,27 +194,16 @@ def train(model: Any, ids: Tensor, *, mask_id: int, steps: int, batch: int = 2, 
         ValueError: the text is shorter than a window.
     """
     if len(ids) < length:
-        raise ValueError(f"the text has {len(ids)} tokens: allowed is one window of {length}, or more")
+        raise ValueError(f"ids: expected one window of length={length} tokens or more, got {len(ids)}")
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
-    warmup = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [
-        torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=warmup),
-        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - warmup))], [warmup])
-    model.train()
-    losses = []
-    with bar("training", steps, progress) as moving:
-        for _ in range(steps):
-            starts = torch.randint(0, len(ids) - length + 1, (batch,), generator=generator).tolist()
-            loss = masked_loss(model, torch.stack([ids[s:s + length] for s in starts]), mask_id, generator)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            losses.append(float(loss.detach()))
-            moving.set_postfix(loss=f"{losses[-1]:.2f}", refresh=False)
-            moving.update()
+
+    def loss(step: int) -> Tensor:
+        starts = torch.randint(0, len(ids) - length + 1, (batch,), generator=generator).tolist()
+        return masked_loss(model, torch.stack([ids[s:s + length] for s in starts]), mask_id, generator)
+
+    losses = fit(model, loss, steps=steps, clip=1.0, progress=progress,
+                 optimizer=lambda p: torch.optim.AdamW(p, lr=rate, betas=(0.9, 0.98), weight_decay=0.01),
+                 schedule=lambda optimizer: warmup_cosine(optimizer, steps))
     model.eval()
     return losses
 
@@ -241,7 +230,7 @@ SIZES: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 512, "num_hidd
                          "num_attention_heads": 6, "num_key_value_heads": 6, "initializer_range": 0.05}
 STEPS, TEXT = 1400, 600_000
 STAGES = ((6 / 7, 16, 64, 3e-3), (1 / 7, 3, 384, 1.5e-3))
-"""Share of the steps, windows, tokens of a window, learning rate: what is near is learned first, and cheaply."""
+"""Fraction of the steps, windows, tokens of a window, learning rate: what is near is learned first, and cheaply."""
 
 
 def small_model(*, steps: int | None = None, progress: bool | None = None) -> tuple[Any, Characters]:
@@ -266,8 +255,8 @@ def small_model(*, steps: int | None = None, progress: bool | None = None) -> tu
         tokenizer = Characters()
         model = new_model(tokenizer.vocabulary, **SIZES)
         model.config.shift_logits = True
-        for seed, (share, batch, length, rate) in enumerate(STAGES):
-            train(model, tokenizer.encode(text), mask_id=tokenizer.mask_id, steps=max(1, round(share * steps)),
+        for seed, (fraction, batch, length, rate) in enumerate(STAGES):
+            train(model, tokenizer.encode(text), mask_id=tokenizer.mask_id, steps=max(1, round(fraction * steps)),
                   batch=batch, length=length, rate=rate, seed=seed, progress=progress)
         model.save_pretrained(folder)
 

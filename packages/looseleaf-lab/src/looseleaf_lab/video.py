@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from looseleaf.files import cache_dir
 from looseleaf.errors import LooseleafError
+from looseleaf.files import cache_dir
 from looseleaf.progress import track
+from looseleaf_lab.training import fit, warmup_cosine
 
 CANVAS, FRAMES, DIGIT = 16, 8, 8
 WORDS, WORD_SIZE = 3, 16
@@ -64,7 +65,8 @@ def moving_digits(count: int, seed: int = 0, part: str = "train") -> Videos:
     from looseleaf_lab import vision
 
     if count < 1 or part not in ("train", "validation", "test"):
-        raise ValueError(f"count={count}, part={part!r}: allowed is 1 or more of train, validation or test")
+        raise ValueError("moving_digits: expected count >= 1 of train, validation or test, "
+                         f"got count={count}, part={part!r}")
     images, classes = getattr(vision.digits(), part)
     g = torch.Generator().manual_seed(seed)
     chosen = torch.randint(len(images), (count,), generator=g)
@@ -171,7 +173,7 @@ def train(model: Any, steps: int, seed: int = 0, *, batch: int = 2, rate: float 
     """Train in place on digits of the training part; new videos at every step.
 
     Args:
-        model: a :func:`denoiser`.
+        model: a :func:`denoiser`, left in evaluation mode.
         steps: of AdamW; the learning rate rises for a twentieth of them and then falls to 0 as a half cosine.
         seed: of videos, noise and times.
         batch: videos of a step.
@@ -182,29 +184,21 @@ def train(model: Any, steps: int, seed: int = 0, *, batch: int = 2, rate: float 
         The mean squared error of each step.
     """
     if steps < 1 or batch < 1:
-        raise ValueError(f"steps={steps}, batch={batch}: allowed is 1 or more")
+        raise ValueError(f"train: expected steps >= 1 and batch >= 1, got steps={steps}, batch={batch}")
     videos = moving_digits(steps * batch, seed)
     g = torch.Generator().manual_seed(seed + 1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
-    rise = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [
-        torch.optim.lr_scheduler.LinearLR(optimizer, 1 / rise, total_iters=rise),
-        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - rise))], [rise])
-    losses = []
-    model.train()
-    for step in track(range(steps), "training a video model", show=progress):
+
+    def loss(step: int) -> Tensor:
         part = slice(step * batch, (step + 1) * batch)
         frames, text = videos.frames[part], videos.captions[part]
         noise = torch.randn(frames.shape, generator=g)
         time = torch.sigmoid(torch.randn(len(frames), generator=g))
         at = time.view(-1, 1, 1, 1, 1)
-        loss = (velocity(model, (1 - at) * frames + at * noise, text, time) - (noise - frames)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(float(loss.detach()))
+        return (velocity(model, (1 - at) * frames + at * noise, text, time) - (noise - frames)).square().mean()
+
+    losses = fit(model, loss, steps=steps, clip=1.0, label="training a video model", progress=progress,
+                 optimizer=lambda p: torch.optim.AdamW(p, lr=rate, weight_decay=0.01),
+                 schedule=lambda optimizer: warmup_cosine(optimizer, steps))
     model.eval()
     return losses
 
@@ -224,7 +218,7 @@ def sample(model: Any, text: Tensor, seed: int = 0, *, steps: int = 20, progress
         progress: show a progress bar; None: only on a terminal.
     """
     if steps < 1:
-        raise ValueError(f"steps={steps}: allowed is 1 or more")
+        raise ValueError(f"steps: expected an integer >= 1, got {steps}")
     g = torch.Generator().manual_seed(seed)
     state = torch.randn(len(text), FRAMES, 1, CANVAS, CANVAS, generator=g)
     for step in track(range(steps), "making videos", show=progress):
@@ -276,7 +270,7 @@ def frechet_distance(one: Tensor, two: Tensor) -> float:
         ValueError: fewer videos.
     """
     if min(len(one), len(two)) < 32:
-        raise ValueError(f"{len(one)} and {len(two)} videos: allowed is 32 or more of each")
+        raise ValueError(f"frechet_distance: expected 32 videos or more of each, got {len(one)} and {len(two)}")
     mean, components = _components(1000, 12345)
     features = [(x.flatten(1).double() - mean) @ components for x in (one, two)]
     means = [f.mean(0) for f in features]

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from looseleaf_tickets import TrainingRun
 from looseleaf_lab.data import MissingDataError
+from looseleaf_lab.training import fit as fit_
+from looseleaf_tickets import TrainingRun
 
 Labelled = tuple[Tensor, Tensor]
 
@@ -40,8 +41,8 @@ def digits(seed: int = 0, train: int = 900, validation: int = 300) -> Images:
                                ) from error
     x, y = load_digits(return_X_y=True)
     if train < 1 or validation < 1 or train + validation >= len(x):
-        raise ValueError(f"train={train}, validation={validation}: allowed is 1 or more each, less than {len(x)} "
-                         "in all")
+        raise ValueError(f"digits: expected train >= 1 and validation >= 1, together less than {len(x)}, "
+                         f"got train={train}, validation={validation}")
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     images, classes = torch.tensor(x / 16, dtype=torch.float32).view(-1, 1, 8, 8)[order], torch.tensor(y)[order]
     cuts = [train, validation, len(x) - train - validation]
@@ -60,7 +61,7 @@ def glorot(model: nn.Module) -> None:
 
 
 def mlp(seed: int = 0, inputs: int = 64, widths: Iterable[int] = (300, 100), classes: int = 10) -> nn.Sequential:
-    """A fully connected network with ReLU and :func:`glorot` weights; of LeNet's widths unless told otherwise."""
+    """A fully connected network with ReLU and :func:`glorot` weights; of LeNet's widths by default."""
     sizes = [inputs, *widths, classes]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -110,7 +111,7 @@ def fit(model: nn.Module, images: Images, run: TrainingRun, optimizer: Callable[
         steps: int, batch: int = 60, drops: Iterable[float] = (), every: int = 0) -> dict[str, float]:
     """Train a classifier in place with the cross-entropy; ``run`` says where to begin.
 
-    The order of the images depends on ``run.seed`` and the number of the pass alone, so that a run that begins at a
+    The order of the images depends on ``run.seed`` and the number of the epoch alone, so that a run that begins at a
     later step sees the images that the first one saw there; the learning rate goes on in the same way.
 
     Args:
@@ -119,8 +120,8 @@ def fit(model: nn.Module, images: Images, run: TrainingRun, optimizer: Callable[
         run: of :func:`looseleaf_tickets.train_ticket`.
         optimizer: makes one of the parameters.
         steps: of a whole training.
-        batch: images a step; what is left at the end of a pass is not used.
-        drops: parts of the training after each of which the learning rate is divided by 10.
+        batch: images a step; what is left at the end of an epoch is not used.
+        drops: fractions of the training after each of which the learning rate is divided by 10.
         every: measure the validation loss after each so many steps; 0: never.
 
     Returns:
@@ -128,36 +129,33 @@ def fit(model: nn.Module, images: Images, run: TrainingRun, optimizer: Callable[
         there; ``validation_loss``. Nothing otherwise.
     """
     x, y = images.train
-    a_pass = len(x) // batch
-    if a_pass < 1:
-        raise ValueError(f"batch={batch}: allowed is at most the number of training images, {len(x)}")
-    made = optimizer(model.parameters())
-    rates = [group["lr"] for group in made.param_groups]
+    epoch = len(x) // batch
+    if epoch < 1:
+        raise ValueError(f"batch: expected at most the {len(x)} training images, got {batch}")
     changes = [round(part * steps) for part in drops]
     best, stopped, right = math.inf, 0, 0.0
     order = torch.empty(0)
-    model.train()
-    for step in run.steps(steps):
-        if not len(order) or step % a_pass == 0:
+
+    def loss(step: int) -> Tensor:
+        nonlocal order
+        if not len(order) or step % epoch == 0:
             order = torch.randperm(len(x), generator=torch.Generator().manual_seed(
-                run.seed + 1_000_003 * (1 + step // a_pass)))
-        for group, rate in zip(made.param_groups, rates):
-            group["lr"] = rate * 0.1 ** sum(step >= change for change in changes)
-        chosen = order[step % a_pass * batch:(step % a_pass + 1) * batch]
-        made.zero_grad()
-        nn.functional.cross_entropy(model(x[chosen]), y[chosen]).backward()
-        made.step()
-        if every and (step + 1) % every == 0:
-            model.eval()
-            with torch.no_grad():
-                loss = float(nn.functional.cross_entropy(model(images.validation[0]), images.validation[1]))
-            if loss < best:
-                best, stopped, right = loss, step + 1, accuracy(model, images.test)
-            model.train()
+                run.seed + 1_000_003 * (1 + step // epoch)))
+        chosen = order[step % epoch * batch:(step % epoch + 1) * batch]
+        return nn.functional.cross_entropy(model(x[chosen]), y[chosen])
+
+    def watch(done: int) -> None:
+        nonlocal best, stopped, right
+        value = float(nn.functional.cross_entropy(model(images.validation[0]), images.validation[1]))
+        if value < best:
+            best, stopped, right = value, done, accuracy(model, images.test)
+
+    fit_(model, loss, steps=run.steps(steps), optimizer=optimizer, every=every, watch=watch, progress=False,
+         factor=lambda step: 0.1 ** sum(step >= change for change in changes))
     return {"early_stop": float(stopped), "stopped_accuracy": right, "validation_loss": best} if every else {}
 
 
 def accuracy(model: nn.Module, part: Labelled) -> float:
-    """Share of the images whose class has the highest score, in [0, 1]; ``model`` in the mode that it is in."""
+    """Fraction of the images whose class has the highest score, in [0, 1]; ``model`` in the mode that it is in."""
     with torch.no_grad():
         return float((model(part[0]).argmax(1) == part[1]).double().mean())
