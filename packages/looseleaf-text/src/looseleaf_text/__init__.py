@@ -12,9 +12,10 @@ __version__ = "0.2.0"
 
 _HOME = {
     "LanguageModel": "model", "LocalModel": "local", "EndpointModel": "endpoint", "MaskedModel": "masked",
-    "Template": "template", "Verbalizer": "verbalizer", "calibrate": "calibration", "LogitLens": "lens",
-    "decoder_layers": "layers", "scale_layers": "scaling", "Prompt": "prompt", "Task": "task",
-    "Example": "task",
+    "TextTask": "task", "Template": "template", "Verbalizer": "verbalizer", "TextPrompt": "prompts",
+    "ChatPrompt": "prompts", "ClozePrompt": "prompts", "RetrievedPrompt": "prompts", "TextOptimizer": "prompts",
+    "EnsemblePrompt": "ensemble", "CalibratedPrompt": "calibration", "calibrate": "calibration",
+    "SoftPrompt": "soft", "LogitLens": "lens", "decoder_layers": "layers", "scale_layers": "scaling",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]
@@ -34,15 +35,17 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from looseleaf_text.calibration import calibrate
+    from looseleaf_text.calibration import CalibratedPrompt, calibrate
     from looseleaf_text.endpoint import EndpointModel
+    from looseleaf_text.ensemble import EnsemblePrompt
     from looseleaf_text.layers import decoder_layers
     from looseleaf_text.lens import LogitLens
     from looseleaf_text.local import LocalModel
     from looseleaf_text.masked import MaskedModel
     from looseleaf_text.model import LanguageModel
-    from looseleaf_text.prompt import Prompt
+    from looseleaf_text.prompts import ChatPrompt, ClozePrompt, RetrievedPrompt, TextOptimizer, TextPrompt
     from looseleaf_text.scaling import scale_layers
-    from looseleaf_text.task import Example, Task
+    from looseleaf_text.soft import SoftPrompt
+    from looseleaf_text.task import TextTask
     from looseleaf_text.template import Template
     from looseleaf_text.verbalizer import Verbalizer

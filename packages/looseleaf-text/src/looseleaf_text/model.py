@@ -1,20 +1,42 @@
-"""What a prompt is for: the interface of language models, local or behind a server."""
+"""The interface of language models, local or behind a server."""
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from looseleaf.budget import costs
+from looseleaf.errors import EndpointError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from looseleaf.budget import Budget
+
+def _scored_tokens(model: LanguageModel, prefixes: list[str], continuations: list[list[str]]) -> int:
+    # Of all continuations the longest is booked: they share the prefix, and usually one token is all there is.
+    known = {c: model.count_tokens(c) for row in continuations for c in row}
+    return sum(map(model.count_tokens, prefixes)) + sum(max(known[c] for c in row) for row in continuations if row)
+
+
+def _cloze_tokens(model: LanguageModel, befores: list[str], answers: list[list[str]], afters: list[str]) -> int:
+    return _scored_tokens(model, befores, with_afters(answers, afters))
+
+
+def _generated_tokens(model: LanguageModel, prompts: list[str], max_tokens: int, *_: object, **more: object) -> int:
+    return sum(map(model.count_tokens, prompts)) + max_tokens * len(prompts)
+
+
+def with_afters(answers: Sequence[Sequence[str]], afters: Sequence[str]) -> list[list[str]]:
+    """Each of the answers with the text that follows it."""
+    return [[a + after for a in row] for row, after in zip(answers, afters, strict=True)]
 
 
 class LanguageModel(ABC):
     """A language model as prompt optimisers see it.
+
+    What its methods cost is declared here for all implementations; see :meth:`looseleaf.Budget.meter`.
 
     Attributes:
         name: what the model is called; part of the identity of a search.
@@ -30,6 +52,7 @@ class LanguageModel(ABC):
         """What tells the weights apart from others of the same ``name``, for searches that resume; None: not known."""
         return None
 
+    @costs(calls=lambda model, prefixes, continuations: len(prefixes), tokens=_scored_tokens)
     @abstractmethod
     def score(self, prefixes: list[str], continuations: list[list[str]]) -> list[list[float]]:
         """Log-probability of each continuation after its prefix, summed over its tokens.
@@ -42,6 +65,7 @@ class LanguageModel(ABC):
             n lists of natural-log probabilities, in the order given.
         """
 
+    @costs(calls=lambda model, befores, answers, afters: len(befores), tokens=_cloze_tokens)
     def score_cloze(self, befores: list[str], answers: list[list[str]], afters: list[str]) -> list[list[float]]:
         """Log-probability of each answer where it stands between two texts.
 
@@ -55,13 +79,15 @@ class LanguageModel(ABC):
         Returns:
             n lists of natural-log probabilities, in the order given.
         """
-        return self.score(befores, [[a + after for a in row] for row, after in zip(answers, afters, strict=True)])
+        return self.score(befores, with_afters(answers, afters))
 
+    @costs(calls=lambda model, prompts, *_, **more: len(prompts), tokens=_generated_tokens)
     @abstractmethod
     def generate(self, prompts: list[str], max_tokens: int, stop: list[str] | None = None,
                  temperature: float = 0.0, seed: int = 0) -> list[str]:
         """Continue each prompt by at most ``max_tokens`` tokens, cut before the first of ``stop``."""
 
+    @costs(calls=lambda model, texts: len(texts), tokens=lambda model, texts: sum(map(model.count_tokens, texts)))
     def embed(self, texts: list[str]) -> np.ndarray:
         """One vector per text, float32 of shape (n, hidden)."""
         raise NotImplementedError(f"{type(self).__name__} has no embeddings")
@@ -112,97 +138,9 @@ def words(text: str) -> list[str]:
     return pieces or ([text] if text else [])
 
 
-class MeteredModel(LanguageModel):
-    """A model whose work is booked on a budget before it is done.
-
-    Every method asks :meth:`looseleaf.Budget.spend` first, so that a search can simply be written against it and
-    end where :class:`looseleaf.BudgetExhausted` is raised: nothing beyond the budget is ever computed.
-
-    Args:
-        model: who does the work.
-        budget: what pays for it.
-    """
-
-    def __init__(self, model: LanguageModel, budget: Budget) -> None:
-        self.model = model
-        self.budget = budget
-        self.name = model.name
-
-    def fingerprint(self) -> str | None:
-        """That of the model behind."""
-        return self.model.fingerprint()
-
-    @property
-    def calls(self) -> int:  # type: ignore[override]
-        """Calls of the model behind."""
-        return self.model.calls
-
-    @property
-    def tokens(self) -> int:  # type: ignore[override]
-        """Tokens of the model behind."""
-        return self.model.tokens
-
-    @property
-    def _counts(self) -> bool:
-        return self.budget.tokens is not None
-
-    def _spend(self, texts: Sequence[str], more: int = 0) -> None:
-        # Without a limit on tokens there is no need to tokenize twice; what was used is then booked afterwards.
-        tokens = sum(map(self.model.count_tokens, texts)) + more if self._counts else 0
-        self.budget.spend(calls=len(texts), tokens=tokens)
-
-    def score(self, prefixes: list[str], continuations: list[list[str]]) -> list[list[float]]:
-        """See :meth:`LanguageModel.score`."""
-        return self._scored(prefixes, continuations, lambda: self.model.score(prefixes, continuations))
-
-    def score_cloze(self, befores: list[str], answers: list[list[str]], afters: list[str]) -> list[list[float]]:
-        """See :meth:`LanguageModel.score_cloze`."""
-        rest = [[a + after for a in row] for row, after in zip(answers, afters, strict=True)]
-        return self._scored(befores, rest, lambda: self.model.score_cloze(befores, answers, afters))
-
-    def _scored(self, prefixes: list[str], continuations: list[list[str]],
-                work: Callable[[], list[list[float]]]) -> list[list[float]]:
-        # Of all continuations the longest is booked: they share the prefix, and usually one token is all there is.
-        known = {c: self.model.count_tokens(c) for row in continuations for c in row} if self._counts else {}
-        self._spend(prefixes, sum(max(known[c] for c in row) for row in continuations if row) if known else 0)
-        before = self.model.tokens
-        out = work()
-        self._after(before)
-        return out
-
-    def generate(self, prompts: list[str], max_tokens: int, stop: list[str] | None = None,
-                 temperature: float = 0.0, seed: int = 0) -> list[str]:
-        """See :meth:`LanguageModel.generate`; with a limit on tokens the longest answers are booked."""
-        self._spend(prompts, max_tokens * len(prompts))
-        before = self.model.tokens
-        out = self.model.generate(prompts, max_tokens, stop, temperature, seed)
-        self._after(before)
-        return out
-
-    def embed(self, texts: list[str]) -> np.ndarray:
-        """See :meth:`LanguageModel.embed`."""
-        self._spend(texts)
-        before = self.model.tokens
-        out = self.model.embed(texts)
-        self._after(before)
-        return out
-
-    def _after(self, before: int) -> None:
-        if not self._counts:
-            self.budget.book(tokens=max(0, self.model.tokens - before))
-
-    def tokenize(self, text: str) -> list[int]:
-        """See :meth:`LanguageModel.tokenize`; free."""
-        return self.model.tokenize(text)
-
-    def detokenize(self, ids: list[int]) -> str:
-        """See :meth:`LanguageModel.detokenize`; free."""
-        return self.model.detokenize(ids)
-
-    def count_tokens(self, text: str) -> int:
-        """See :meth:`LanguageModel.count_tokens`; free."""
-        return self.model.count_tokens(text)
-
-    def token_texts(self, text: str) -> list[str]:
-        """See :meth:`LanguageModel.token_texts`; free."""
-        return self.model.token_texts(text)
+def has_tokens(model: LanguageModel, text: str) -> bool:
+    """Whether ``text`` has tokens under the model's tokenizer; True where a server does not tokenize."""
+    try:
+        return bool(model.tokenize(text))
+    except EndpointError:
+        return True

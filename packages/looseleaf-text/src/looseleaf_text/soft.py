@@ -3,18 +3,62 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from looseleaf.errors import UnsupportedModelError
+from looseleaf.modes import evaluating
+from looseleaf.prompts.prompt import Prompt
+from looseleaf.tasks import Example, Predictor
 from looseleaf_text.local import LocalModel
-from looseleaf_text.model import MeteredModel
 
 if TYPE_CHECKING:
     from looseleaf_text.model import LanguageModel
+
+
+@dataclasses.dataclass
+class SoftPrompt(Prompt):
+    """Learned vectors before everything that a local model reads, and the prompt of text that follows them.
+
+    Attributes:
+        prompt: what is read after them, such as a :class:`looseleaf_text.TextPrompt`.
+        soft: see :func:`soft_prefix`.
+    """
+
+    prompt: Prompt
+    soft: Tensor
+
+    def on(self, model: LanguageModel) -> SoftPredictor:
+        """See :meth:`looseleaf.Prompt.on`; ``model`` must be a :class:`looseleaf_text.LocalModel`."""
+        return SoftPredictor(self, model)
+
+    def render(self, example: Example) -> str:
+        """The text of the prompt inside."""
+        inner: Any = self.prompt
+        text: str = inner.render(example)
+        return text
+
+
+class SoftPredictor(Predictor):
+    """A :class:`SoftPrompt` and a local model."""
+
+    def __init__(self, prompt: SoftPrompt, model: LanguageModel) -> None:
+        self.model, self.soft, self.inner = model, prompt.soft, prompt.prompt.on(model)
+        self.classes = self.inner.classes
+
+    def scores(self, examples: Sequence[Example]) -> Any:
+        """Those of the prompt inside, read after the vectors."""
+        with soft_prefix(self.model, self.soft):
+            return self.inner.scores(examples)
+
+    def predict(self, examples: Sequence[Example]) -> list[Any]:
+        """What the prompt inside predicts, read after the vectors."""
+        with soft_prefix(self.model, self.soft):
+            return self.inner.predict(examples)
 
 
 @contextlib.contextmanager
@@ -30,11 +74,9 @@ def soft_prefix(model: LanguageModel, soft: Tensor) -> Iterator[None]:
         UnsupportedModelError: the model is behind a server, is no causal model, or keeps no keys and values.
         ValueError: the shape does not fit the model.
     """
-    while isinstance(model, MeteredModel):
-        model = model.model
     if not isinstance(model, LocalModel):
-        raise UnsupportedModelError(f"a soft prompt needs the embeddings of a LocalModel; {type(model).__name__} "
-                                    "takes text only")
+        raise UnsupportedModelError("a soft prompt: expected a LocalModel, whose embeddings it needs, got "
+                                    f"{type(model).__name__}, which takes text only")
     plain = model.model
     model.model = _Prefixed(plain, soft)
     try:
@@ -83,19 +125,16 @@ def keys_and_values(model: Any, soft: Tensor) -> list[tuple[Tensor, Tensor]]:
     table = model.get_input_embeddings().weight
     soft = soft.to(device=table.device, dtype=table.dtype)
     if soft.dim() == 5 and soft.shape[1] == 2:
-        found = [(layer[0][None], layer[1][None]) for layer in soft]
+        layers = [(layer[0][None], layer[1][None]) for layer in soft]
     elif soft.dim() == 2 and soft.shape[1] == table.shape[1]:
-        was_training = model.training
-        model.eval()
-        try:
+        with evaluating(model):
             cache = model(inputs_embeds=soft[None], use_cache=True).past_key_values
-        finally:
-            model.train(was_training)
-        found = [(layer.keys, layer.values) for layer in cache.layers]
+        layers = [(layer.keys, layer.values) for layer in cache.layers]
     else:
-        raise ValueError(f"a soft prompt of shape {tuple(soft.shape)} does not fit the model: allowed is (tokens, "
-                         f"{table.shape[1]}), or (layers, 2, key-value heads, tokens, head size)")
+        raise ValueError(f"a soft prompt that does not fit the model: expected the shape (tokens, {table.shape[1]}) or "
+                         f"(layers, 2, key-value heads, tokens, head size), got {tuple(soft.shape)}")
     config = model.config.get_text_config()
-    if len(found) != config.num_hidden_layers:
-        raise ValueError(f"a soft prompt of {len(found)} layers does not fit a model of {config.num_hidden_layers}")
-    return found
+    if len(layers) != config.num_hidden_layers:
+        raise ValueError(f"a soft prompt that does not fit the model: expected {config.num_hidden_layers} layers, got "
+                         f"{len(layers)}")
+    return layers

@@ -8,12 +8,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from looseleaf_text.task import Example, slots, with_prefix
+from looseleaf.prompts.storage import storable
+from looseleaf.tasks import Example
+from looseleaf_text.prompts import ClozePrompt, TextPrompt
+from looseleaf_text.slots import slots, with_prefix
+from looseleaf_text.verbalizer import Verbalizer
 
 if TYPE_CHECKING:
-    from looseleaf_text.prompt import Prompt
-    from looseleaf_text.task import Task
-    from looseleaf_text.verbalizer import Verbalizer
+    from looseleaf_text.task import TextTask
 
 _SLOT = r"\[X\]|\[Z(?::[A-Za-z_]\w*)?\]|\{[A-Za-z_]\w*\}"
 _PIECE = re.compile(rf"(\\*)({_SLOT})")
@@ -38,6 +40,7 @@ class Slot:
         return "[X]" if self.name == "text" else f"{{{self.name}}}"
 
 
+@storable
 @dataclasses.dataclass(frozen=True)
 class Template:
     r"""A text with slots: ``"[X] Overall, it was a [Z] film."``
@@ -79,7 +82,7 @@ class Template:
         return cls(text + cls.escape(literal), chat)
 
     @classmethod
-    def of_task(cls, task: Task) -> Template:
+    def of_task(cls, task: TextTask) -> Template:
         """How ``task`` shows an example, followed by the answer."""
         joint = with_prefix(task.template, task.answer_prefix)[len(task.template):]
         names = set(slots(task.template))
@@ -150,10 +153,11 @@ class Template:
         Raises:
             ValueError: the example lacks a field of the template, or there is no answer slot of a name.
         """
-        fields = None if inputs is None else inputs.fields if isinstance(inputs, Example) else dict(inputs)
+        fields = None if inputs is None else dict(inputs.inputs if isinstance(inputs, Example) else inputs)
         missing = [] if fields is None else [name for name in self.inputs if name not in fields]
         if missing:
-            raise ValueError(f"the template {self.text!r} wants {missing}; the example has {sorted(fields or {})}")
+            raise ValueError(f"the template {self.text!r}: expected the inputs {list(self.inputs)}, got "
+                             f"{sorted(fields or {})}")
         said = {"Z": answers} if isinstance(answers, str) else dict(answers or {})
         unknown = sorted(set(said) - set(self.answers))
         if unknown:
@@ -211,28 +215,28 @@ class Template:
                              "write [Z] once")
         return self.answers[0]
 
-    def to_prompt(self, labels: Mapping[str, str] | Verbalizer | None = None, **fields: Any) -> Prompt:
-        """A :class:`looseleaf_text.Prompt` that shows an example through this template.
+    def to_prompt(self, labels: Mapping[str, str] | Verbalizer | None = None, **fields: Any) -> TextPrompt:
+        """A prompt that shows an example through this template.
 
         Args:
-            labels: label -> answer, or a verbalizer. Spaces before ``[Z]`` go to the beginning of the answers. None
-                takes the task's labels as they are, which should begin with a space.
-            fields: further fields of the prompt, such as ``text`` (an instruction) and ``exemplars``.
+            labels: label -> answer, or a verbalizer. Spaces before ``[Z]`` go to the beginning of the answers. None:
+                answers are generated.
+            fields: further fields of the prompt, such as ``text`` (an instruction), ``exemplars`` and ``max_tokens``.
+
+        Returns:
+            A :class:`looseleaf_text.ClozePrompt` where there is text after the answer.
 
         Raises:
             ValueError: not one answer slot, or escaped braces, which a prompt cannot hold.
         """
-        from looseleaf_text.prompt import Prompt
-        from looseleaf_text.verbalizer import Verbalizer
-
         name = self.single()
         place = next(n for n, p in enumerate(self.parts) if isinstance(p, Slot) and p.answer and p.name == name)
         before, after = (_braced(part, self.text) for part in (self.parts[:place], self.parts[place + 1:]))
         if labels is not None:
-            made = labels if isinstance(labels, Verbalizer) else Verbalizer.of(labels)
-            made = made.map(lambda answers: spaced(before, answers)[1])
-            fields = {"verbalizer": made, "labels": {label: a[0] for label, a in made.answers.items()}, **fields}
-        return Prompt(template=spaced(before, ())[0], suffix=after, **fields)
+            verbalizer = labels if isinstance(labels, Verbalizer) else Verbalizer.of(labels)
+            fields = {"labels": verbalizer.map(lambda answers: spaced(before, answers)[1]), **fields}
+        shown = spaced(before, ())[0]
+        return ClozePrompt(template=shown, suffix=after, **fields) if after else TextPrompt(template=shown, **fields)
 
     def with_chat(self, tokenizer: Any, system: str = "") -> Template:
         """The template inside the chat template of ``tokenizer``: the user says it, the assistant answers.

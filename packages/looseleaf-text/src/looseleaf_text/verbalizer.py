@@ -7,7 +7,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from looseleaf_text.task import _has_no_tokens
+from looseleaf.prompts.storage import storable
+from looseleaf_text.model import has_tokens
 
 if TYPE_CHECKING:
     from looseleaf_text.model import LanguageModel
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 Aggregation = Literal["sum", "mean", "max"]
 
 
+@storable
 @dataclasses.dataclass(frozen=True)
 class Verbalizer:
     """Label -> one or several answers, each of one or several tokens.
@@ -36,13 +38,13 @@ class Verbalizer:
 
     def __post_init__(self) -> None:
         if self.aggregation not in ("sum", "mean", "max"):
-            raise ValueError(f"Verbalizer.aggregation={self.aggregation!r}: allowed is 'sum', 'mean' or 'max'")
+            raise ValueError(f"Verbalizer.aggregation: expected 'sum', 'mean' or 'max', got {self.aggregation!r}")
         if len(self.answers) < 2:
-            raise ValueError(f"a verbalizer needs two labels or more, got {list(self.answers)}")
+            raise ValueError(f"Verbalizer.answers: expected two labels or more, got {list(self.answers)}")
         owner: dict[str, str] = {}
         for label, answers in self.answers.items():
             if isinstance(answers, str) or not answers:
-                raise ValueError(f"label {label!r} has the answers {answers!r}: give a list of one text or more "
+                raise ValueError(f"label {label!r}: expected a list of one answer or more, got {answers!r} "
                                  "(Verbalizer.of takes single texts too)")
             for answer in answers:
                 if not answer.strip():
@@ -89,7 +91,7 @@ class Verbalizer:
         """Raise ValueError for an answer without tokens under this model's tokenizer."""
         for label, answers in self.answers.items():
             for answer in answers:
-                if _has_no_tokens(model, answer):
+                if not has_tokens(model, answer):
                     raise ValueError(f"label {label!r} has the answer {answer!r}, which has no tokens under the "
                                      f"tokenizer of {model.name}: give another text")
 
@@ -106,25 +108,16 @@ class Verbalizer:
 
     def _aggregate(self, row: Sequence[float]) -> list[float]:
         if len(row) != len(self.space):
-            raise ValueError(f"{len(row)} scores for {len(self.space)} answers: give one for each of {self.space}")
+            raise ValueError(f"expected one score for each of the answers {self.space}, got {len(row)}")
         out, at = [], 0
         for answers in self.answers.values():
-            mine = row[at:at + len(answers)]
+            own = row[at:at + len(answers)]
             at += len(answers)
             if self.aggregation == "max":
-                out.append(max(mine))
+                out.append(max(own))
             else:
-                out.append(log_sum(mine) - (math.log(len(mine)) if self.aggregation == "mean" else 0.0))
+                out.append(log_sum(own) - (math.log(len(own)) if self.aggregation == "mean" else 0.0))
         return out
-
-    def to_dict(self) -> dict[str, Any]:
-        """The verbalizer as plain data."""
-        return {"answers": {label: list(a) for label, a in self.answers.items()}, "aggregation": self.aggregation}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Verbalizer:
-        """The inverse of :meth:`to_dict`."""
-        return cls(data["answers"], data["aggregation"])
 
 
 def log_sum(row: Sequence[float]) -> float:

@@ -17,7 +17,9 @@ _HOME = {
     "UpdatePruner": "pruning.pruner", "Masks": "pruning.masks", "Unstructured": "pruning.selection",
     "NM": "pruning.selection", "Structured": "pruning.selection", "Selection": "pruning.selection",
     "prunable_parameters": "pruning.targets",
-    "PromptOptimizer": "prompts.optimizer", "Budget": "budget",
+    "Task": "tasks", "Example": "tasks", "Evaluation": "tasks", "Predictor": "tasks", "SetMetric": "tasks",
+    "ScoreMetric": "tasks", "Prompt": "prompts.prompt", "PromptOptimizer": "prompts.optimizer", "Budget": "budget",
+    "costs": "budget",
     "Probe": "probes.probe", "capture": "probes.hooks", "intervene": "probes.hooks", "patch": "probes.patching",
     "Plugin": "plugin", "Paper": "paper", "Claim": "report", "Report": "report", "Table": "report",
     "Figure": "report", "Series": "report", "TokenStrip": "report",
@@ -67,10 +69,12 @@ if TYPE_CHECKING:
     from looseleaf.probes.hooks import capture, intervene
     from looseleaf.probes.probe import Probe
     from looseleaf.probes.patching import patch
-    from looseleaf.budget import Budget
+    from looseleaf.budget import Budget, costs
     from looseleaf.prompts.optimizer import PromptOptimizer
+    from looseleaf.prompts.prompt import Prompt
     from looseleaf.pruning.masks import Masks
     from looseleaf.pruning.pruner import Pruner, TokenPruner, UpdatePruner, WeightPruner
     from looseleaf.pruning.selection import NM, Selection, Structured, Unstructured
     from looseleaf.pruning.targets import prunable_parameters
     from looseleaf.report import Claim, Figure, Report, Series, Table, TokenStrip
+    from looseleaf.tasks import Evaluation, Example, Predictor, ScoreMetric, SetMetric, Task

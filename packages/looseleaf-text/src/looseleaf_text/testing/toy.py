@@ -9,8 +9,9 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from looseleaf.tasks import Example
 from looseleaf_text.model import LanguageModel, words
-from looseleaf_text.task import Example, Task
+from looseleaf_text.task import TextTask
 
 if TYPE_CHECKING:
     import numpy as np
@@ -110,13 +111,13 @@ class ToyLanguageModel(LanguageModel):
         return "".join(self._pieces[i] for i in ids)
 
 
-def toy_task(seed: int = 0, *, size: int = 16, generation: bool = False) -> Task:
+def toy_task(seed: int = 0, *, size: int = 16, generation: bool = False) -> TextTask:
     """Made-up reviews to be called positive or negative.
 
     Args:
         seed: decides the reviews.
         size: examples in each of train, dev and test; half of each class.
-        generation: no labels, the answer is a reference to be generated.
+        generation: no labels, the answer is to be generated.
     """
     rng = random.Random(seed)
 
@@ -124,14 +125,13 @@ def toy_task(seed: int = 0, *, size: int = 16, generation: bool = False) -> Task
         out = []
         for n in range(size):
             label = "positive" if n % 2 else "negative"
-            mine, other = (GOOD, BAD) if n % 2 else (BAD, GOOD)
-            said = [*rng.choices(FILLER, k=4), *rng.choices(mine, k=2), *rng.choices(other, k=n % 3 == 0)]
-            rng.shuffle(said)
-            text = " ".join(said)
-            out.append(Example(text, reference=label) if generation else Example(text, label))
+            own, other = (GOOD, BAD) if n % 2 else (BAD, GOOD)
+            chosen = [*rng.choices(FILLER, k=4), *rng.choices(own, k=2), *rng.choices(other, k=n % 3 == 0)]
+            rng.shuffle(chosen)
+            out.append(Example({"text": " ".join(chosen)}, label))
         return out
 
-    return Task("toy", make(), make(), make(), labels=None if generation else {
+    return TextTask("toy", make(), make(), make(), labels=None if generation else {
         "positive": " positive", "negative": " negative"}, metric="contains" if generation else "accuracy",
         template=f"{ASKED}\nReview: {{text}}", answer_prefix="Sentiment:")
 

@@ -3,44 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from looseleaf.fingerprint import fingerprint
+from looseleaf.errors import UnsupportedModelError
 from looseleaf.plugin import Plugin
+from looseleaf.resume import as_plain
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from looseleaf.budget import Budget
-    from looseleaf_text.model import LanguageModel
-    from looseleaf_text.prompt import Prompt
-    from looseleaf_text.task import Task
+    from looseleaf.prompts.prompt import Prompt
+    from looseleaf.tasks import Task
 
 
 @dataclasses.dataclass
 class PromptOptimizer(Plugin):
-    """Searches for a prompt that makes a language model do a task well.
+    """Searches for a prompt that makes a model do a task well.
 
-    Attributes:
-        improves: what the prompt is good for: the model's answers, or its embeddings, which accuracy says nothing of.
+    Class attributes:
+        accepts: the type of model it is for.
     """
 
     kind: ClassVar[str] = "prompts"
-    improves: ClassVar[Literal["answers", "embeddings"]] = "answers"
+    accepts: ClassVar[type] = object
 
     @abstractmethod
-    def optimize(self, task: Task, model: LanguageModel, budget: Budget | None = None, *,
-                 start: Prompt | None = None, seed: int = 0,
-                 state_dir: str | Path | None = None, progress: bool | None = None) -> Prompt:
+    def optimize(self, task: Task, model: Any, *, budget: Budget | None = None, start: Prompt | None = None,
+                 seed: int = 0, state_dir: str | Path | None = None, progress: bool | None = None) -> Prompt:
         """The best prompt found.
 
         Args:
-            task: examples, labels or references, and the metric. Only ``task.train`` and ``task.dev`` may be read.
-            model: what the prompt is for.
-            budget: limits on calls, tokens and seconds; running out returns the best so far, whose
-                ``prompt.info["stopped"]`` says why.
+            task: examples and the metric. Only ``task.train`` and ``task.dev`` may be read.
+            model: what the prompt is for, an instance of :attr:`accepts`; left as it is.
+            budget: limits on calls, tokens and seconds (see :meth:`looseleaf.Budget.meter`); running out returns the
+                best so far, whose ``prompt.info["stopped"]`` says why.
             start: the prompt to begin with; None: the method's own start, made from the task.
             seed: the only source of randomness.
             state_dir: the search state is written there as the search goes on; called again with the same
@@ -50,19 +48,40 @@ class PromptOptimizer(Plugin):
         Returns:
             A prompt whose ``info`` holds at least ``fitness``, ``evaluations`` and ``stopped``
             (``"done"``, ``"budget: calls"``, ``"budget: tokens"`` or ``"budget: seconds"``).
+
+        Raises:
+            ValueError: a task that it cannot work with.
+            UnsupportedModelError: a model that it cannot work with; see :meth:`check_model`.
         """
 
-    def identity(self, task: Task, model: LanguageModel, start: Prompt | None, seed: int) -> dict[str, Any]:
-        """What makes two searches the same one: method, parameters, examples, model, start and seed.
+    def check_model(self, model: Any) -> None:
+        """Raise UnsupportedModelError unless ``model`` is what this method :attr:`accepts`."""
+        if not isinstance(model, self.accepts):
+            raise UnsupportedModelError(f"{type(self).__name__}: expected a {self.accepts.__name__}, got "
+                                        f"{type(model).__name__}")
 
-        The budget is not part of it: a search that ran out may be given more and goes on.
+    def identity(self, task: Task, model: Any, start: Prompt | None, seed: int) -> dict[str, Any]:
+        """What makes two searches the same one, for :class:`looseleaf.resume.SearchState`.
+
+        Method, hyper-parameters, examples, model, start and seed. The budget is not part of it: a search that ran out
+        may be given more and goes on.
         """
-        begin = None
-        if start is not None:
-            tensors: dict[str, Any] = {}
-            begin = {k: v for k, v in start.to_dict(tensors).items() if k != "info"}
-            begin["soft"] = fingerprint(tensors) if tensors else None
-        return json.loads(json.dumps({
+        found: dict[str, Any] = as_plain({
             "optimizer": f"{type(self).__module__}:{type(self).__qualname__}",
-            "parameters": self.hyperparameters(), "task": task.fingerprint(), "model": model.name,
-            "weights": model.fingerprint(), "start": begin, "seed": seed}, default=str))
+            "parameters": self.hyperparameters(), "task": task.fingerprint(),
+            "model": getattr(model, "name", None) or model.__class__.__name__, "weights": _weights(model),
+            "start": None if start is None else start.fingerprint(), "seed": seed})
+        return found
+
+
+def _weights(model: Any) -> str | None:
+    """What tells a model's weights apart from others, where that can be told."""
+    own = getattr(model, "fingerprint", None)
+    if callable(own):
+        found: str | None = own()
+        return found
+    if not hasattr(model, "state_dict"):
+        return None
+    from looseleaf.fingerprint import fingerprint
+
+    return fingerprint(model)
