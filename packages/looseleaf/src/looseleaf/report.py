@@ -1,16 +1,23 @@
-"""How results leave a plugin: tables, figures, arrays and claims, to console, JSON and HTML."""
+"""How results leave a plugin: tables, figures, images, arrays and claims, to console, JSON, HTML and notebooks."""
 
 from __future__ import annotations
 
+import base64
+import html
+import importlib
 import json
 import math
 import os
+import struct
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
-from looseleaf.files import write_text
+from looseleaf.files import read_text, replacing, write_text
 
+SCHEMA = "looseleaf.report/1"
 Verdict = Literal["holds", "does not hold", "not shown at this scale"]
 Cell = str | int | float | bool | None
 
@@ -22,7 +29,7 @@ class Claim:
     Attributes:
         statement: what the paper says, in one sentence.
         source: where it says it (section, table, figure), or where this project says what "works" means.
-        paper: the paper's own figure as text; mark figures that were not read in the paper with ``[memory]``.
+        paper: the paper's own figure as text; figures that were not read in the paper end in ``[memory]``.
         measured: our figure as text, with interval, seeds and units.
         rule: the rule that decides, fixed before measuring.
         verdict: ``holds``, ``does not hold`` or ``not shown at this scale``.
@@ -53,9 +60,10 @@ class Table:
     note: str = ""
 
     def add(self, *cells: Cell) -> None:
-        """Add a row; ValueError when the number of cells is not that of the columns."""
+        """Add a row of one cell for each column."""
         if len(cells) != len(self.columns):
-            raise ValueError(f"table {self.title!r} has {len(self.columns)} columns, got {len(cells)} cells")
+            raise ValueError(f"table {self.title!r}: expected {len(self.columns)} cells, one for each column, got "
+                             f"{len(cells)}")
         self.rows.append(list(cells))
 
 
@@ -107,16 +115,41 @@ class TokenStrip:
 
     def __post_init__(self) -> None:
         if not len(self.tokens) == len(self.values) == len(self.marked):
-            raise ValueError(f"strip {self.title!r} has {len(self.tokens)} tokens, {len(self.values)} values and "
-                             f"{len(self.marked)} marks: allowed is as many of each")
+            raise ValueError(f"strip {self.title!r}: expected as many values and marks as tokens, got "
+                             f"{len(self.tokens)} tokens, {len(self.values)} values and {len(self.marked)} marks")
 
     def text(self) -> str:
-        """The text with what is marked in double brackets."""
+        """The text with marked tokens in double brackets."""
         out, before = "", False
         for token, mark in zip(self.tokens, self.marked, strict=True):
             out += ("[[" if mark and not before else "]]" if before and not mark else "") + token
             before = mark
         return out + ("]]" if before else "")
+
+
+@dataclass
+class Images:
+    """Images side by side.
+
+    Attributes:
+        pngs: each image as a PNG in base64.
+        captions: of each image; may be empty.
+    """
+
+    title: str
+    pngs: list[str]
+    captions: list[str]
+    note: str = ""
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Width and height of each image in pixels."""
+        return [struct.unpack(">II", base64.b64decode(data[:32])[16:24]) for data in self.pngs]  # type: ignore[misc]
+
+    def text(self) -> str:
+        """Title, captions and sizes."""
+        shown = [f"{caption} {w} x {h}".strip() for caption, (w, h) in zip(self.captions, self.sizes, strict=True)]
+        return f"[image] {self.title}: {', '.join(shown)} pixels" + (f"\n{self.note}" if self.note else "")
 
 
 @dataclass
@@ -126,10 +159,9 @@ class Report:
     Attributes:
         title: headline.
         facts: single values by name (seeds, versions, model, seconds ...).
-        tables, figures, claims: see the classes.
+        tables, figures, claims, strips, images: see the classes.
         arrays: name -> nested lists of numbers; raw data a reader may want to plot again.
         examples: texts worth reading, as (label, text).
-        strips: texts with shaded tokens.
     """
 
     title: str
@@ -140,65 +172,121 @@ class Report:
     arrays: dict[str, list[Any]] = field(default_factory=dict)
     examples: list[tuple[str, str]] = field(default_factory=list)
     strips: list[TokenStrip] = field(default_factory=list)
+    images: list[Images] = field(default_factory=list)
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Cell]] = (),
               note: str = "") -> Table:
         """Add a table and return it."""
-        made = Table(title, list(columns), note=note)
+        table = Table(title, list(columns), note=note)
         for row in rows:
-            made.add(*row)
-        self.tables.append(made)
-        return made
+            table.add(*row)
+        self.tables.append(table)
+        return table
 
     def figure(self, title: str, **fields: Any) -> Figure:
         """Add a figure and return it."""
-        made = Figure(title, **fields)
-        self.figures.append(made)
-        return made
+        figure = Figure(title, **fields)
+        self.figures.append(figure)
+        return figure
 
     def strip(self, title: str, tokens: Sequence[str], values: Sequence[float | None], marked: Sequence[bool],
               note: str = "") -> TokenStrip:
-        """Add a text with shaded tokens and return it; ValueError when the lengths differ."""
-        made = TokenStrip(title, list(tokens), list(values), list(marked), note)
-        self.strips.append(made)
-        return made
+        """Add a text with shaded tokens and return it; one value and one mark for each token."""
+        strip = TokenStrip(title, list(tokens), list(values), list(marked), note)
+        self.strips.append(strip)
+        return strip
+
+    def image(self, title: str, array: Any, note: str = "", *, captions: Sequence[str] = ()) -> Images:
+        """Add an image, or several side by side, and return them.
+
+        Args:
+            title: of the image, or of all of them.
+            array: numpy array, tensor or PIL image (H, W), (H, W, 3) or (H, W, 4), of floats in [0, 1], bool or uint8;
+                or a list of them, of any sizes.
+            note: shown below.
+            captions: one for each image of a list.
+
+        Raises:
+            ValueError: another shape, type or range; or another number of captions.
+        """
+        arrays = list(array) if isinstance(array, (list, tuple)) else [array]
+        if not arrays:
+            raise ValueError(f"image {title!r}: expected one image or more, got none")
+        if captions and len(captions) != len(arrays):
+            raise ValueError(f"captions: expected one for each of {len(arrays)} images, got {len(captions)}")
+        images = Images(title, [base64.b64encode(png(a)).decode() for a in arrays],
+                        list(captions) or [""] * len(arrays), note)
+        self.images.append(images)
+        return images
 
     def extend(self, other: Report, prefix: str = "") -> None:
-        """Take everything of ``other`` in; titles and names get ``prefix``."""
+        """Add everything of ``other``; titles and names get ``prefix``."""
         self.facts.update({prefix + k: v for k, v in other.facts.items()})
-        for table in other.tables:
-            self.tables.append(Table(prefix + table.title, table.columns, table.rows, table.note))
-        for figure in other.figures:
-            self.figures.append(Figure(**{**vars(figure), "title": prefix + figure.title}))
+        self.tables.extend(replace(table, title=prefix + table.title) for table in other.tables)
+        self.figures.extend(replace(figure, title=prefix + figure.title) for figure in other.figures)
         self.claims.extend(other.claims)
         self.arrays.update({prefix + k: v for k, v in other.arrays.items()})
         self.examples.extend((prefix + label, text) for label, text in other.examples)
         self.strips.extend(replace(strip, title=prefix + strip.title) for strip in other.strips)
+        self.images.extend(replace(images, title=prefix + images.title) for images in other.images)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data; NaN and infinities become None so that any JSON reader takes it."""
-        return {"schema": "looseleaf.report/1", **plain(asdict(self))}
+        return {"schema": SCHEMA, **plain(asdict(self))}
 
-    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """The report as JSON text; also written to ``path`` (whole or not at all) when given."""
-        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
+    def to_json(self, path: str | os.PathLike[str] | None = None, *,
+                images: Literal["inside", "beside"] = "inside") -> str:
+        """The report as JSON text; also written to ``path``, atomically, when given.
+
+        Args:
+            path: a file; an existing one is replaced.
+            images: ``inside`` holds them as base64; ``beside`` writes ``<name>-1.png`` and so on next to ``path``.
+        """
+        if images not in ("inside", "beside"):
+            raise ValueError(f"images: expected 'inside' or 'beside', got {images!r}")
+        data = self.to_dict()
+        if images == "beside":
+            if path is None:
+                raise ValueError("images='beside': expected a path to write beside, got none")
+            count = 0
+            for entry in data["images"]:
+                entry["files"] = []
+                for content in entry.pop("pngs"):
+                    count += 1
+                    target = Path(path).with_name(f"{Path(path).stem}-{count}.png")
+                    with replacing(target) as part:
+                        part.write_bytes(base64.b64decode(content))
+                    entry["files"].append(target.name)
+        text = json.dumps(data, indent=1, ensure_ascii=False)
         if path is not None:
             write_text(path, text + "\n")
         return text
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
-        """The inverse of :meth:`to_dict`."""
-        if data.get("schema") != "looseleaf.report/1":
-            raise ValueError(f"not a looseleaf report: schema is {data.get('schema')!r}, "
-                             "allowed is 'looseleaf.report/1'")
+        """The report from plain data, of this version or an earlier one, with its images inside."""
+        if data.get("schema") != SCHEMA:
+            raise ValueError(f"a report's schema: expected {SCHEMA!r}, got {data.get('schema')!r}")
         return cls(
             title=data["title"], facts=dict(data["facts"]),
             tables=[Table(**t) for t in data["tables"]],
             figures=[Figure(**{**f, "series": [Series(**s) for s in f["series"]]}) for f in data["figures"]],
             claims=[Claim(**c) for c in data["claims"]], arrays=dict(data["arrays"]),
             examples=[(label, text) for label, text in data["examples"]],
-            strips=[TokenStrip(**s) for s in data.get("strips", [])])
+            strips=[TokenStrip(**s) for s in data.get("strips", [])],
+            images=[Images(**i) for i in data.get("images", [])])
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Report:
+        """Read what :meth:`to_json` wrote, images beside it included."""
+        data = json.loads(read_text(path))
+        if not isinstance(data, dict):
+            raise ValueError(f"{path}: expected a report, got {type(data).__name__}")
+        for entry in data.get("images", []):
+            if "files" in entry:
+                entry["pngs"] = [base64.b64encode(Path(path).with_name(Path(name).name).read_bytes()).decode()
+                                 for name in entry.pop("files")]
+        return cls.from_dict(data)
 
     def to_text(self) -> str:
         """The report for a terminal, without colours."""
@@ -211,11 +299,85 @@ class Report:
                       f"  paper:    {claim.paper}", f"  measured: {claim.measured}", f"  rule:     {claim.rule}"]
         for strip in self.strips:
             parts += ["", f"-- {strip.title}", strip.text(), *([strip.note] if strip.note else [])]
+        for images in self.images:
+            parts += ["", images.text()]
         for label, text in self.examples:
             parts += ["", f"-- {label}", text]
         return "\n".join(parts)
 
     __str__ = to_text
+
+    def _repr_html_(self) -> str:
+        """The report in a notebook, without anything outside it; the lab draws the figures where it is installed."""
+        e = html.escape
+        parts = [f"<h3>{e(self.title)}</h3>"]
+        facts = Table("", ["fact", "value"], [[name, format_cell(value)] for name, value in self.facts.items()])
+        claims = Table("Claims", ["verdict", "statement", "paper", "measured", "rule"],
+                       [[c.verdict, c.statement, c.paper, c.measured, c.rule] for c in self.claims])
+        for table in (facts, *self.tables, claims):
+            head = "".join(f"<th>{e(column)}</th>" for column in table.columns)
+            cells = [[f"<td>{e(format_cell(cell))}</td>" for cell in row] for row in table.rows]
+            rows = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
+            if rows:
+                parts.append(f"<table><caption>{e(table.title)}</caption><tr>{head}</tr>{rows}</table>{e(table.note)}")
+        if self.figures:
+            try:
+                page = importlib.import_module("looseleaf_lab.html").page([Report(self.title, figures=self.figures)])
+                parts.append(f'<iframe style="width:100%;height:32rem;border:0" srcdoc="{e(page)}"></iframe>')
+            except ImportError:
+                names = ", ".join(figure.title for figure in self.figures)
+                parts.append(f"<p>Figures: {e(names)} (pip install looseleaf-lab draws them)</p>")
+        for images in self.images:
+            shown = "".join(f'<span style="display:inline-block;margin:.3em"><img src="data:image/png;base64,{data}" '
+                            f'alt="{e(caption or images.title)}"><br>{e(caption)}</span>'
+                            for data, caption in zip(images.pngs, images.captions, strict=True))
+            parts.append(f"<p><b>{e(images.title)}</b><br>{shown}<br>{e(images.note)}</p>")
+        texts = [(strip.title, strip.text()) for strip in self.strips] + self.examples
+        parts += [f"<details><summary>{e(label)}</summary><pre>{e(text)}</pre></details>" for label, text in texts]
+        return "\n".join(parts)
+
+
+def png(array: Any) -> bytes:
+    """An image as a PNG file, 8 bits a channel.
+
+    Args:
+        array: numpy array, tensor or PIL image (H, W), (H, W, 3) or (H, W, 4), of floats in [0, 1], bool or uint8.
+
+    Raises:
+        ValueError: another shape, type or range.
+    """
+    import numpy as np
+
+    if hasattr(array, "detach"):  # a tensor, without importing torch; numpy has no bfloat16
+        array = array.detach().cpu()
+        array = (array.float() if array.is_floating_point() else array).numpy()
+    pixels = np.asarray(array)
+    channels = {2: 1, 3: pixels.shape[-1]}.get(pixels.ndim) if pixels.ndim else None
+    if pixels.dtype.kind not in "fbui" or channels not in (1, 3, 4) or pixels.shape[2:] == (1,) or not pixels.size:
+        hint = ": move the channels to the end" if pixels.ndim == 3 and len(pixels) in (1, 3, 4) else \
+            ": pass a list of images" if pixels.ndim == 4 else ""
+        got = pixels.shape if pixels.ndim else type(array).__name__
+        raise ValueError(f"an image: expected (H, W), (H, W, 3) or (H, W, 4), got {got}{hint}")
+    if pixels.dtype.kind == "f":
+        low, high = float(pixels.min()), float(pixels.max())
+        if not (low >= -1e-3 and high <= 1 + 1e-3):  # rounding may leave the interval
+            got = "NaN" if math.isnan(low) or math.isnan(high) else f"{low:.4g} to {high:.4g}"
+            raise ValueError(f"an image: expected numbers in [0, 1] or uint8, got {got}")
+        pixels = np.rint(pixels.clip(0, 1) * 255).astype(np.uint8)
+    elif pixels.dtype.kind == "b":
+        pixels = pixels.astype(np.uint8) * 255
+    elif pixels.dtype != np.uint8:
+        raise ValueError(f"an image: expected numbers in [0, 1] or uint8, got {pixels.dtype}")
+    height, width = pixels.shape[:2]
+    rows = np.zeros((height, 1 + width * channels), np.uint8)  # each row begins with its filter: 0, none
+    rows[:, 1:] = pixels.reshape(height, -1)
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, {1: 0, 3: 2, 4: 6}[channels], 0, 0, 0)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows.tobytes()))
+            + chunk(b"IEND", b""))
 
 
 def format_cell(value: Any) -> str:
@@ -249,6 +411,7 @@ def table_text(table: Table) -> str:
 
 
 def plain(value: Any) -> Any:
+    """``value`` as JSON has it: numbers, text, lists and dictionaries; NaN and infinities become None."""
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -260,3 +423,7 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     return str(value)
+
+
+__all__ = ["SCHEMA", "Cell", "Claim", "Figure", "Images", "Report", "Series", "Table", "TokenStrip", "Verdict",
+           "format_cell", "plain", "png", "table_text"]
