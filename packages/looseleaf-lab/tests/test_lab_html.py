@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from looseleaf import Claim, Report, Series
@@ -38,6 +39,8 @@ def example() -> Report:
                                           measured="1.7x [1.5, 1.9], 5 seeds", rule="interval above 1"))
     report.strip("What distracts", ["The ", "<b>", "cat", " sat"], [0.1, 0.9, None, -0.5], [False, True, True, False],
                  "a note")
+    report.image("Picture <1>", np.linspace(0, 1, 20).reshape(4, 5), "a note & more")
+    report.image("Both", [np.zeros((2, 3, 3), np.uint8), np.ones((30, 20))], captions=["before", "<after>"])
     report.examples.append(("prompt found", "Classify </script><script>alert(1)</script> the text"))
     return report
 
@@ -47,7 +50,7 @@ def test_page_is_self_contained_and_escaped() -> None:
     assert "</script><script>alert" not in text and "<b>bold</b>" not in text
     for word in ("http://", "https://", "url(http", "@import"):
         assert word not in text, word
-    assert text.count(" src=") == text.count(' src="data:image/png;base64,') == 3
+    assert text.count(" src=") == text.count(' src="data:image/png;base64,') == 6
     assert text.count("<svg class=\"plot\"") == 3
     assert "nan" in text and "There is nothing to draw" in text
 
@@ -75,6 +78,17 @@ def test_panels_are_pictures_on_one_scale() -> None:
     assert "nothing to draw" in html.figure(Figure("x", panels={"a": [[0.0]]}))
 
 
+def test_images_are_drawn_with_captions_and_sizes() -> None:
+    report = example()
+    text = html.page([report])
+    for images in report.images:
+        assert all(f'src="data:image/png;base64,{data}"' in text for data in images.pngs)
+    for part in ("<figcaption>Picture &lt;1&gt;</figcaption>", 'width="5" height="4"', 'width="20" height="30"',
+                 'alt="Picture &lt;1&gt;"', 'alt="before"', "<span>&lt;after&gt;</span>", "a note &amp; more"):
+        assert part in text, part
+    assert text.count('<figure class="wide">') == 2, "the panels, and the images side by side"
+
+
 def test_tokens_are_shaded_and_marked() -> None:
     made = html.page([example()])
     assert '<del style="background:#' in made and ' title="0.9, marked">&lt;b&gt;</del>' in made
@@ -94,7 +108,7 @@ def test_several_reports_get_contents(tmp_path: Path) -> None:
 
 
 def test_no_report_is_an_error() -> None:
-    with pytest.raises(ValueError, match="pass one"):
+    with pytest.raises(ValueError, match="expected one or more, got none"):
         html.page([])
 
 

@@ -6,22 +6,23 @@ import base64
 import html
 import math
 import os
-import struct
-import zlib
 from collections.abc import Iterable, Sequence
 from importlib import resources
 
+import numpy as np
+
 from looseleaf.files import write_text
-from looseleaf.report import Cell, Claim, Figure, Report, Series, Table, TokenStrip, format_cell
+from looseleaf.report import Cell, Claim, Figure, Images, Report, Series, Table, TokenStrip, format_cell, png
 
 WIDTH, HEIGHT = 640, 360
 LEFT, RIGHT, TOP, BOTTOM = 74, 18, 14, 52
 COLOURS = 8  # classes c0 .. c7 of the style sheet
+SMALL = ' class="small"'  # images whose pixels are shown large
 VERDICTS = {"holds": ("holds", "✓"), "does not hold": ("fails", "✗"), "not shown at this scale": ("open", "?")}
 
 
 def write(reports: Report | Iterable[Report], path: str | os.PathLike[str], title: str | None = None) -> None:
-    """Write ``reports`` to ``path``, whole or not at all.
+    """Write ``reports`` to ``path``, atomically.
 
     Args:
         reports: one report or several; several get a table of contents.
@@ -37,7 +38,7 @@ def write(reports: Report | Iterable[Report], path: str | os.PathLike[str], titl
 def page(reports: Sequence[Report], title: str | None = None) -> str:
     """The HTML of the page."""
     if not reports:
-        raise ValueError("there is no report to write: pass one at least")
+        raise ValueError("reports: expected one or more, got none")
     files = resources.files("looseleaf_lab")
     style = files.joinpath("report.css").read_text(encoding="utf-8")
     script = files.joinpath("report.js").read_text(encoding="utf-8")
@@ -85,6 +86,8 @@ def _report(report: Report, number: int, alone: bool) -> str:
     if report.figures:
         parts.append('<div class="figures">' + "".join(
             figure(f, f"f{number}-{i}") for i, f in enumerate(report.figures)) + "</div>")
+    if report.images:
+        parts.append('<div class="figures">' + "".join(_images(images) for images in report.images) + "</div>")
     parts += [_strip(s) for s in report.strips]
     for label, text in report.examples:
         parts.append(f"<details><summary>{_e(label)}</summary><pre>{_e(text)}</pre></details>")
@@ -137,6 +140,17 @@ def _strip(strip: TokenStrip) -> str:
     note = f'<p class="note">{_e(strip.note)}</p>' if strip.note else ""
     scale = f'<p class="note">from {_tick3(low)} (dark) to {_tick3(high)} (light); struck out: marked</p>'
     return f'<section class="strip"><h3>{_e(strip.title)}</h3><p>{"".join(out)}</p>{scale}{note}</section>'
+
+
+def _images(images: Images) -> str:
+    shown = "".join(
+        f'<div><img{SMALL if width < 96 else ""} src="data:image/png;base64,{data}" width="{width}" height="{height}" '
+        f'alt="{_e(caption or images.title)}">{f"<span>{_e(caption)}</span>" if caption else ""}</div>'
+        for data, caption, (width, height) in zip(images.pngs, images.captions, images.sizes, strict=True))
+    note = f'<p class="note">{_e(images.note)}</p>' if images.note else ""
+    several = ' class="wide"' if len(images.pngs) > 1 else ""
+    return (f'<figure{several}><figcaption>{_e(images.title)}</figcaption><div class="images">{shown}</div>{note}'
+            "</figure>")
 
 
 def _ink(colour: str) -> str:
@@ -222,7 +236,7 @@ class _Axis:
         else:
             self.low, self.high = float(low), float(high)
             room = (self.high - self.low) * 0.05 or abs(self.low) * 0.1 or 1.0
-        # an axis of shares or counts should not run below zero for the sake of a margin
+        # an axis of fractions or counts should not run below zero for the sake of a margin
         floor = 0.0 if not log and low >= 0 and self.low - room < 0 else self.low - room
         self.low, self.high = floor, self.high + room
         self.ticks = self._log_ticks() if log else _nice(self.low, self.high)
@@ -380,23 +394,13 @@ def _panels(fig: Figure) -> str:
 
 def _png(rows: Sequence[Sequence[float]], low: float, high: float) -> str:
     """A matrix as the data address of a PNG, one pixel a cell, in the colours of the heat maps."""
-    lines = bytearray()
-    for row in rows:
-        lines.append(0)  # no filter
-        for value in row:
-            if value > 0 and math.isfinite(value):
-                share = (math.log(value) - low) / (high - low) if high > low else 1.0
-                lines += bytes.fromhex(_colour(share)[1:]) + b"\xff"
-            else:
-                lines += bytes(4)
+    def pixel(value: float) -> tuple[int, ...]:
+        if not (value > 0 and math.isfinite(value)):
+            return 0, 0, 0, 0
+        return *bytes.fromhex(_colour((math.log(value) - low) / (high - low) if high > low else 1.0)[1:]), 255
 
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    size = struct.pack(">IIBBBBB", len(rows[0]), len(rows), 8, 6, 0, 0, 0)
-    made = (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(bytes(lines)))
-            + chunk(b"IEND", b""))
-    return "data:image/png;base64," + base64.b64encode(made).decode()
+    pixels = np.array([[pixel(value) for value in row] for row in rows], np.uint8)
+    return "data:image/png;base64," + base64.b64encode(png(pixels)).decode()
 
 
 def _tick3(value: float) -> str:
@@ -412,8 +416,8 @@ def _some(count: int, most: int) -> list[int]:
 _ANCHORS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
 
-def _colour(share: float) -> str:
-    at = min(max(share, 0.0), 1.0) * (len(_ANCHORS) - 1)
+def _colour(fraction: float) -> str:
+    at = min(max(fraction, 0.0), 1.0) * (len(_ANCHORS) - 1)
     i = min(int(at), len(_ANCHORS) - 2)
     mixed = (round(a + (b - a) * (at - i)) for a, b in zip(_ANCHORS[i], _ANCHORS[i + 1], strict=True))
     return "#" + "".join(f"{c:02x}" for c in mixed)
