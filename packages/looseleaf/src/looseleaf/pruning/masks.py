@@ -6,33 +6,36 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
 from torch.nn.utils import parametrize
 
 from looseleaf.errors import did_you_mean
-from looseleaf.files import replacing
-from looseleaf.pruning.targets import check_finite, holders, stored_parameter
+from looseleaf.files import load_tensors, save_tensors
+from looseleaf.pruning.applied import AppliedMask, applied, pack, put_on, take_off, unpack
+from looseleaf.pruning.targets import check_finite, holders, plain_name, stored_parameter
 from looseleaf.report import Table
 
-FORMAT = "looseleaf.masks/1"
+FORMAT, FORMER = "looseleaf.masks/2", "looseleaf.masks/1"
 
 
 class Masks(Mapping[str, Tensor]):
     """Parameter name -> boolean tensor of the parameter's shape; True = keep.
 
-    ``apply`` puts the masks in front of the weights of a model as torch parametrizations: the forward pass sees zeros,
-    the parameters stay the same objects (an optimiser made before or after keeps working), and removed weights get a
-    gradient of exactly zero. ``remove`` takes the masks off and gives the dense weights back; ``make_permanent`` writes the
-    zeros into the weights and leaves a plain model, ready for ``save_pretrained``.
+    ``apply`` puts the masks on a model: removed weights are 0 and stay 0 in training, with a gradient of exactly zero.
+    ``remove`` takes the masks off and gives the dense weights back; ``make_permanent`` leaves the zeros and a plain
+    model. Under masks a model is what it was otherwise: the same parameters under the same names (an optimiser made
+    before or after keeps working), whose state dict, copies and ``save_pretrained`` are those of the pruned model. What
+    else writes to a masked weight, such as an adapter that is merged into it, keeps its effect.
+
+    In memory and on disk a mask takes one bit for each weight; tensors are made when they are asked for.
 
     Args:
         masks: parameter name -> boolean tensor. Names are those of ``model.named_parameters()``; a weight that several
-            layers share has one name, the first.
+            layers share has one name, the first. What PEFT, ``torch.compile`` and ``DataParallel`` add to names does
+            not matter.
         metadata: plain data that travels with the masks (rule, model, ...); must be JSON.
 
     Raises:
@@ -40,23 +43,38 @@ class Masks(Mapping[str, Tensor]):
     """
 
     def __init__(self, masks: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
-        self._masks: dict[str, Tensor] = {}
+        self._packed: dict[str, Tensor] = {}
+        self._shapes: dict[str, torch.Size] = {}
         for name, mask in masks.items():
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
                 kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-                raise ValueError(f"the mask of {name!r} is {kind}: allowed is a tensor of dtype bool (True = keep)")
-            self._masks[str(name)] = mask.detach()
+                raise ValueError(f"the mask of {name!r}: expected a tensor of dtype bool (True = keep), got {kind}")
+            self._packed[str(name)], self._shapes[str(name)] = pack(mask.detach()), mask.shape
         self.metadata: dict[str, Any] = dict(metadata or {})
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Masks:
+        """The masks that are on ``model`` now; without any, no masks."""
+        found = {name: mask for name, places in holders(model).items() if (mask := applied(*places[0]))}
+        return cls._of({n: m.packed for n, m in found.items()}, {n: m.shape for n, m in found.items()})
+
+    @classmethod
+    def _of(cls, packed: Mapping[str, Tensor], shapes: Mapping[str, Any],
+            metadata: Mapping[str, Any] | None = None) -> Masks:
+        made = cls({}, metadata)
+        made._packed = dict(packed)
+        made._shapes = {name: torch.Size(shapes[name]) for name in packed}
+        return made
 
     # ------------------------------------------------------------------ a mapping
     def __getitem__(self, name: str) -> Tensor:
-        return self._masks[name]
+        return unpack(self._packed[name], self._shapes[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._masks)
+        return iter(self._packed)
 
     def __len__(self) -> int:
-        return len(self._masks)
+        return len(self._packed)
 
     def __repr__(self) -> str:
         return f"Masks({len(self)} parameters, {self.removed():,} of {self.total():,} weights removed)"
@@ -65,215 +83,234 @@ class Masks(Mapping[str, Tensor]):
         """Same names and the same weights kept; order, device and metadata do not matter."""
         if not isinstance(other, Masks):
             return NotImplemented
-        return self._masks.keys() == other._masks.keys() and all(
-            m.shape == other[n].shape and torch.equal(m, other[n].to(m.device)) for n, m in self.items())
+        return self._shapes == other._shapes and all(
+            torch.equal(bits, other._packed[n].to(bits.device)) for n, bits in self._packed.items())
 
     __hash__ = None  # type: ignore[assignment]
 
     # ------------------------------------------------------------------ what they say
     def total(self, name: str | None = None) -> int:
         """Number of weights the masks cover (of one parameter, or of all)."""
-        return self[name].numel() if name is not None else sum(m.numel() for m in self.values())
+        return self._shapes[name].numel() if name is not None else sum(s.numel() for s in self._shapes.values())
 
     def removed(self, name: str | None = None) -> int:
         """Number of weights removed (of one parameter, or of all)."""
         if name is not None:
-            return self[name].numel() - int(self[name].sum())
+            return self.total(name) - _ones(self._packed[name])
         return sum(self.removed(n) for n in self)
 
     def sparsity(self, name: str | None = None) -> float:
-        """Share of the covered weights that is removed, in [0, 1]; 0.0 when nothing is covered."""
+        """Fraction of the covered weights that is removed, in [0, 1]; 0.0 when nothing is covered."""
         total = self.total(name)
         return self.removed(name) / total if total else 0.0
 
     def table(self) -> Table:
         """One row per parameter: shape, weights, removed, sparsity; the last row is the sum."""
         made = Table("masks", ["parameter", "shape", "weights", "removed", "sparsity"])
-        for name, mask in self.items():
-            made.add(name, "x".join(map(str, mask.shape)), mask.numel(), self.removed(name), self.sparsity(name))
+        for name, shape in self._shapes.items():
+            made.add(name, "x".join(map(str, shape)), shape.numel(), self.removed(name), self.sparsity(name))
         made.add("all", "", self.total(), self.removed(), self.sparsity())
         return made
 
     # ------------------------------------------------------------------ with other masks
     def __and__(self, other: Masks) -> Masks:
         """Kept by both. ValueError when names or shapes differ."""
-        return self._combine(other, torch.logical_and)
+        return self._combine(other, torch.bitwise_and)
 
     def __or__(self, other: Masks) -> Masks:
         """Kept by either. ValueError when names or shapes differ."""
-        return self._combine(other, torch.logical_or)
+        return self._combine(other, torch.bitwise_or)
 
     def overlap(self, other: Masks) -> float:
         """Jaccard index of the kept weights, |A and B| / |A or B|, in [0, 1]; two random masks of density d give
         d / (2 - d). ValueError when names or shapes differ."""
-        both, mine, others, _ = self._counts(other)
-        either = mine + others - both
+        both, ours, others = self._counts(other)
+        either = ours + others - both
         return both / either if either else 1.0
 
     def cosine(self, other: Masks) -> float:
         """Cosine of the masks as 0/1 vectors, |A and B| / sqrt(|A| |B|), in [0, 1]; two random masks of density d give
         d. ValueError when names or shapes differ."""
-        both, mine, others, _ = self._counts(other)
-        if not mine or not others:
-            return float(mine == others)
-        return both / math.sqrt(mine * others)
+        both, ours, others = self._counts(other)
+        if not ours or not others:
+            return float(ours == others)
+        return both / math.sqrt(ours * others)
 
     def hamming(self, other: Masks) -> float:
-        """Share of the weights on which the masks disagree, in [0, 1]. ValueError when names or shapes differ."""
-        both, mine, others, total = self._counts(other)
-        return (mine + others - 2 * both) / total if total else 0.0
+        """Fraction of the weights on which the masks disagree, in [0, 1]. ValueError when names or shapes differ."""
+        both, ours, others = self._counts(other)
+        return (ours + others - 2 * both) / self.total() if self.total() else 0.0
 
-    def _counts(self, other: Masks) -> tuple[int, int, int, int]:
-        self._same_shapes(other)
-        both = sum(int((m & other[n].to(m.device)).sum()) for n, m in self.items())
-        return both, self.total() - self.removed(), other.total() - other.removed(), self.total()
+    def _counts(self, other: Masks) -> tuple[int, int, int]:
+        both = self & other
+        return tuple(m.total() - m.removed() for m in (both, self, other))  # type: ignore[return-value]
 
     def _combine(self, other: Masks, function: Callable[[Tensor, Tensor], Tensor]) -> Masks:
-        self._same_shapes(other)
-        return Masks({n: function(m, other[n].to(m.device)) for n, m in self.items()})
-
-    def _same_shapes(self, other: Masks) -> None:
         if not isinstance(other, Masks):
             raise TypeError(f"expected Masks, got {type(other).__name__}")
         odd = sorted(set(self) ^ set(other))
         if odd:
             raise ValueError(f"the masks cover different parameters, such as {odd[0]!r}: both must be of one model and "
                              "the same targets")
-        for name, mask in self.items():
-            if mask.shape != other[name].shape:
-                raise ValueError(f"the masks of {name!r} have shapes {tuple(mask.shape)} and "
-                                 f"{tuple(other[name].shape)}: both must be of one model")
+        for name, shape in self._shapes.items():
+            if shape != other._shapes[name]:
+                raise ValueError(f"the masks of {name!r} have shapes {tuple(shape)} and "
+                                 f"{tuple(other._shapes[name])}: both must be of one model")
+        return Masks._of({n: function(b, other._packed[n].to(b.device)) for n, b in self._packed.items()}, self._shapes)
 
     # ------------------------------------------------------------------ on a model
     def apply(self, model: nn.Module) -> Masks:
         """Put the masks on ``model`` and return self. Applying the same masks twice changes nothing.
 
-        The model is checked as a whole before anything is changed. The masks are copied to each weight's device.
-        Save a masked model only after :meth:`make_permanent` or :meth:`remove`: its ``state_dict`` has other names.
+        The model is checked as a whole before anything is changed. The removed weights are kept aside for
+        :meth:`remove`, in their dtype; :meth:`make_permanent` needs no such memory.
 
         Raises:
             ValueError: the masks are for another model (names or shapes), the model carries other masks or a weight has
-                another parametrization, or a weight that is kept is NaN or infinite (the parameter is named).
+                a parametrization, or a weight is NaN or infinite (the parameter is named).
         """
-        places = self._places(model)
+        places = self.places(model)
+        missing = []
         for name, found in places.items():
-            for module, attribute in found:
-                if not _has(module, attribute):
-                    continue
-                mine = _mask_of(module, attribute)
-                if mine is None:
-                    raise ValueError(f"{name!r} has another parametrization: remove it first "
-                                     "(torch.nn.utils.parametrize.remove_parametrizations)")
-                if not torch.equal(mine.mask, self[name].to(mine.mask.device)):
-                    raise ValueError("the model carries other masks: take them off first (their remove(model)), or "
-                                     "combine both with `&`")
-            check_finite(name, stored_parameter(*found[0]), "weights")
-        missing = [(name, place) for name, found in places.items() for place in found if not _has(*place)]
-        done: list[tuple[nn.Module, str]] = []
+            check_finite(name, stored_parameter(*found[0]).detach(), "weights")
+            if self._own(name, found) is None:
+                missing.append(name)
+        done: list[str] = []
         try:
-            for name, (module, attribute) in missing:
-                mask = self[name].to(stored_parameter(module, attribute).device, copy=True)
-                order = list(module._parameters)
-                # unsafe: torch's own check would run the parametrization twice more; shape and dtype are the same here
-                parametrize.register_parametrization(module, attribute, _Mask(mask, order), unsafe=True)
-                done.append((module, attribute))
+            for name in missing:
+                done.append(name)
+                put_on(self._packed[name], self._shapes[name], places[name])
         except BaseException:
-            for place in done:
-                _take_off(*place)
+            for name in done:
+                take_off(places[name], restore=True)
             raise
         return self
 
-    def remove(self, model: nn.Module) -> None:
+    def remove(self, model: nn.Module, restore: bool = True) -> None:
         """Take the masks off ``model``: the weights are the dense ones again, bit for bit (or as training left them).
 
         After :meth:`make_permanent` this does nothing: the zeros stay.
 
+        Args:
+            model: that carries the masks.
+            restore: True: give the removed weights back; False: leave every weight as it is now.
+
         Raises:
-            ValueError: the masks are for another model, are not on this one, or others are.
+            ValueError: the masks are for another model, are not on this one, or others are; or a weight was written to
+                where it was removed, so that it cannot be given back. Nothing is changed then.
         """
-        places = self._places(model)
-        carried = [place for found in places.values() for place in found if _mask_of(*place) is not None]
+        places = self.places(model)
+        carried = [name for name, found in places.items() if self._own(name, found) is not None]
         if not carried:
             for name, found in places.items():
-                weight = stored_parameter(*found[0])
-                if bool(weight.detach()[~self[name].to(weight.device)].any()):
+                weight = stored_parameter(*found[0]).detach()
+                if bool(weight[~self[name].to(weight.device)].any()):
                     raise ValueError("these masks are not on the model: there is nothing to remove (apply them first)")
             return
-        for name, found in places.items():
-            for place in found:
-                mine = _mask_of(*place)
-                if mine is not None and not torch.equal(mine.mask, self[name].to(mine.mask.device)):
-                    raise ValueError("the model carries other masks than these: call remove on those")
-        for place in carried:
-            _take_off(*place)
+        if restore:
+            self._check_unwritten(places)
+        for name in carried:
+            take_off(places[name], restore)
 
     def make_permanent(self, model: nn.Module) -> Masks:
         """Write zeros into the removed weights of ``model``, take the masks off if they are on, and return self.
 
-        The result is a plain model: ``save_pretrained`` writes it and any version of transformers reads it.
         This cannot be undone.
 
         Raises:
-            ValueError: the masks are for another model, or the model carries other masks.
+            ValueError: the masks are for another model, the model carries other masks or a weight has a
+                parametrization; or a weight was written to where it was removed. Nothing is changed then.
         """
-        places = self._places(model)
-        if any(_has(*place) for found in places.values() for place in found):
-            self.remove(model)
+        places = self.places(model)
+        for name, found in places.items():
+            self._own(name, found)
+        self._check_unwritten(places)
         with torch.no_grad():
             for name, found in places.items():
+                take_off(found, restore=False)
                 weight = stored_parameter(*found[0])
                 weight.masked_fill_(~self[name].to(weight.device), 0.0)
         return self
 
-    def _places(self, model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
-        """Where each masked parameter is held; raises unless every name and shape is there."""
+    def places(self, model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
+        """Where each masked parameter is held: name -> (module, attribute), several where it is tied.
+
+        Raises:
+            ValueError: the masks are for another model: a name or a shape is not there.
+        """
         known = holders(model)
-        for name, mask in self.items():
+        if any(name not in known for name in self):
+            plain: dict[str, list[tuple[nn.Module, str]]] = {}
+            for name, found in known.items():
+                plain.setdefault(plain_name(name), []).extend(found)
+            known = {n: known.get(n) or plain[plain_name(n)] for n in self if n in known or plain_name(n) in plain}
+        for name, shape in self._shapes.items():
             if name not in known:
-                other = next((n for n, m in self.items() if n in known), None)
-                share = sum(n in known for n in self)
+                other = next((n for n in self if n in known), None)
                 raise ValueError(
                     f"these masks are for another model: {name!r} is no parameter of this {type(model).__name__} "
-                    f"({share} of {len(self)} names are known{', such as ' + repr(other) if other else ''})."
-                    f"{did_you_mean(name, known)}{self._origin()}")
-            shape = tuple(stored_parameter(*known[name][0]).shape)
-            if shape != tuple(mask.shape):
-                raise ValueError(f"these masks are for another model: the mask of {name!r} has shape "
-                                 f"{tuple(mask.shape)}, the parameter {shape}.{self._origin()}")
+                    f"({sum(n in known for n in self)} of {len(self)} names are known"
+                    f"{', such as ' + repr(other) if other else ''}).{did_you_mean(name, holders(model))}"
+                    f"{self._origin()}")
+            actual = tuple(stored_parameter(*known[name][0]).shape)
+            if actual != tuple(shape):
+                raise ValueError(f"these masks are for another model: the mask of {name!r} has shape {tuple(shape)}, "
+                                 f"the parameter {actual}.{self._origin()}")
         return {name: known[name] for name in self}
+
+    def _own(self, name: str, found: list[tuple[nn.Module, str]]) -> AppliedMask | None:
+        """The mask on a weight, or None; ValueError where it is another, or the weight has a parametrization."""
+        if any(parametrize.is_parametrized(*place) for place in found):
+            raise ValueError(f"{name!r} has a parametrization: remove it first "
+                             "(torch.nn.utils.parametrize.remove_parametrizations, or remove() of learned masks)")
+        mask = applied(*found[0])
+        if mask is not None and not torch.equal(mask.packed, self._packed[name].to(mask.packed.device)):
+            raise ValueError("the model carries other masks: take them off first (their remove(model)), or "
+                             "combine both with `&`")
+        return mask
+
+    def _check_unwritten(self, places: Mapping[str, list[tuple[nn.Module, str]]]) -> None:
+        for name, found in places.items():
+            mask = applied(*found[0])
+            if mask is not None and mask.written():
+                raise ValueError(f"{name!r} was written to where it is masked (an adapter was merged into it, or "
+                                 "values copied): expected zeros there. Take the masks off with "
+                                 "remove(model, restore=False), which leaves the weights as they are now")
 
     def _origin(self) -> str:
         facts = {k: self.metadata[k] for k in ("model", "model_type", "parameters") if k in self.metadata}
         return f" The masks say they come from {facts}." if facts else ""
 
-    # ------------------------------------------------------------------ in a file
-    def save(self, path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None) -> None:
-        """Write the masks to a safetensors file, whole or not at all.
+    # ------------------------------------------------------------------ on disk
+    def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The masks as uint8 tensors of 8 weights a byte, and plain data, for files that hold masks among others."""
+        return dict(self._packed), {"shapes": {n: list(s) for n, s in self._shapes.items()}, "metadata": self.metadata}
 
-        Each mask is one uint8 tensor of its bits, row-major, eight to a byte (first bit highest); the file's metadata
-        hold the format's name, the shapes and ``metadata`` (together with ``self.metadata``) as JSON.
+    @classmethod
+    def unpack(cls, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> Masks:
+        """The masks of which :meth:`pack` gave the parts; ValueError where they do not go together."""
+        shapes = info["shapes"]
+        if not isinstance(shapes, dict) or set(shapes) != set(tensors):
+            raise ValueError("the file is damaged: names and shapes of the masks do not agree")
+        for name, shape in shapes.items():
+            bits, count = tensors[name], math.prod(shape)
+            if bits.dtype != torch.uint8 or tuple(bits.shape) != (-(-count // 8),):
+                raise ValueError(f"the file is damaged: {name!r} does not have the bits for shape {shape}")
+        return cls._of({name: tensors[name] for name in shapes}, shapes, info["metadata"])
+
+    def save(self, path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None) -> None:
+        """Write the masks to one safetensors file, atomically.
+
+        Args:
+            path: where to; folders are made as needed.
+            metadata: plain data, added to that of the masks.
 
         Raises:
             ValueError: metadata that is not JSON.
             OSError: the file cannot be written (the message names the path).
         """
-        import numpy
-        from safetensors.numpy import save
-
-        info = {**self.metadata, **(metadata or {})}
-        try:
-            text = json.dumps(info)
-        except TypeError as error:
-            raise ValueError(f"metadata must be JSON (text, numbers, lists, dictionaries): {error}") from None
-        shapes = json.dumps({name: list(mask.shape) for name, mask in self.items()})
-        packed = {name: numpy.packbits(mask.cpu().numpy().reshape(-1)) for name, mask in self.items()}
-        data = save(packed, metadata={"format": FORMAT, "shapes": shapes, "info": text})
-        try:
-            with replacing(path) as part:
-                part.write_bytes(data)
-        except OSError as error:
-            raise OSError(error.errno, f"cannot write the masks ({error.strerror}): choose a path that can be written",
-                          str(path)) from error
+        tensors, info = self.pack()
+        save_tensors(path, tensors, {**info, "metadata": {**self.metadata, **(metadata or {})}}, format=FORMAT)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Masks:
@@ -283,74 +320,29 @@ class Masks(Mapping[str, Tensor]):
             FileNotFoundError: no such file.
             ValueError: not a safetensors file, a damaged or truncated one, or one that holds no masks.
         """
-        import numpy
-        from safetensors import SafetensorError, safe_open
-
-        target = Path(path)
-        if not target.is_file():
-            raise FileNotFoundError(f"no masks file at {target}")
         try:
-            with safe_open(target, framework="np") as file:
-                head = file.metadata() or {}
-                if head.get("format") != FORMAT:
-                    raise ValueError(f"{target} holds no masks: its format is {head.get('format')!r}, allowed is "
-                                     f"{FORMAT!r} (a file written by Masks.save)")
-                shapes, info = json.loads(head["shapes"]), json.loads(head.get("info", "{}"))
-                if set(shapes) != set(file.keys()):
-                    raise ValueError(f"{target} is damaged: its names and shapes do not agree")
-                masks = {}
-                for name, shape in shapes.items():
-                    count, bits = math.prod(shape), file.get_tensor(name)
-                    if bits.dtype != numpy.uint8 or bits.shape != (-(-count // 8),):
-                        raise ValueError(f"{target} is damaged: {name!r} does not have the bits for shape {shape}")
-                    flat = numpy.unpackbits(bits, count=count).astype(bool)
-                    masks[name] = torch.from_numpy(flat).reshape(shape)
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{target} is not a whole safetensors file with masks ({error}): it was cut short, "
-                             "damaged, or is something else. Write it again with Masks.save") from error
-        return cls(masks, info)
+            tensors, info = load_tensors(path, format=FORMAT)
+        except ValueError as error:
+            if FORMER not in str(error):
+                raise
+            tensors, info = _former(path)
+        try:
+            return cls.unpack(tensors, info)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}. Write it again with Masks.save") from error
 
 
-class _Mask(nn.Module):
-    """The parametrization: zero where the mask says so, with a gradient of exactly zero there."""
+def _former(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The content of a file of the first format, which has the shapes in a place of their own."""
+    from safetensors import safe_open
 
-    mask: Tensor
-
-    def __init__(self, mask: Tensor, order: list[str]) -> None:
-        super().__init__()
-        self.register_buffer("mask", mask)
-        self.order = order  # of the module's parameters, to be given back by _take_off
-
-    def forward(self, weight: Tensor) -> Tensor:
-        # not a product: 0 * inf is NaN, in the weight as in its gradient
-        return torch.where(self.mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+    tensors, metadata = load_tensors(path, format=FORMER)
+    with safe_open(path, framework="pt") as file:
+        return tensors, {"shapes": json.loads(file.metadata().get("shapes", "null")), "metadata": metadata}
 
 
-def _has(module: nn.Module, attribute: str) -> bool:
-    return bool(parametrize.is_parametrized(module, attribute))
+_ONES = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.uint8)
 
 
-def _mask_of(module: nn.Module, attribute: str) -> _Mask | None:
-    """Our parametrization on this weight, if it is the only one there."""
-    if not _has(module, attribute):
-        return None
-    chain = module.parametrizations[attribute]  # type: ignore[union-attr, index]
-    return chain[0] if len(chain) == 1 and isinstance(chain[0], _Mask) else None  # type: ignore[arg-type, index]
-
-
-def _take_off(module: nn.Module, attribute: str) -> None:
-    mask = _mask_of(module, attribute)
-    assert mask is not None
-    stored = stored_parameter(module, attribute)
-    # torch keeps the parametrized attribute in a class made for the module, which a deepcopy shares and removal edits
-    shared: Any = type(module)
-    own = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
-    module.__class__ = type(shared.__name__, shared.__bases__, own)
-    parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
-    if module._parameters.get(attribute) is not stored:  # the same object, so that ties and optimisers hold
-        module._parameters[attribute] = stored
-    # torch puts the weight behind the bias; parameters() must give the former order (optimiser states depend on it)
-    rest: dict[str, Parameter | None] = dict(module._parameters)
-    module._parameters.clear()
-    for name in [*(n for n in mask.order if n in rest), *(n for n in rest if n not in mask.order)]:
-        module._parameters[name] = rest[name]
+def _ones(packed: Tensor) -> int:
+    return int(_ONES.to(packed.device)[packed.long()].sum())

@@ -30,9 +30,9 @@ class Pruner(Plugin):
     def __init_subclass__(cls, **given: Any) -> None:
         super().__init_subclass__(**given)
         if "removes" in cls.__dict__:
-            raise TypeError(f"{cls.__name__}.removes: expected a subclass of WeightPruner, TokenPruner or UpdatePruner, "
-                            f"got the class attribute removes={cls.__dict__['removes']!r}, which says no more what a "
-                            "pruner removes. TokenPruner has keep(model, batch), UpdatePruner keep(before, after)")
+            raise TypeError(f"{cls.__name__}: expected a subclass of looseleaf.WeightPruner, TokenPruner or "
+                            f"UpdatePruner, got the class attribute removes={cls.__dict__['removes']!r}, which is "
+                            "gone. A TokenPruner has keep(model, batch), an UpdatePruner keep(before, after)")
 
 
 @dataclasses.dataclass

@@ -39,9 +39,9 @@ def compress_semi_structured(model: nn.Module, masks: Masks) -> list[str]:
     for name, mask in masks.items():
         wrong = fewer_zeros(mask)
         if wrong:
-            raise ValueError(f"{name!r}: {wrong} groups of 4 inputs keep more than 2: prune with NM(2, 4)")
+            raise ValueError(f"{name!r}: expected 2 of 4 inputs kept, got more in {wrong} groups: prune with NM(2, 4)")
     made: dict[str, tuple[nn.Module, Tensor]] = {}
-    for name, found in masks._places(model).items():
+    for name, found in masks.places(model).items():
         module, attribute = found[0]
         if not isinstance(module, nn.Linear) or attribute != "weight":
             continue
@@ -51,7 +51,7 @@ def compress_semi_structured(model: nn.Module, masks: Masks) -> list[str]:
         except (RuntimeError, ValueError) as error:
             raise UnsupportedModelError(
                 f"{name!r} ({weight.dtype}, {tuple(weight.shape)}, on {weight.device}) has no semi-structured form: "
-                f"{error}. Wanted is a CUDA device of capability 8.0 or later, and float16, bfloat16 or int8"
+                f"{error}. Expected a CUDA device of capability 8.0 or later, and float16, bfloat16 or int8"
             ) from error
     masks.make_permanent(model)
     for module, sparse in made.values():

@@ -1,11 +1,10 @@
-"""Which parameters of a model may be pruned, and what was counted."""
+"""Which parameters of a model may be pruned, what they are called, and what was counted."""
 
 from __future__ import annotations
 
-import difflib
+import re
 import warnings
 from collections.abc import Iterable, Iterator
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -14,12 +13,15 @@ from torch.nn import Parameter
 from torch.nn.utils import parametrize
 
 from looseleaf.errors import UnsupportedModelError, did_you_mean
+from looseleaf.names import matches, near
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _HEADS = frozenset({"lm_head", "embed_out", "output_projection", "classifier", "score", "qa_outputs", "cls", "head",
                     "predictions"})
 """Names that output heads carry when they are direct children of the model (transformers, timm)."""
+_BELOW_ADAPTERS = frozenset({"base_model", "model", "base_layer", "original_module"})
+"""Children of PEFT's modules that are, or lead to, the model's own layers; all others are adapters."""
 
 
 def prunable_parameters(model: nn.Module, targets: str | Iterable[str] | None = None,
@@ -27,23 +29,22 @@ def prunable_parameters(model: nn.Module, targets: str | Iterable[str] | None = 
     """The weights that a pruner may touch, in the order of the model.
 
     By default these are the floating-point weights of every Linear and convolution (also transformers' ``Conv1D`` and
-    the projections of ``nn.MultiheadAttention``) of the body: no biases, norms, embeddings, nor the output head (what
-    ``get_output_embeddings`` gives, or a direct child of the model called ``lm_head``, ``classifier``, ``score``,
-    ``head`` and the like). A weight tied to an embedding counts as an embedding; a weight shared by several layers
-    appears once, under its first name.
-    A model that carries :class:`looseleaf.Masks` gives the same names, with the dense weights behind the masks.
+    the projections of ``nn.MultiheadAttention``) of the body: no biases, norms, embeddings, adapters (PEFT's, and what
+    is named ``lora_...``), nor the output head (what ``get_output_embeddings`` gives, or a direct child of the model
+    called ``lm_head``, ``classifier``, ``score``, ``head`` and the like). A weight tied to an embedding counts as an
+    embedding; a weight shared by several layers appears once, under its first name. Where :class:`looseleaf.Masks` are
+    on the model, the removed weights are 0.
 
     Args:
-        model: any torch module.
-        targets: shell-style patterns (``*`` also crosses dots). A pattern matches a parameter
-            (``"*.q_proj.weight"``), a layer (``"*.q_proj"``) or everything below a module (``"model.layers.*.mlp"``).
-            With targets the output head can be chosen as well; an embedding only by its exact name; another matrix,
-            such as the stacked weights of experts, only by a pattern that spells out its last name
-            (``"*.experts.down_proj"``).
+        model: any torch module, also one that PEFT, ``torch.compile`` or ``DataParallel`` has wrapped.
+        targets: name patterns, as :mod:`looseleaf.names` has them. A pattern names a parameter (``"q_proj.weight"``), a
+            layer (``"q_proj"``) or everything below a module (``"layers.*.mlp"``). With targets the output head can be
+            chosen as well; an embedding or an adapter only by its exact name; another matrix, such as the stacked
+            weights of experts, only by a pattern that spells out its last name (``"experts.down_proj"``).
         exclude: patterns of what to leave out; they win over ``targets``.
 
     Returns:
-        Parameter name -> parameter.
+        Parameter name, as in ``model.named_parameters()``, -> parameter.
 
     Raises:
         ValueError: a pattern matches nothing (the message names near names), or nothing is left.
@@ -53,27 +54,25 @@ def prunable_parameters(model: nn.Module, targets: str | Iterable[str] | None = 
         UserWarning: without targets, when most of the model is neither (stacked experts) and so left out.
     """
     wanted, unwanted = _patterns(targets, "targets"), _patterns(exclude, "exclude")
-    embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding)
-                  for p in _own_parameters(module).values()}
     heads = _head_parameters(model)
-    linear = {id(parameter) for _, _, parameter in _weights(model)}
+    linear = {id(parameter): module for _, module, parameter in _weights(model)}
     layers: dict[str, Parameter] = {}
-    lookup: dict[str, Parameter] = {}
+    apart: dict[str, Parameter] = {}  # embeddings and adapters
     others: dict[str, Parameter] = {}
-    seen: set[int] = set()
-    for name, parameter in _all_parameters(model):
-        if id(parameter) in seen or not parameter.is_floating_point():
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in _own_parameters(m).values()}
+    names: list[str] = []
+    for name, parameter, adapter, first in _all_parameters(model):
+        names.append(name)
+        if not first or not parameter.is_floating_point():
             continue
-        seen.add(id(parameter))
-        if id(parameter) in embeddings:
-            lookup[name] = parameter
+        if id(parameter) in embeddings or adapter:
+            apart[name] = parameter
         elif id(parameter) in linear:
             layers[name] = parameter
         elif parameter.ndim > 1:
             others[name] = parameter
-    chosen: dict[str, Parameter] = {}
+    chosen = {name: p for name, p in layers.items() if id(p) not in heads}
     if wanted is None:
-        chosen = {name: p for name, p in layers.items() if id(p) not in heads}
         if not chosen:
             raise UnsupportedModelError(
                 f"{type(model).__name__} has no Linear or convolution with floating-point weights in its body: there "
@@ -81,31 +80,46 @@ def prunable_parameters(model: nn.Module, targets: str | Iterable[str] | None = 
         aside = sum(p.numel() for p in others.values())
         if aside > sum(p.numel() for p in chosen.values()):
             largest = max(others, key=lambda name: others[name].numel())
-            warnings.warn(f"most weights of {_plain_class(model)} are no Linear or convolution ({aside:,} in "
-                          f"{len(others)} parameters such as {largest!r}) and are left out: name them with targets=('*."
-                          f"{'.'.join(largest.split('.')[-2:])}', ...) to prune them", stacklevel=2)
+            warnings.warn(f"most weights of {type(model).__name__} are no Linear or convolution ({aside:,} in "
+                          f"{len(others)} parameters such as {largest!r}) and are left out: name them with targets=("
+                          f"'{'.'.join(largest.split('.')[-2:])}', ...) to prune them", stacklevel=2)
     else:
         found: set[str] = set()
         for pattern in wanted:
-            hits = [name for name in layers if _matches(name, pattern)]
-            hits += [name for name in lookup if pattern in (name, name.rpartition(".")[0])]
+            hits = named_by(pattern, layers)
+            hits += [name for name in apart if pattern in (name, name.rpartition(".")[0])]
             hits += [name for name in others
-                     if fnmatchcase(name, pattern) and pattern.rpartition(".")[2] == name.rpartition(".")[2]]
+                     if matches(name, pattern) and pattern.rpartition(".")[2] == name.rpartition(".")[2]]
             if not hits:
-                raise ValueError(_unknown(model, "targets", pattern, layers))
+                raise ValueError(_unknown(model, "targets", pattern, layers, names))
             found.update(hits)
-        everything = {**layers, **lookup, **others}
-        chosen = {name: everything[name] for name, _ in _all_parameters(model) if name in found}
-    if unwanted is not None:
+        everything = {**layers, **apart, **others}
+        chosen = {name: everything[name] for name in names if name in found}
+    for pattern in unwanted or ():
         # a pattern may name what is left out anyway (such as lm_head), but not what does not exist
-        names = [name for name, _ in _all_parameters(model)]
-        for pattern in unwanted:
-            if not any(_matches(name, pattern) for name in names):
-                raise ValueError(_unknown(model, "exclude", pattern, layers))
-        chosen = {name: p for name, p in chosen.items() if not any(_matches(name, u) for u in unwanted)}
-        if not chosen:
-            raise ValueError(f"exclude={list(unwanted)!r} leaves nothing to prune: give fewer or narrower patterns")
+        hits = named_by(pattern, names)
+        if not hits:
+            raise ValueError(_unknown(model, "exclude", pattern, layers, names))
+        chosen = {name: p for name, p in chosen.items() if name not in hits}
+    if not chosen:
+        raise ValueError(f"exclude={list(unwanted or ())!r} leaves nothing to prune: give fewer or narrower patterns")
     return chosen
+
+
+def named_by(pattern: str, names: Iterable[str]) -> list[str]:
+    """The parameter names that ``pattern`` names, or that lie below a module which it names; see
+    :mod:`looseleaf.names`. Parts of a name that PEFT, ``torch.compile`` and ``DataParallel`` put in need not be
+    spelled."""
+    plain = {name: plain_name(name) for name in names}
+    exact = [n for n, p in plain.items() if any(f"{x}.".startswith(f"{pattern}.") for x in (n, p))]
+    return exact or [n for n, p in plain.items() if any(
+        matches(path, pattern) for x in {n, p} for path in _paths(x))]
+
+
+def plain_name(name: str) -> str:
+    """The name that a parameter has in the model without wrappers: PEFT's, ``torch.compile``'s, ``DataParallel``'s."""
+    name = re.sub(r"^((module|_orig_mod)\.)*(base_model\.model\.)?", "", name)
+    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "base_layer", "original_module"))
 
 
 def input_dims(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
@@ -118,15 +132,15 @@ def input_dims(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
         ValueError: a name that is no weight of ``model``.
     """
     modules = {id(parameter): module for _, module, parameter in reversed(list(_weights(model)))}
-    parameters = dict(_all_parameters(model))
+    parameters = {name: parameter for name, parameter, _, _ in _all_parameters(model)}
     known = {name: modules[id(p)] for name, p in parameters.items() if id(p) in modules}
     out = {}
     for name in names:
         if name not in known and name in parameters:
             raise ValueError(f"which dimension of {name!r} (shape {tuple(parameters[name].shape)}) holds the inputs is "
-                             "not known: leave it out with exclude=, or give NM its dims=")
+                             "not known: leave it out with exclude=, or give the rule its dims=")
         if name not in known:
-            raise ValueError(f"{name!r} is no prunable weight of this {type(model).__name__}."
+            raise ValueError(f"expected a prunable weight of this {type(model).__name__}, got {name!r}."
                              f"{did_you_mean(name, known)}")
         module = known[name]
         out[name] = 0 if _is_conv1d(module) or isinstance(module, (*_TRANSPOSED, nn.Embedding)) else 1
@@ -141,13 +155,14 @@ def model_facts(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
         once), ``prunable`` (elements of the named weights), ``prunable_share``, ``tensors`` (number of weights),
         ``left_out`` (elements of the other matrices: embeddings, output head, and what is no Linear or convolution).
     """
-    parameters = dict(_all_parameters(model))
+    parameters = {name: parameter for name, parameter, _, _ in _all_parameters(model)}
     once = {id(p): p for p in parameters.values()}
     total = sum(p.numel() for p in once.values())
     names = list(names)
     prunable = sum(parameters[name].numel() for name in names)
     matrices = sum(p.numel() for p in once.values() if p.ndim > 1)
-    return {"model": _plain_class(model), "model_type": getattr(getattr(model, "config", None), "model_type", None),
+    return {"model": type(_unwrapped(model)).__name__,
+            "model_type": getattr(getattr(model, "config", None), "model_type", None),
             "parameters": total, "prunable": prunable, "prunable_share": prunable / total if total else 0.0,
             "tensors": len(names), "left_out": matrices - prunable}
 
@@ -156,9 +171,7 @@ def holders(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
     """Canonical parameter name -> every (module, attribute) that holds the parameter; several where it is tied."""
     first: dict[int, str] = {}
     out: dict[str, list[tuple[nn.Module, str]]] = {}
-    for prefix, module in model.named_modules():
-        if isinstance(module, parametrize.ParametrizationList):
-            continue
+    for prefix, module, _ in _modules(model):
         for attribute, parameter in _own_parameters(module).items():
             name = first.setdefault(id(parameter), f"{prefix}.{attribute}" if prefix else attribute)
             out.setdefault(name, []).append((module, attribute))
@@ -181,27 +194,41 @@ def _own_parameters(module: nn.Module) -> dict[str, Parameter]:
     return out
 
 
-def _all_parameters(model: nn.Module) -> Iterator[tuple[str, Parameter]]:
-    """Every parameter under every plain name, tied ones several times."""
-    for prefix, module in model.named_modules():
-        if isinstance(module, parametrize.ParametrizationList):
-            continue
+def _modules(module: nn.Module, prefix: str = "", adapter: bool = False,
+             seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module, bool]]:
+    """(name, module, whether it is of an adapter), without the insides of parametrizations."""
+    seen = set() if seen is None else seen
+    if id(module) in seen or isinstance(module, parametrize.ParametrizationList):
+        return
+    seen.add(id(module))
+    peft = type(module).__module__.split(".")[0] == "peft"
+    yield prefix, module, adapter or peft
+    for name, child in module.named_children():
+        other = adapter or name.startswith("lora_") or (peft and name not in _BELOW_ADAPTERS)
+        yield from _modules(child, f"{prefix}.{name}" if prefix else name, other, seen)
+
+
+def _all_parameters(model: nn.Module) -> Iterator[tuple[str, Parameter, bool, bool]]:
+    """(name, parameter, whether it is of an adapter, whether it was not met before); tied ones have several names."""
+    seen: set[int] = set()
+    for prefix, module, adapter in _modules(model):
         for attribute, parameter in _own_parameters(module).items():
-            yield (f"{prefix}.{attribute}" if prefix else attribute), parameter
+            yield (f"{prefix}.{attribute}" if prefix else attribute, parameter,
+                   adapter or attribute.startswith("lora_"), id(parameter) not in seen)
+            seen.add(id(parameter))
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, Parameter]]:
     """(name, layer, weight) of every Linear, convolution, attention projection and embedding."""
-    for prefix, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            own = _own_parameters(module)
-            for attribute in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
-                if attribute in own:
-                    yield (f"{prefix}.{attribute}" if prefix else attribute), module, own[attribute]
+    for prefix, module, _ in _modules(model):
+        own = _own_parameters(module)
+        attributes = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"] \
+            if isinstance(module, nn.MultiheadAttention) else []
         if isinstance(module, (nn.Linear, nn.Embedding, *_CONVOLUTIONS, *_TRANSPOSED)) or _is_conv1d(module):
-            parameter = _own_parameters(module).get("weight")
-            if parameter is not None:
-                yield (f"{prefix}.weight" if prefix else "weight"), module, parameter
+            attributes = ["weight"]
+        for attribute in attributes:
+            if attribute in own:
+                yield (f"{prefix}.{attribute}" if prefix else attribute), module, own[attribute]
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -209,7 +236,21 @@ def _is_conv1d(module: nn.Module) -> bool:
     return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile``, ``DataParallel`` and PEFT."""
+    while True:
+        wraps = {"_orig_mod", "module"} if isinstance(model, (
+            nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod") else set()
+        if type(model).__module__.split(".")[0] == "peft":
+            wraps = {"base_model", "model"}
+        inner = next((child for name, child in model.named_children() if name in wraps), None)
+        if inner is None:
+            return model
+        model = inner
+
+
 def _head_parameters(model: nn.Module) -> set[int]:
+    model = _unwrapped(model)
     modules: list[nn.Module] = [child for name, child in model.named_children() if name in _HEADS]
     getter = getattr(model, "get_output_embeddings", None)
     if callable(getter):
@@ -226,39 +267,26 @@ def _patterns(given: str | Iterable[str] | None, field: str) -> tuple[str, ...] 
     if given is None:
         return None
     patterns = (given,) if isinstance(given, str) else tuple(given)
-    for pattern in patterns:
-        if not isinstance(pattern, str) or not pattern:
-            raise ValueError(f"{field}={given!r}: allowed are patterns such as 'model.layers.*.mlp'")
-    if field == "targets" and not patterns:
-        raise ValueError("targets=(): allowed is None (all of the body) or at least one pattern")
+    if not all(isinstance(pattern, str) and pattern for pattern in patterns) or (field == "targets" and not patterns):
+        raise ValueError(f"{field}: expected None or name patterns such as 'layers.*.mlp', got {given!r}")
     return patterns or None
 
 
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+def _paths(name: str) -> list[str]:
+    """A name and those of the modules above it."""
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
 
 
-def _unknown(model: nn.Module, field: str, pattern: str, layers: dict[str, Parameter]) -> str:
-    others = [name for name, _ in _all_parameters(model) if _matches(name, pattern)]
+def _unknown(model: nn.Module, field: str, pattern: str, layers: Iterable[str], names: list[str]) -> str:
+    others = named_by(pattern, names)
     if others:
-        return (f"{field}={pattern!r} matches only what is no Linear or convolution weight ({', '.join(others[:3])}): "
-                "biases and norms are never pruned, an embedding only by its exact name")
-    paths = list(layers)
-    paths += list(dict.fromkeys(".".join(name.split(".")[:n])
-                                for name in layers for n in range(1, name.count(".") + 1)))
-    hint = did_you_mean(pattern.strip("*."), paths)
-    if not hint:  # the last words of the names are what people remember
-        words = {word: name for name in layers for word in name.split(".")}
-        asked = [word for word in pattern.replace("*", "").split(".") if word]
-        close = [match for word in asked for match in difflib.get_close_matches(word, words, n=1, cutoff=0.5)]
-        hint = f" Did you mean {' or '.join(repr('*.' + c) for c in dict.fromkeys(close))}?" if close else ""
-    examples = ", ".join(list(layers)[:3])
-    return f"{field}={pattern!r} matches no parameter of {_plain_class(model)} (it has {examples}, ...).{hint}"
-
-
-def _plain_class(model: nn.Module) -> str:
-    cls = type(model)
-    return cls.__mro__[1].__name__ if cls.__name__.startswith("Parametrized") else cls.__name__
+        return (f"{field}={pattern!r}: expected a weight of a Linear or convolution, got {', '.join(others[:3])}: "
+                "biases and norms are never pruned, an embedding or an adapter only by its exact name")
+    plain = [plain_name(name) for name in layers]
+    known = [*plain, *dict.fromkeys(path for name in plain for path in _paths(name))]
+    return (f"{field}={pattern!r} matches no parameter of {type(_unwrapped(model)).__name__}. Near names are "
+            f"{', '.join(near(pattern, known))}")
 
 
 def check_finite(name: str, tensor: torch.Tensor, what: str, allow_infinite: bool = False) -> None:
@@ -272,4 +300,5 @@ def check_finite(name: str, tensor: torch.Tensor, what: str, allow_infinite: boo
     infinite = int(torch.isinf(tensor).sum())
     if nans or (infinite and not allow_infinite):
         raise ValueError(f"the {what} of {name!r} has {nans} NaN and {infinite} infinite of {tensor.numel()} entries: "
-                         "allowed are numbers. Repair the model, or leave this layer out with exclude=")
+                         f"expected {'numbers' if allow_infinite else 'finite numbers'}. Repair the model, or leave "
+                         "this layer out with exclude=")
