@@ -45,6 +45,8 @@ MODELS = {"llada": lambda: md.new_model(97, num_key_value_heads=4, initializer_r
 class Seen(AttentionBackend):
     """Exact attention that keeps the step, the number of steps and the phase of each call."""
 
+    phases = frozenset({"bidirectional"})
+
     def attend(self, call: AttentionCall) -> Tensor:
         call.record(seen=f"{call.step} of {call.steps}")
         return call.dense()

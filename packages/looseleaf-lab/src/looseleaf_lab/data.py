@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from looseleaf.errors import LooseleafError, did_you_mean
 
 if TYPE_CHECKING:
-    from looseleaf_text import Task
+    from looseleaf import Example, Task
+    from looseleaf_text import TextTask
 
 Part = Literal["calibration", "evaluation"]
 PARTS: tuple[str, ...] = ("calibration", "evaluation")
@@ -48,9 +49,9 @@ class Prose(str):
     source: str
 
     def __new__(cls, text: str, source: str) -> Prose:
-        made = super().__new__(cls, text)
-        made.source = source
-        return made
+        prose = super().__new__(cls, text)
+        prose.source = source
+        return prose
 
 
 # ------------------------------------------------------------------------------------------------- running text
@@ -73,26 +74,26 @@ def prose(min_chars: int, part: Part = "calibration") -> Prose:
         ValueError: an unknown part, or more text asked for than there is.
     """
     if part not in PARTS:
-        raise ValueError(f"part={part!r}: allowed are {', '.join(map(repr, PARTS))}")
+        raise ValueError(f"part: expected {' or '.join(map(repr, PARTS))}, got {part!r}")
     if min_chars < 1:
-        raise ValueError(f"min_chars={min_chars}: allowed is 1 or more")
+        raise ValueError(f"min_chars: expected an integer >= 1, got {min_chars}")
     chosen: list[str] = []
     names: set[str] = set()
     size = 0
     for name, paragraphs in _documents():
-        mine = [p for p in paragraphs if _part(name) == part]
-        if not mine:
+        wanted = [p for p in paragraphs if _part(name) == part]
+        if not wanted:
             continue
-        text = "\n\n".join(mine)
+        text = "\n\n".join(wanted)
         chosen.append(text)
         names.add(name.split(":")[0])
         size += len(text) + 2
         if size >= min_chars + 2:
             break
     else:
-        raise ValueError(f"min_chars={min_chars}: the {part} part of the documentation of Python "
-                         f"{platform.python_version()} has {max(0, size - 2)} characters. Ask for less, or pass a "
-                         "text of your own")
+        raise ValueError(f"min_chars: expected at most {max(0, size - 2)} characters, what the {part} part of the "
+                         f"documentation of Python {platform.python_version()} has, got {min_chars}: ask for less, or "
+                         "pass a text of your own")
     return Prose("\n\n".join(chosen),
                  f"Python {platform.python_version()} documentation ({', '.join(sorted(names))}), {part} part")
 
@@ -192,9 +193,9 @@ def sentences(style: str = "technical", count: int = 100, seed: int = 0, part: P
         MissingDataError: a package is absent; the message has the pip command.
     """
     if style not in STYLES:
-        raise ValueError(f"style={style!r}: allowed are {', '.join(STYLES)}.{did_you_mean(style, STYLES)}")
+        raise ValueError(f"style: expected {', '.join(STYLES)}, got {style!r}.{did_you_mean(style, STYLES)}")
     if part is not None and part not in PARTS:
-        raise ValueError(f"part={part!r}: allowed are None, {', '.join(map(repr, PARTS))}")
+        raise ValueError(f"part: expected None, {' or '.join(map(repr, PARTS))}, got {part!r}")
     if style == "technical":
         found = _technical_sentences()
     else:
@@ -209,7 +210,7 @@ def sentences(style: str = "technical", count: int = 100, seed: int = 0, part: P
     if part is not None:
         found = [s for s in found if _part(s) == part]
     if count > len(found):
-        raise ValueError(f"count={count}: there are {len(found)} sentences of style {style!r}")
+        raise ValueError(f"count: expected at most {len(found)} sentences of style {style!r}, got {count}")
     random.Random(seed).shuffle(found)
     return found[:count]
 
@@ -255,27 +256,107 @@ def _sentiment() -> Callable[[str], float]:
 
 # ------------------------------------------------------------------------------------------------- tasks
 
-_ABOUT = {
+_CLASSES = {
     "sentiment": "conversation (chatterbot-corpus) labelled positive or negative by VADER",
     "topics": "conversation (chatterbot-corpus) from three topics",
     "subjects": "sentences of the standard library's documentation by subject, four classes; needs no package",
     "question-topics": "trivia, psychology and literature questions (chatterbot-corpus)",
 }
+_OTHERS = {
+    "last-word": "generation: the last word of a sentence of the standard library's documentation; needs no package",
+    "neighbours": "embeddings: whether the nearest text is of the same class, on the texts of subjects; needs no package",
+}
 
 
 def tasks() -> dict[str, str]:
-    """Name of every classification task -> what it is."""
-    return dict(_ABOUT)
+    """Name of every task -> what it is."""
+    return {**_CLASSES, **_OTHERS}
+
+
+def check_task(name: str) -> None:
+    """Raise ValueError unless :func:`task` knows ``name``; nothing is loaded."""
+    if name not in tasks() and not re.fullmatch(r"[\w.]+:[\w.]+", name):
+        raise ValueError(f"task: expected {', '.join(tasks())} or module:function, got {name!r}."
+                         f"{did_you_mean(name, tasks())}")
+
+
+def task(name: str = "sentiment", seed: int = 0, *, train: int = 64, dev: int = 64, test: int = 200) -> Task:
+    """A small real task for a language model, or one of your own.
+
+    Args:
+        name: one of :func:`tasks`; or ``module:function``, a function that makes a :class:`looseleaf.Task` of a seed.
+        seed: which texts go where.
+        train, dev, test: examples in each part, see :func:`classification_task`; left to a function of your own.
+
+    Raises:
+        ValueError, MissingDataError: as :func:`classification_task`.
+        TypeError: the function gives no task.
+    """
+    check_task(name)
+    if ":" in name:
+        return _own_task(name, seed)
+    if name == "last-word":
+        return _last_word(seed, train, dev, test)
+    if name == "neighbours":
+        return _neighbours(seed, train, dev, test)
+    return classification_task(name, seed, train=train, dev=dev, test=test)
+
+
+def _own_task(name: str, seed: int) -> Task:
+    from looseleaf import Task
+
+    module, _, function = name.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in function.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"task: expected a function that can be imported, got {name!r} ({error}). A file my_tasks.py in "
+                         "this folder is found where PYTHONPATH has it") from error
+    made = found(seed)
+    if not isinstance(made, Task):
+        raise TypeError(f"{name}: expected a looseleaf.Task, got {type(made).__name__}")
+    return made
+
+
+def _last_word(seed: int, train: int, dev: int, test: int) -> Task:
+    from looseleaf import Example
+    from looseleaf_text import TextTask
+
+    texts = sentences("technical", train + dev + test, seed)
+    examples = [Example({"text": text}, text.split()[-1].strip(".!?,;:'\"")) for text in texts]
+    return TextTask("last-word", examples[:train], examples[train:train + dev], examples[train + dev:],
+                    metric="exact_match", template="Sentence: {text}", answer_prefix="\nLast word:", max_tokens=8)
+
+
+def _neighbours(seed: int, train: int, dev: int, test: int) -> Task:
+    from looseleaf import SetMetric
+    from looseleaf_text import TextTask
+
+    labelled = classification_task("subjects", seed, train=train, dev=dev, test=test)
+    return TextTask("neighbours", labelled.train, labelled.dev, labelled.test, metric=SetMetric(same_as_nearest))
+
+
+def same_as_nearest(vectors: list[Any], examples: list[Example]) -> float:
+    """Fraction of the examples whose nearest other one, by the cosine of the predicted vectors, has the same target."""
+    import numpy as np
+
+    rows = np.stack([np.asarray(v, dtype=np.float64) for v in vectors])
+    rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    cosines = rows @ rows.T
+    np.fill_diagonal(cosines, -np.inf)
+    targets = np.array([str(example.target) for example in examples])
+    return float((targets[cosines.argmax(1)] == targets).mean())
 
 
 def classification_task(name: str = "sentiment", seed: int = 0, *, train: int = 64, dev: int = 64,
-                        test: int = 200) -> Task:
+                        test: int = 200) -> TextTask:
     """A small real classification task for a language model.
 
     The texts are shuffled by ``seed`` and balanced over the classes; train, dev and test have no text in common.
 
     Args:
-        name: one of :func:`tasks`.
+        name: one of the tasks with classes.
         seed: which texts go where.
         train, dev, test: examples in each part, all classes together; rounded down to a multiple of the classes.
 
@@ -283,8 +364,8 @@ def classification_task(name: str = "sentiment", seed: int = 0, *, train: int = 
         ValueError: an unknown name, or more examples asked for than there are.
         MissingDataError: a package is absent; the message has the pip command.
     """
-    if name not in _ABOUT:
-        raise ValueError(f"task {name!r} is unknown: allowed are {', '.join(_ABOUT)}.{did_you_mean(name, _ABOUT)}")
+    if name not in _CLASSES:
+        raise ValueError(f"task: expected {', '.join(_CLASSES)}, got {name!r}.{did_you_mean(name, _CLASSES)}")
     pools, labels, template, prefix = _POOLS[name]()
     return _task(name, pools, labels, template, prefix, seed, train, dev, test)
 
@@ -340,18 +421,21 @@ def _disjoint(pools: dict[str, list[str]]) -> dict[str, list[str]]:
 
 
 def _task(name: str, pools: dict[str, list[str]], labels: dict[str, str], template: str, prefix: str, seed: int,
-          train: int, dev: int, test: int) -> Task:
-    from looseleaf_text import Example, Task
+          train: int, dev: int, test: int) -> TextTask:
+    from looseleaf import Example
+    from looseleaf_text import TextTask
 
     sizes = {"train": train, "dev": dev, "test": test}
     each = {part: size // len(labels) for part, size in sizes.items()}
     for part, size in sizes.items():
         if size < len(labels):
-            raise ValueError(f"{part}={size}: task {name!r} has {len(labels)} classes, allowed is one for each or more")
+            raise ValueError(f"{part}: expected one example or more of each of the {len(labels)} classes of {name!r}, "
+                             f"got {size}")
     smallest = min(len(texts) for texts in pools.values())
     if sum(each.values()) > smallest:
-        raise ValueError(f"train={train}, dev={dev}, test={test}: task {name!r} has {smallest} texts in its smallest "
-                         f"class of {len(labels)}, so train + dev + test may be {smallest * len(labels)} at most")
+        raise ValueError(f"train + dev + test: expected at most {smallest * len(labels)}, because task {name!r} has "
+                         f"{smallest} texts in its smallest class of {len(labels)}, got train={train}, dev={dev}, "
+                         f"test={test}")
     rng = random.Random(f"{name}:{seed}")
     parts: dict[str, list[Any]] = {part: [] for part in sizes}
     for label in labels:
@@ -359,19 +443,12 @@ def _task(name: str, pools: dict[str, list[str]], labels: dict[str, str], templa
         rng.shuffle(texts)
         start = 0
         for part, count in each.items():
-            parts[part] += [Example(text=t, label=label) for t in texts[start:start + count]]
+            parts[part] += [Example({"text": t}, label) for t in texts[start:start + count]]
             start += count
     for examples in parts.values():
         rng.shuffle(examples)
-    return Task(name=name, train=parts["train"], dev=parts["dev"], test=parts["test"], labels=labels,
-                metric="accuracy", template=template, answer_prefix=prefix)
-
-
-def pool_sizes(name: str) -> dict[str, int]:
-    """Label -> number of different texts of a task."""
-    if name not in _ABOUT:
-        raise ValueError(f"task {name!r} is unknown: allowed are {', '.join(_ABOUT)}.{did_you_mean(name, _ABOUT)}")
-    return {label: len(texts) for label, texts in _POOLS[name]()[0].items()}
+    return TextTask(name, parts["train"], parts["dev"], parts["test"], labels=labels, template=template,
+                    answer_prefix=prefix)
 
 
 def token_ids(tokenizer: Any, text: str, count: int | None = None) -> Any:
@@ -385,7 +462,7 @@ def token_ids(tokenizer: Any, text: str, count: int | None = None) -> Any:
     # the warning about the model's maximal length is for those who feed all of it at once
     ids = torch.tensor([tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]], dtype=torch.int64)
     if count is not None and ids.shape[1] < count:
-        raise ValueError(f"the text has {ids.shape[1]} tokens and {count} are needed: pass a longer text")
+        raise ValueError(f"text: expected at least {count} tokens, got {ids.shape[1]}: pass a longer text")
     return ids if count is None else ids[:, :count]
 
 
