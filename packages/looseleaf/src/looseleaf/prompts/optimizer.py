@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from looseleaf.errors import UnsupportedModelError
+from looseleaf.budget import Budget, reason
+from looseleaf.errors import BudgetExhausted, UnsupportedModelError
 from looseleaf.plugin import Plugin
-from looseleaf.resume import as_plain
+from looseleaf.progress import bar
+from looseleaf.resume import SearchState, as_plain
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from looseleaf.budget import Budget
     from looseleaf.prompts.prompt import Prompt
     from looseleaf.tasks import Task
 
@@ -72,6 +74,77 @@ class PromptOptimizer(Plugin):
             "model": getattr(model, "name", None) or model.__class__.__name__, "weights": _weights(model),
             "start": None if start is None else start.fingerprint(), "seed": seed})
         return found
+
+
+class Search:
+    """One search: the model metered, the state kept on disk, the way there shown.
+
+    The ``with`` block ends where the budget does::
+
+        search = Search(self, task, model, budget=budget, ...)
+        with search:
+            for n in search.steps(self.trials):
+                ...  # asks search.model, changes search.state
+        return MyPrompt(..., info=search.info(fitness, evaluations=search.done))
+
+    Args:
+        optimizer, task, model, budget, start, seed, state_dir, progress: see :meth:`PromptOptimizer.optimize`.
+        identity: what else makes two searches the same one.
+
+    Attributes:
+        model: to be asked; every call is booked on :attr:`budget` first.
+        state: plain data that the search goes on from; written after every step.
+        done: steps made, those of former runs included.
+        stopped: why the search ended.
+
+    Raises:
+        UnsupportedModelError: the optimiser does not accept the model.
+        StateError: the state on disk is damaged, or that of another search.
+    """
+
+    def __init__(self, optimizer: PromptOptimizer, task: Task, model: Any, *, budget: Budget | None = None,
+                 start: Prompt | None = None, seed: int = 0, state_dir: str | Path | None = None,
+                 progress: bool | None = None, identity: dict[str, Any] | None = None) -> None:
+        optimizer.check_model(model)
+        self.budget, self.start, self.seed = budget or Budget(), start, seed
+        self.model: Any = self.budget.meter(model)
+        self.state: dict[str, Any] = {}
+        self.done, self.stopped = 0, "done"
+        self._label, self._progress = type(optimizer).__name__, progress
+        self._file = SearchState(state_dir, {**optimizer.identity(task, model, start, seed), **(identity or {})})
+        saved = self._file.load()
+        if saved is not None:
+            self.state, self.done = saved["state"], saved["done"]
+            self.budget.restore(saved["used"])
+
+    def steps(self, total: int | None = None) -> Iterator[int]:
+        """The number of each step from where the search is; the state is written after each."""
+        with bar(self._label, total, self._progress) as progress_bar:
+            progress_bar.update(self.done)
+            while total is None or self.done < total:
+                yield self.done
+                self.done += 1
+                self.save()
+                progress_bar.update()
+
+    def save(self) -> None:
+        """Write the state and what was spent."""
+        self._file.save({"state": self.state, "done": self.done, "used": self.budget.used})
+
+    def info(self, fitness: float, evaluations: int, **more: Any) -> dict[str, Any]:
+        """What every prompt says about its search: ``fitness``, ``evaluations``, ``stopped``, and ``more``."""
+        return {"fitness": float(fitness), "evaluations": evaluations, "stopped": self.stopped, **more}
+
+    def __enter__(self) -> Search:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, BudgetExhausted):
+            self.stopped = reason(error)
+        elif error is not None:
+            return False
+        self.save()
+        return True
 
 
 def _weights(model: Any) -> str | None:

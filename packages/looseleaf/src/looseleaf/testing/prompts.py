@@ -1,8 +1,10 @@
-"""The conformance kit for prompt optimisers, and a toy model and task to try one on without torch."""
+"""The conformance kit for prompt optimisers, whatever their prompts and models are made of."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import math
 import random
@@ -12,32 +14,52 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from looseleaf.budget import Budget, Cost, watched
 from looseleaf.errors import EndpointError
-from looseleaf.paper import Paper
-from looseleaf.budget import Budget
-from looseleaf_text.model import LanguageModel
+from looseleaf.plugin import Plugin
 from looseleaf.prompts.optimizer import PromptOptimizer
-from looseleaf_text.prompt import Prompt
-from looseleaf_text.task import Example, Task
-from looseleaf_text.testing import ToyLanguageModel, toy_task
+from looseleaf.prompts.prompt import Prompt
+from looseleaf.tasks import Example, Task, content_fingerprint
+from looseleaf.testing.common import Kit, Skip, assert_unchanged, mixed_modes, same_random_state, snapshot
+from looseleaf.testing.models import seeded
 
 STOPPED = ("done", "budget: calls", "budget: tokens", "budget: seconds")
 
 
-def check_prompt_optimizer(cls: type, make: Callable[[], Any] | None = None, *, calls: int = 600) -> None:
-    """Check that ``cls`` keeps the contract of :class:`looseleaf.PromptOptimizer` on a toy model and task.
+class PictureClassifier(nn.Module):
+    """A small image classifier with random weights: (B, 8, 8) pictures -> (B, 2) logits. The same each time."""
 
-    Args:
-        cls: the plugin.
-        make: makes an instance for the runs; None: ``cls()``. Defaults are always tried, too.
-        calls: budget of the runs in model calls; more where a method needs more to get going.
+    def __init__(self) -> None:
+        super().__init__()
+        seeded(self._build)
 
-    Raises:
-        AssertionError: with everything that failed, one a line.
-    """
-    _Kit(cls, make or cls, calls).run()
+    def _build(self) -> None:
+        self.first, self.norm = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+        self.hidden, self.last = nn.Linear(4 * 36, 8), nn.Linear(8, 2)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """(B, 8, 8) -> (B, 2)."""
+        x = torch.relu(self.norm(self.first(pictures[:, None])))
+        out: Tensor = self.last(torch.tanh(self.hidden(x.flatten(1))))
+        return out
+
+
+def picture_task() -> Task:
+    """Pictures ("picture": (8, 8) float32) whose left or right half is brighter."""
+    draw = torch.Generator().manual_seed(0)
+
+    def picture(n: int) -> Example:
+        pixels = 0.5 * torch.randn(8, 8, generator=draw)
+        pixels[:, 4 * (n % 2):4 * (n % 2) + 4] += 1
+        return Example({"picture": pixels}, "right" if n % 2 else "left")
+
+    return Task("halves", *([picture(n) for n in range(12)] for _ in range(3)), classes=("left", "right"))
 
 
 class _Killed(BaseException):
@@ -62,216 +84,341 @@ class _Tripwire(Sequence[Example]):
         return iter(())
 
 
-class _WatchedTask(Task):
-    """Its own validation may look at the test examples; nothing else may."""
+class Watch:
+    """A model that counts what it is asked, and may be slow or fail.
 
-    def validate(self, model: LanguageModel | None = None) -> None:
-        kept, self.test = self.test, ()
+    Args:
+        model: who does the work.
+        on_request: called with the number of each request before it is made; may raise.
+        delay: seconds slept for each call.
+
+    Attributes:
+        model: to be given to the optimiser.
+        requests: costly methods called, and torch modules inside the model called by themselves.
+        calls: what the former cost, as declared by :func:`looseleaf.costs`.
+        direct: requests of the latter kind, whose cost is not known.
+        modules: torch modules of the model.
+    """
+
+    def __init__(self, model: Any, on_request: Callable[[int], None] | None = None, delay: float = 0.0) -> None:
+        self.requests = self.calls = self.direct = 0
+        self.on_request, self.delay, self._depth = on_request, delay, 0
+        self.model = watched(model, self._around)
+        inside = list(vars(model).values()) if hasattr(model, "__dict__") else []
+        self.modules = [model] if isinstance(model, nn.Module) else [m for m in inside if isinstance(m, nn.Module)]
+        for module in self.modules:  # a plain function, which a copy of the model would share
+            module.register_forward_pre_hook(lambda *_: self._direct())
+
+    def _request(self, calls: int) -> None:
+        self.requests += 1
+        if self.on_request is not None:
+            self.on_request(self.requests)
+        self.calls += calls
+        if self.delay:
+            time.sleep(self.delay * max(1, calls))
+
+    def _direct(self) -> None:
+        if not self._depth:
+            self._request(0)
+            self.direct += 1
+
+    @contextlib.contextmanager
+    def _around(self, model: Any, cost: Cost, arguments: tuple[Any, ...], options: dict[str, Any]) -> Iterator[None]:
+        if not self._depth:
+            self._request(cost.calls(model, *arguments, **options))
+        self._depth += 1
         try:
-            super().validate(model)
+            yield
         finally:
-            self.test = kept
+            self._depth -= 1
 
 
-class _Kit:
-    def __init__(self, cls: type, make: Callable[[], Any], calls: int) -> None:
-        self.cls, self.make, self.calls = cls, make, calls
-        self.failures: list[str] = []
+class PromptKit(Kit):
+    """The contract of :class:`looseleaf.PromptOptimizer`, checked on a small task and model.
 
-    def run(self) -> None:
-        checks = [self.declares, self.validates, self.answers, self.is_deterministic, self.keeps_budgets,
-                  self.resumes, self.refuses_bad_states, self.leaves_test_alone, self.refuses_bad_tasks]
-        if not self.is_optimizer():
-            checks = []
-        for check in checks:
-            try:
-                check()
-            except Exception as error:  # a crash of one check must not hide what the others find
-                self.fail(f"{check.__name__.replace('_', ' ')}: {type(error).__name__}: {error}")
-        if self.failures:
-            raise AssertionError("\n".join(f"{self.cls.__name__}: {f}" for f in self.failures))
+    Args:
+        cls: the plugin.
+        make: makes an instance for the runs; None: ``cls``. Defaults are always constructed, too.
+        task: makes a task, the same each time, that the found prompt can be evaluated on. None: small pictures, where
+            the plugin accepts any torch module; text optimisers get theirs from ``looseleaf_text.TextOptimizer``.
+        model: makes a model that the plugin accepts, in evaluation mode.
+        calls: budget of the runs in calls; more where a method needs more to get going.
+    """
 
-    def fail(self, text: str) -> None:
-        self.failures.append(" ".join(text.split()))
+    interface: ClassVar[type[Plugin]] = PromptOptimizer
 
-    def want(self, ok: bool, text: str) -> bool:
-        if not ok:
-            self.fail(text)
-        return bool(ok)
+    def __init__(self, cls: type[Plugin], make: Callable[[], Any] | None = None, task: Callable[[], Task] | None = None,
+                 model: Callable[[], Any] | None = None, calls: int = 600) -> None:
+        super().__init__(cls, make)
+        self._task, self._model, self.calls = task, model, calls
 
-    def optimize(self, model: LanguageModel | None = None, budget: Budget | None = None, *, task: Task | None = None,
-                 seed: int = 0, state_dir: Path | None = None) -> Prompt:
-        return self.make().optimize(task or toy_task(), model or ToyLanguageModel(),
-                                    budget or Budget(calls=self.calls), seed=seed, state_dir=state_dir,
+    def task(self) -> Task:
+        """A new task."""
+        self._need_toys()
+        return (self._task or picture_task)()
+
+    def model(self) -> Any:
+        """A new model, in evaluation mode."""
+        self._need_toys()
+        model = (self._model or PictureClassifier)()
+        return model.eval() if isinstance(model, nn.Module) else model
+
+    def _need_toys(self) -> None:
+        accepts = getattr(self.cls, "accepts", object)
+        fits = self._model is not None or isinstance(PictureClassifier(), accepts)
+        assert fits and (self._task is None) == (self._model is None), (
+            f"conformance(): expected task= and model=, functions that make a small task and a {accepts.__name__}; got "
+            f"{[name for name in ('task', 'model') if getattr(self, f'_{name}') is not None] or 'neither'}")
+
+    def optimize(self, watch: Watch | None = None, budget: Budget | None = None, *, task: Task | None = None,
+                 seed: int = 0, state_dir: Path | None = None) -> Any:
+        """One search."""
+        watch = Watch(self.model()) if watch is None else watch
+        return self.make().optimize(self.task() if task is None else task, watch.model,
+                                    budget=budget or Budget(calls=self.calls), seed=seed, state_dir=state_dir,
                                     progress=False)
 
-    # -- checks ---------------------------------------------------------------------------------------------------
+    @functools.cached_property
+    def _whole(self) -> tuple[Any, Watch, Budget]:
+        """A search with nothing in its way, its model and its budget."""
+        watch, budget = Watch(self.model()), Budget(calls=self.calls)
+        return self.optimize(watch, budget), watch, budget
 
-    def is_optimizer(self) -> bool:
-        if not (isinstance(self.cls, type) and issubclass(self.cls, PromptOptimizer)):
-            self.fail("is not a subclass of looseleaf.PromptOptimizer")
-            return False
-        return self.want("__dataclass_params__" in vars(self.cls), "is not decorated with @dataclasses.dataclass")
+    @staticmethod
+    def summary(prompt: Any) -> tuple[Any, ...]:
+        """What two equal searches agree in."""
+        return (prompt.fingerprint(), *(prompt.info.get(key) for key in ("fitness", "evaluations", "stopped")))
 
-    def declares(self) -> None:
-        self.want(isinstance(getattr(self.cls, "paper", None), Paper), "has no paper: ClassVar[Paper]")
-        # A dataclass without a docstring gets one that is its signature.
-        doc = vars(self.cls).get("__doc__") or ""
-        self.want(bool(doc) and not doc.startswith(f"{self.cls.__name__}("), "has no docstring")
-        for info in self.cls.parameter_info():  # type: ignore[attr-defined]
-            self.want(bool(info.help), f"the docstring's Args section says nothing about {info.name!r}")
-        self.cls()
+    # -- at work ------------------------------------------------------------------------------------------------------
 
-    def validates(self) -> None:
-        made = self.cls()
-        for field in dataclasses.fields(made):
-            value = getattr(made, field.name, None)
-            numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not field.init or not numeric or field.name == "seed":
-                continue
-            bad: list[Any] = [-10**9] if isinstance(value, int) else [-1e9, math.nan]
-            for wrong in bad:
-                try:
-                    dataclasses.replace(made, **{field.name: wrong})
-                except ValueError as error:
-                    self.want(field.name in str(error), f"{field.name}={wrong!r}: the error does not name the field")
-                else:
-                    self.fail(f"{field.name}={wrong!r} is accepted; check it in validate()")
+    def check_is_at_work(self) -> None:
+        """The model is asked, and another task gives another result."""
+        prompt, watch, _ = self._whole
+        assert isinstance(prompt, Prompt), f"optimize() returns a {type(prompt).__name__}, expected a looseleaf.Prompt"
+        assert watch.requests > 0, "the model is never asked"
+        other = self.optimize(task=_with_other_targets(self.task()))
+        assert self.summary(prompt)[:2] != self.summary(other)[:2], \
+            "other targets of the training examples give the same prompt and the same fitness: the task is ignored"
 
-    def answers(self) -> None:
-        model, budget = ToyLanguageModel(), Budget(calls=self.calls)
-        prompt = self.optimize(model, budget)
-        if not self.want(isinstance(prompt, Prompt), f"optimize() returned {type(prompt).__name__}, not a Prompt"):
-            return
-        info = prompt.info
-        for key, kinds in (("fitness", (int, float)), ("evaluations", int), ("stopped", str)):
-            self.want(isinstance(info.get(key), kinds), f"info[{key!r}] is {info.get(key)!r}")
-        self.want(info.get("stopped") in STOPPED, f"info['stopped'] is {info.get('stopped')!r}, allowed are {STOPPED}")
-        self.want(isinstance(info.get("evaluations"), int) and info["evaluations"] >= 1,
-                  "info['evaluations'] must count the prompts that were tried")
+    def check_declares_the_model_it_accepts(self) -> None:
+        accepts = getattr(self.cls, "accepts", None)
+        assert isinstance(accepts, type) and accepts is not object, \
+            "set the class attribute `accepts` to the type of model it is for"
+        assert isinstance(self.model(), accepts), f"conformance() gives a model that is no {accepts.__name__}"
+        _raises(lambda: self.make().optimize(self.task(), object(), budget=Budget(calls=8), progress=False),
+                "a model that it does not accept", (TypeError, ValueError))
+
+    # -- the prompt ---------------------------------------------------------------------------------------------------
+
+    def check_info_fields(self) -> None:
+        info = self._whole[0].info
+        fitness, evaluations = info.get("fitness"), info.get("evaluations")
+        assert isinstance(fitness, (int, float)) and math.isfinite(fitness), f"info['fitness'] is {fitness!r}"
+        assert isinstance(evaluations, int) and evaluations >= 1, \
+            f"info['evaluations'] is {evaluations!r}: count the candidates or steps that were tried"
+        assert info.get("stopped") in STOPPED, f"info['stopped'] is {info.get('stopped')!r}, expected one of {STOPPED}"
         try:
             json.dumps(info)
         except TypeError as error:
-            self.fail(f"info is not plain data: {error}")
-        example = toy_task().dev[0]
-        self.want(str(example.text) in prompt.render(example), "the example's text is not in the rendered prompt")
+            raise AssertionError(f"info is not plain data: {error}") from None
+
+    def check_prompt_predicts(self) -> None:
+        """The prompt found can be put on the model and evaluated on the task, by a metered model too."""
+        self._evaluate(self._whole[0])
+
+    def check_saved_and_loaded_prompt_predicts_the_same(self) -> None:
+        prompt = self._whole[0]
         with tempfile.TemporaryDirectory() as folder:
             prompt.save(Path(folder) / "prompt.json")
             again = Prompt.load(Path(folder) / "prompt.json")
-        self.want(again.render(example) == prompt.render(example), "a prompt saved and loaded renders otherwise")
+        assert type(again) is type(prompt) and again.fingerprint() == prompt.fingerprint(), \
+            "a prompt saved and loaded has other fields"
+        assert json.dumps(again.info) == json.dumps(prompt.info), "a prompt saved and loaded has another info"
+        assert self._evaluate(again) == self._evaluate(prompt), "a prompt saved and loaded predicts otherwise"
 
-    def is_deterministic(self) -> None:
+    def _evaluate(self, prompt: Any) -> str:
+        task, budget = self.task(), Budget()
+        with same_random_state():
+            found = task.evaluate(prompt.on(budget.meter(self.model())), "dev" if len(task.dev) else "train")
+        assert math.isfinite(found.score), f"the prompt's score on the task is {found.score}"
+        assert budget.used["calls"] > 0, "the prompt predicts without asking the metered model"
+        return content_fingerprint([found.predictions, found.class_scores])
+
+    # -- randomness and state -----------------------------------------------------------------------------------------
+
+    def check_same_seed_same_result(self) -> None:
         results = []
         for noise in (1, 2):
+            former = torch.get_rng_state(), np.random.get_state(), random.getstate()
+            torch.manual_seed(noise)
+            np.random.seed(noise)
             random.seed(noise)
-            before = random.getstate()
-            results.append(self.summary(self.optimize(seed=3)))
-            self.want(random.getstate() == before, "uses or sets the global random generator; make your own from seed")
-        self.want(results[0] == results[1], f"the same seed gave {results[0]} and {results[1]}")
+            try:
+                results.append(self.summary(self.optimize(seed=3)))
+            finally:
+                torch.set_rng_state(former[0])
+                np.random.set_state(former[1])
+                random.setstate(former[2])
+        assert results[0] == results[1], f"the same seed gave {results[0]} and {results[1]}"
 
-    def keeps_budgets(self) -> None:
+    def check_global_random_state_untouched(self) -> None:
+        with same_random_state():
+            self.optimize(seed=3)
+
+    def check_model_left_as_it_was(self) -> None:
+        """Values, gradients, hooks, each submodule's mode and each requires_grad; after a stop half-way, too."""
+        if not self._whole[1].modules:
+            raise Skip("the model has no torch module")
+        for stop in (None, max(1, self._whole[1].requests // 2)):
+            watch = Watch(self.model(), None if stop is None else _stopper(stop, _Killed))
+            for module in watch.modules:
+                mixed_modes(module).training = False  # somebody fine-tuned a part of it
+            before = [snapshot(module) for module in watch.modules]
+            grad = torch.is_grad_enabled()
+            with contextlib.suppress(_Killed):
+                self.optimize(watch)
+            assert torch.is_grad_enabled() == grad, "gradients stay switched off"
+            for one, module in zip(before, watch.modules, strict=True):
+                assert_unchanged(one, module)
+
+    # -- budgets ------------------------------------------------------------------------------------------------------
+
+    def check_keeps_budget_of_calls(self) -> None:
         for limit in (1, 7, max(8, self.calls // 3)):
-            model, budget = ToyLanguageModel(), Budget(calls=limit)
-            prompt = self.optimize(model, budget)
-            self.want(model.calls <= limit, f"Budget(calls={limit}): {model.calls} calls were made")
-            self.want(budget.used["calls"] == model.calls,
-                      f"Budget(calls={limit}): {model.calls} calls were made, {budget.used['calls']} booked")
-            self.want(prompt.info.get("stopped") in ("budget: calls", "done"),
-                      f"Budget(calls={limit}): info['stopped'] is {prompt.info.get('stopped')!r}")
-        model, budget = ToyLanguageModel(), Budget(tokens=3000)
-        prompt = self.optimize(model, budget)
-        self.want(model.tokens <= 3000, f"Budget(tokens=3000): {model.tokens} tokens were used")
-        self.want(prompt.info.get("stopped") in ("budget: tokens", "done"),
-                  f"Budget(tokens=3000): info['stopped'] is {prompt.info.get('stopped')!r}")
+            watch, budget = Watch(self.model()), Budget(calls=limit)
+            prompt, booked = self.optimize(watch, budget), budget.used["calls"]
+            assert watch.calls <= limit, f"Budget(calls={limit}): {watch.calls} calls were made"
+            assert booked <= limit and (booked >= watch.calls if watch.direct else booked == watch.calls), \
+                f"Budget(calls={limit}): {watch.calls} calls were made, {booked} booked"
+            _stopped(prompt, "calls", limit)
+
+    def check_keeps_budget_of_tokens(self) -> None:
+        if not isinstance(getattr(self.model(), "tokens", None), int):
+            raise Skip("the model counts no tokens")
+        watch = Watch(self.model())
+        prompt = self.optimize(watch, Budget(tokens=3000))
+        assert watch.model.tokens <= 3000, f"Budget(tokens=3000): {watch.model.tokens} tokens were used"
+        _stopped(prompt, "tokens", 3000)
+
+    def check_keeps_budget_of_seconds(self) -> None:
         began = time.monotonic()
-        prompt = self.optimize(ToyLanguageModel(delay=0.002), Budget(seconds=0.3))
+        prompt = self.optimize(Watch(self.model(), delay=0.002), Budget(seconds=0.3))
         took = time.monotonic() - began
-        self.want(took < 5, f"Budget(seconds=0.3): took {took:.1f} s")
-        self.want(prompt.info.get("stopped") in ("budget: seconds", "done"),
-                  f"Budget(seconds=0.3): info['stopped'] is {prompt.info.get('stopped')!r}")
+        assert took < 5, f"Budget(seconds=0.3): took {took:.1f} s"
+        _stopped(prompt, "seconds", 0.3)
 
-    def resumes(self) -> None:
-        whole = ToyLanguageModel()
-        expected = self.summary(self.optimize(whole))
-        for share, kind in ((0.15, _Killed), (0.5, _Killed), (0.85, _Killed), (0.5, EndpointError)):
-            kill = min(max(1, int(whole.requests * share)), whole.requests - 1)
-            with tempfile.TemporaryDirectory() as folder:
-                state, copy = Path(folder) / "state", Path(folder) / "copy"
+    # -- resuming -----------------------------------------------------------------------------------------------------
 
-                def stop(request: int, kill: int = kill, state: Path = state, copy: Path = copy,
-                         kind: type[BaseException] = kind) -> None:
-                    if request > kill:
-                        if state.exists() and not copy.exists():
-                            # What is on disk at this moment is all that kill -9 would leave.
-                            shutil.copytree(state, copy)
-                        raise kind("stopped by the kit")
+    def check_resumes_after_a_kill(self) -> None:
+        """Killed early, half-way and late: what is on disk leads to the same result, for less."""
+        for fraction in (0.15, 0.5, 0.85):
+            self._resume(fraction, _Killed)
 
-                try:
-                    self.optimize(ToyLanguageModel(on_request=stop), state_dir=state)
-                except kind:
-                    pass
-                else:
-                    self.fail("swallows KeyboardInterrupt and the like: a search could not be stopped"
-                              if kind is _Killed else "swallows EndpointError: a dead server would look like a result")
-                    continue
-                found = list(copy.rglob("*.json")) if copy.exists() else []
-                if share >= 0.5 and kill and not self.want(
-                        bool(found), f"no state on disk after {kill} of {whole.requests} requests: save it as the "
-                                     "search goes on"):
-                    continue
-                for name, folder_used in (("kill", copy), ("Ctrl-C", state)):
-                    again = ToyLanguageModel()
-                    got = self.summary(self.optimize(again, state_dir=folder_used))
-                    self.want(got == expected, f"stopped by {name} at {share:.0%} and resumed, the result is {got}, "
-                                               f"uninterrupted it is {expected}")
-                    self.want(share < 0.5 or not kill or again.calls < whole.calls,
-                              f"stopped by {name} at {share:.0%}, the search began from the beginning")
-                final = self.summary(self.optimize(ToyLanguageModel(), state_dir=state))
-                self.want(final == expected, f"called again when done, the result is {final}, it was {expected}")
+    def check_resumes_after_a_failure_of_the_model(self) -> None:
+        self._resume(0.5, EndpointError)
 
-    def refuses_bad_states(self) -> None:
+    def _resume(self, fraction: float, kind: type[BaseException]) -> None:
+        expected, whole = self.summary(self._whole[0]), self._whole[1]
+        last = min(max(1, int(whole.requests * fraction)), whole.requests - 1)
+        late = fraction >= 0.5 and whole.requests >= 8
+        with tempfile.TemporaryDirectory() as folder:
+            state, copy = Path(folder) / "state", Path(folder) / "copy"
+
+            def keep() -> None:
+                if state.exists() and not copy.exists():
+                    shutil.copytree(state, copy)  # what is on disk now is all that kill -9 would leave
+
+            try:
+                self.optimize(Watch(self.model(), _stopper(last, kind, keep)), state_dir=state)
+            except kind:
+                pass
+            else:
+                raise AssertionError("swallows KeyboardInterrupt and the like: a search could not be stopped"
+                                     if kind is _Killed else "swallows errors of the model: they look like a result")
+            assert not late or any(p.is_file() for p in copy.rglob("*")), \
+                f"no state on disk after {last} of {whole.requests} requests: save it as the search goes on"
+            for name, used in (("kill", copy), ("Ctrl-C", state)):
+                watch = Watch(self.model())
+                result = self.summary(self.optimize(watch, state_dir=used))
+                assert result == expected, (f"stopped by {name} at {fraction:.0%} and resumed, the result is {result}, "
+                                            f"uninterrupted it is {expected}")
+                assert not late or watch.requests < whole.requests, \
+                    f"stopped by {name} at {fraction:.0%}, the search began from the beginning"
+            final = self.summary(self.optimize(state_dir=state))
+            assert final == expected, f"called again when done, the result is {final}, it was {expected}"
+
+    def check_refuses_the_state_of_another_search(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            self.optimize(state_dir=Path(folder) / "state")
+            assert any(p.is_file() for p in (Path(folder) / "state").rglob("*")), "writes nothing into state_dir"
+            _raises(lambda: self.optimize(state_dir=Path(folder) / "state", seed=99),
+                    "a state_dir of a search with another seed")
+
+    def check_refuses_a_damaged_state(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             state = Path(folder) / "state"
             self.optimize(state_dir=state)
-            files = sorted(p for p in state.rglob("*") if p.is_file())
-            if not self.want(bool(files), "writes nothing into state_dir"):
-                return
-            self.raises(lambda: self.optimize(state_dir=state, seed=99), "a state_dir of a search with another seed")
-            for path in files:
+            for path in [p for p in state.rglob("*") if p.is_file()]:
                 path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-            self.raises(lambda: self.optimize(state_dir=state), "a state file cut in half")
+            _raises(lambda: self.optimize(state_dir=state), "a state file cut in half")
 
-    def leaves_test_alone(self) -> None:
-        source, wire = toy_task(), _Tripwire()
-        task = _WatchedTask(**{f.name: getattr(source, f.name) for f in dataclasses.fields(source)})
-        task.test = wire
+    # -- tasks --------------------------------------------------------------------------------------------------------
+
+    def check_test_examples_are_never_read(self) -> None:
+        wire = _Tripwire()
         try:
-            self.optimize(task=task)
+            self.optimize(task=dataclasses.replace(self.task(), test=wire))
         finally:
-            self.want(not wire.touched, "reads task.test")
+            assert not wire.touched, "reads task.test"
 
-    def refuses_bad_tasks(self) -> None:
-        good = toy_task()
+    def check_refuses_bad_tasks(self) -> None:
+        task = self.task()
+        bad = {"a task without examples": []}
+        if task.classes is not None:
+            bad["a task of one class"] = [e for e in task.train if e.target == task.train[0].target]
+            bad["a task with a target that is no class"] = [
+                *task.train, Example(task.train[0].inputs, "no such class")]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.raises(lambda: self.optimize(task=dataclasses.replace(good, train=[])), "a task without examples")
-            one = [e for e in good.train if e.label == "positive"]
-            self.raises(lambda: self.optimize(task=dataclasses.replace(good, train=one)), "a task of one class")
-            self.raises(lambda: self.optimize(task=dataclasses.replace(good, labels={"positive": " positive"})),
-                        "a task whose labels lack one of the examples'")
+            for what, train in bad.items():
+                _raises(lambda train=train: self.optimize(task=dataclasses.replace(task, train=train)), what)
 
-    # -- helpers --------------------------------------------------------------------------------------------------
 
-    def raises(self, action: Callable[[], Any], what: str) -> None:
-        try:
-            action()
-        except ValueError:
-            return
-        except Exception as error:
-            self.fail(f"{what}: raised {type(error).__name__} ({error}), expected ValueError")
-            return
-        self.fail(f"{what}: nothing was raised, expected ValueError")
+def _with_other_targets(task: Task) -> Task:
+    """``task`` with the targets of the training and dev examples exchanged among them."""
+    rng, parts = random.Random(0), {}
+    for name in ("train", "dev"):
+        examples = list(getattr(task, name))
+        targets = [e.target for e in examples]
+        rng.shuffle(targets)
+        parts[name] = [Example(e.inputs, t) for e, t in zip(examples, targets, strict=True)]
+    if parts["train"] == list(task.train):  # the same target for all, or none: fewer examples are another task, too
+        parts["train"] = parts["train"][:max(1, len(task.train) // 2)]
+    return dataclasses.replace(task, **parts)
 
-    def summary(self, prompt: Prompt) -> tuple[str, Any, Any, Any]:
-        rendered = prompt.render(toy_task().dev[0])
-        return rendered, prompt.info.get("fitness"), prompt.info.get("evaluations"), prompt.info.get("stopped")
+
+def _stopper(last: int, kind: type[BaseException], before: Callable[[], None] = lambda: None) -> Callable[[int], None]:
+    """What fails every request after number ``last``."""
+    def stop(request: int) -> None:
+        if request > last:
+            before()
+            raise kind("stopped by the kit")
+    return stop
+
+
+def _stopped(prompt: Any, name: str, limit: float) -> None:
+    reason = prompt.info.get("stopped")
+    assert reason in (f"budget: {name}", "done"), f"Budget({name}={limit}): info['stopped'] is {reason!r}"
+
+
+def _raises(action: Callable[[], Any], what: str, kinds: tuple[type[Exception], ...] = (ValueError,)) -> None:
+    try:
+        action()
+    except kinds:
+        return
+    except Exception as error:
+        raise AssertionError(f"{what}: expected {kinds[0].__name__}, got {type(error).__name__} ({error})") from None
+    raise AssertionError(f"{what}: expected {kinds[0].__name__}, got nothing")
+
+
+__all__ = ["PictureClassifier", "PromptKit", "Watch", "picture_task"]
