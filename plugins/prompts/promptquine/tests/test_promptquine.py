@@ -17,17 +17,16 @@ from typing import Any
 import pytest
 
 from looseleaf import Budget
-from looseleaf_text import Example, LanguageModel, Prompt, Task
-from looseleaf_text.testing import ASKED, ToyLanguageModel, toy_task
 from looseleaf_promptquine import PromptQuine, TAPruning
-from looseleaf_promptquine.fitness import accuracy, reward, some_per_class
 from looseleaf_promptquine.pieces import Pieces, length, without
-from looseleaf_promptquine.search import Search
+from looseleaf_promptquine.search import Search, accuracy, reward
+from looseleaf_text import CalibratedPrompt, ChatPrompt, LanguageModel, TextPrompt, TextTask
+from looseleaf_text.testing import ASKED, ToyLanguageModel, toy_task
 
 SMALL: dict[str, Any] = {"population_size": 8, "reproduction_size": 10, "max_prompts": 60, "min_prompt_length": 5}
 
 
-def run(optimizer: Any, model: LanguageModel | None = None, task: Task | None = None, **more: Any) -> Prompt:
+def run(optimizer: Any, model: LanguageModel | None = None, task: TextTask | None = None, **more: Any) -> Any:
     return optimizer.optimize(task or toy_task(), model or ToyLanguageModel(), progress=False, **more)
 
 
@@ -41,11 +40,6 @@ def test_reward_by_hand() -> None:
     assert accuracy(log_probs, golds) == pytest.approx(2 / 3)
     assert reward([[-1.0, -3.0, -2.0]], [0]) == pytest.approx(200.0)  # against the best of the others
     assert accuracy([[-1.0, -1.0]], [1]) == 0.0  # a tie goes to the first label, as in Task.evaluate
-
-
-def test_some_per_class() -> None:
-    examples = [Example(str(n), "ab"[n % 2]) for n in range(10)]
-    assert [e.text for e in some_per_class(examples, 2)] == ["0", "1", "2", "3"]
 
 
 # -- pieces -------------------------------------------------------------------------------------------------------
@@ -126,19 +120,19 @@ def test_search_ends_at_the_shortest_mean_length() -> None:
 
 def test_search_ends_when_the_neighbourhood_is_used_up() -> None:
     task = dataclasses.replace(toy_task(), template="{text}", answer_prefix=" so")
-    prompt = run(PromptQuine(min_prompt_length=0), task=task, start=Prompt("a b {text} so"))
+    prompt = run(PromptQuine(min_prompt_length=0), task=task, start=TextPrompt("a b {text} so", labels=task.labels))
     assert prompt.info["stopped"] == "done" and prompt.info["evaluations"] <= 2 ** 4
 
 
 def test_a_given_start_is_pruned() -> None:
-    start = Prompt.for_task(toy_task(), "Tell me honestly what is felt here.", toy_task().train[:2])
+    start = TextPrompt.for_task(toy_task(), "Tell me honestly what is felt here.", toy_task().train[:2])
     prompt = run(PromptQuine(**SMALL), start=start)
     assert prompt.info["start_text"] == start.as_template()
 
 
 def test_demonstrations_are_not_among_the_fitness_examples() -> None:
-    search = Search(PromptQuine(), toy_task(), ToyLanguageModel(), None, None, 0, None, False, shots=3, num_shots=16,
-                    reward_driven=True, rerank_top=0.1, most=None)
+    search = Search(PromptQuine(), toy_task(), ToyLanguageModel(), shots=3, num_shots=16, reward_driven=True,
+                    rerank_top=0.1, most=None, progress=False)
     assert len(search.start.exemplars) == 3
     assert not {id(e) for e in search.start.exemplars} & {id(e) for e in search.fit}
     assert {id(e) for e in search.held} == {id(e) for e in toy_task().dev} or len(search.held) == 16
@@ -153,14 +147,14 @@ def test_reranking_without_dev_uses_the_other_half() -> None:
 
 def test_reranking_looks_at_the_top_tenth(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    plain = Search._marks
+    plain = Search._values
 
     def watch(self: Any, masks: Any, examples: Any) -> Any:
         if examples is self.held:
             asked.append(len(masks))
         return plain(self, masks, examples)
 
-    monkeypatch.setattr(Search, "_marks", watch)
+    monkeypatch.setattr(Search, "_values", watch)
     prompt = run(PromptQuine(**SMALL))
     assert sum(asked) == 6 and prompt.info["evaluations"] == 60
     fittest = run(PromptQuine(**SMALL, rerank_top=0.0))
@@ -200,17 +194,16 @@ def test_generation_tasks_take_the_metric() -> None:
     assert 0 <= prompt.info["fitness"] <= 1 and prompt.info["fitness"] == prompt.info["accuracy"]
 
 
-def test_calibration_is_stored_and_heeded() -> None:
+def test_calibration_is_stored_and_respected() -> None:
     task, model = toy_task(), ToyLanguageModel()
     prompt = run(PromptQuine(**SMALL, calibrate=True), model, task)
-    offsets = prompt.info["calibration"]
-    assert len(offsets) == 2 and offsets[0] != offsets[1]
-    fit = Search(PromptQuine(), task, model, None, None, 0, None, False, shots=1, num_shots=16, reward_driven=True,
-                 rerank_top=0.1, most=None).fit
-    assert task.evaluate(prompt, model, fit).score == prompt.info["accuracy"]
-    rows = task.log_probs(prompt, model, task.dev)
-    plain = task.log_probs(dataclasses.replace(prompt, info={}), model, task.dev)
-    assert rows[0] == [a - b for a, b in zip(plain[0], offsets, strict=True)]
+    assert isinstance(prompt, CalibratedPrompt)
+    assert len(prompt.offsets) == 2 and prompt.offsets[0] != prompt.offsets[1]
+    fit = Search(PromptQuine(), task, model, shots=1, num_shots=16, reward_driven=True, rerank_top=0.1, most=None,
+                 progress=False).fit
+    assert task.evaluate(prompt.on(model), fit).score == prompt.info["accuracy"]
+    rows, plain = prompt.on(model).scores(task.dev), prompt.prompt.on(model).scores(task.dev)
+    assert rows[0] == [a - b for a, b in zip(plain[0], prompt.offsets, strict=True)]
 
 
 def test_halving_saves_calls_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,15 +234,15 @@ def test_halving_saves_calls_and_resumes(tmp_path: Path, monkeypatch: pytest.Mon
     ("mode", "XYZ"), ("mutation_sizes", ()), ("mutation_sizes", (0,)), ("tournament", 0.0), ("rerank_top", 1.5),
     ("num_shots", 1), ("population_size", 0), ("shots", 0), ("halving_stages", 0)])
 def test_bad_parameters(field: str, wrong: Any) -> None:
-    with pytest.raises(ValueError, match=rf"PromptQuine\.{field}=.*allowed is"):
+    with pytest.raises(ValueError, match=rf"PromptQuine\.{field}: expected .*, got"):
         PromptQuine(**{field: wrong})
 
 
 def test_start_without_a_slot_gets_the_tasks_template() -> None:
-    prompt = run(PromptQuine(**SMALL), start=Prompt.for_task(toy_task(), "Judge the film."))
+    prompt = run(PromptQuine(**SMALL), start=TextPrompt.for_task(toy_task(), "Judge the film."))
     assert prompt.info["start_text"] == f"Judge the film.\n\n{ASKED}\nReview: {{text}}\nSentiment:"
-    with pytest.raises(ValueError, match="no single text"):
-        run(PromptQuine(**SMALL), start=Prompt(messages=[{"role": "user", "content": "{text}"}]))
+    with pytest.raises(ValueError, match="ChatPrompt"):
+        run(PromptQuine(**SMALL), start=ChatPrompt([{"role": "user", "content": "{text}"}]))
 
 
 # -- stopping and resuming ----------------------------------------------------------------------------------------
@@ -314,9 +307,9 @@ def test_on_a_local_model() -> None:
     model = LocalModel(network, tokenizer)
     optimizer = PromptQuine(population_size=4, reproduction_size=5, max_prompts=12)
     prompt = run(optimizer, model, task=toy_task(size=8), seed=2)
-    # Text and tokens say the same: marking the stored prompt anew gives the fitness found.
-    again = Search(optimizer, toy_task(size=8), model, None, None, 2, None, False, shots=1, num_shots=16,
-                   reward_driven=True, rerank_top=0.1, most=None)
+    # Text and tokens say the same: scoring the stored prompt anew gives the fitness found.
+    again = Search(optimizer, toy_task(size=8), model, shots=1, num_shots=16, reward_driven=True, rerank_top=0.1,
+                   most=None, seed=2, progress=False)
     again.evaluate([prompt.info["mask"]])
     assert again.fitness(prompt.info["mask"]) == pytest.approx(prompt.info["fitness"], rel=1e-3)
     assert again.pieces.text(prompt.info["mask"]) == prompt.text

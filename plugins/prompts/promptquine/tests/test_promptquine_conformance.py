@@ -1,11 +1,7 @@
 """PromptQuine and TAPruning pass the conformance kit."""
 
-import pytest
-
-from looseleaf.testing import check_prompt_optimizer
+from looseleaf.testing import conformance_tests
 from looseleaf_promptquine import PromptQuine, TAPruning
 
-
-@pytest.mark.parametrize("cls", [PromptQuine, TAPruning])
-def test_promptquine_conformance(cls: type) -> None:
-    check_prompt_optimizer(cls)
+test_promptquine = conformance_tests(PromptQuine)
+test_tapruning = conformance_tests(TAPruning)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import random
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from looseleaf import Budget, BudgetExhausted, Paper, PromptOptimizer
-from looseleaf_text import LanguageModel, Prompt, Task
+from looseleaf import Budget, BudgetExhausted, Paper, Prompt
 from looseleaf.budget import reason
+from looseleaf.plugin import In
 from looseleaf_promptquine.pieces import length, without
 from looseleaf_promptquine.search import Search
+from looseleaf_text import LanguageModel, TextOptimizer, TextPrompt, TextTask
 
 PAPER = Paper(
     title="Evolving Prompts In-Context: An Open-ended, Self-replicating Perspective",
@@ -24,7 +25,7 @@ STALE = 20
 
 
 @dataclasses.dataclass
-class PromptQuine(PromptOptimizer):
+class PromptQuine(TextOptimizer):
     """Evolves a shorter and better prompt by deleting tokens from an ordinary few-shot prompt.
 
     An individual says which tokens of the start are kept; slots such as ``{text}`` always are. Parents are chosen by
@@ -45,53 +46,43 @@ class PromptQuine(PromptOptimizer):
         mode: "GGA": the best offspring replace their parents all at once; "SSGA": one offspring at a time
             replaces the worst of the population.
         mutation_sizes: how many tokens an offspring may lose, chosen with equal chances; each from 1.
-        tournament: share of the population that competes to be a parent, in (0, 1]; at least one does.
-        rerank_top: share of the prompts seen that is ranked again, in [0, 1]; 0 returns the fittest.
+        tournament: fraction of the population that competes to be a parent, in (0, 1]; at least one does.
+        rerank_top: fraction of the prompts seen that is ranked again, in [0, 1]; 0 returns the fittest.
         initialize_duplicate: begin with copies of the start; False begins with random prunings of 5 to 20 %.
         reward_driven: fitness is the piecewise reward on label margins; False takes plain accuracy, as the
             authors' code does unless told otherwise. Generation tasks always take the task's metric.
         num_shots: examples per class; half for fitness and half for re-ranking; from 2.
         shots: demonstrations of the start made where none is given; from 1.
         calibrate: classification: subtract from the log-probability of each label what it is given after an input
-            without content; one more call per prompt. The offsets go into ``info["calibration"]``, which
-            ``task.evaluate`` heeds.
-        halving_stages: generation (GGA): offspring are marked on a part of the fitness examples first, and only
-            the better half goes on to twice as many, in so many stages; 1 marks all on all. From 1.
+            without content; one more call per prompt. The prompt found is a
+            :class:`looseleaf_text.CalibratedPrompt` then.
+        halving_stages: generation (GGA): offspring are scored on a part of the fitness examples first, and only
+            the better half goes on to twice as many, in so many stages; 1 scores all on all. From 1.
     """
 
-    population_size: int = 30
-    reproduction_size: int = 50
-    max_prompts: int = 10000
-    min_prompt_length: int = 15
+    population_size: Annotated[int, In(">= 1")] = 30
+    reproduction_size: Annotated[int, In(">= 1")] = 50
+    max_prompts: Annotated[int, In(">= 1")] = 10000
+    min_prompt_length: Annotated[int, In(">= 0")] = 15
     mode: Literal["GGA", "SSGA"] = "GGA"
-    mutation_sizes: tuple[int, ...] = (1, 2, 3, 4)
-    tournament: float = 0.2
-    rerank_top: float = 0.10
+    mutation_sizes: Annotated[tuple[int, ...], In(">= 1")] = (1, 2, 3, 4)
+    tournament: Annotated[float, In("(0, 1]")] = 0.2
+    rerank_top: Annotated[float, In("[0, 1]")] = 0.10
     initialize_duplicate: bool = True
     reward_driven: bool = True
-    num_shots: int = 16
-    shots: int = 1
+    num_shots: Annotated[int, In(">= 2")] = 16
+    shots: Annotated[int, In(">= 1")] = 1
     calibrate: bool = False
-    halving_stages: int = 1
+    halving_stages: Annotated[int, In(">= 1")] = 1
     paper: ClassVar[Paper] = PAPER
 
     def validate(self) -> None:
-        """Raise ValueError for a parameter out of range."""
-        for name in ("population_size", "reproduction_size", "max_prompts", "shots", "halving_stages"):
-            value = getattr(self, name)
-            self.check(name, isinstance(value, int) and value >= 1, "a whole number from 1")
-        self.check("min_prompt_length", isinstance(self.min_prompt_length, int) and self.min_prompt_length >= 0,
-                   "a whole number from 0")
-        self.check("num_shots", isinstance(self.num_shots, int) and self.num_shots >= 2, "a whole number from 2")
-        self.check("mode", self.mode in ("GGA", "SSGA"), "'GGA' or 'SSGA'")
-        self.check("mutation_sizes", len(self.mutation_sizes) > 0 and all(
-            isinstance(n, int) and n >= 1 for n in self.mutation_sizes), "whole numbers from 1, at least one")
-        self.check("tournament", 0 < self.tournament <= 1, "0 < tournament <= 1")
-        self.check("rerank_top", 0 <= self.rerank_top <= 1, "0 <= rerank_top <= 1")
+        """See :meth:`looseleaf.Plugin.validate`."""
+        self.check("mutation_sizes", len(self.mutation_sizes) > 0, "one size or more")
 
-    def optimize(self, task: Task, model: LanguageModel, budget: Budget | None = None, *,
-                 start: Prompt | None = None, seed: int = 0,
-                 state_dir: str | Path | None = None, progress: bool | None = None) -> Prompt:
+    def optimize(self, task: TextTask, model: LanguageModel, *, budget: Budget | None = None,  # type: ignore[override]
+                 start: TextPrompt | None = None, seed: int = 0, state_dir: str | Path | None = None,
+                 progress: bool | None = None) -> Prompt:
         """See :meth:`looseleaf.PromptOptimizer.optimize`.
 
         Returns:
@@ -101,9 +92,10 @@ class PromptQuine(PromptOptimizer):
             ``generations`` ([prompts explored, mean tokens, best and mean fitness of the population,
             best fitness so far]).
         """
-        search = Search(self, task, model, budget, start, seed, state_dir, progress, shots=self.shots,
-                        num_shots=self.num_shots, reward_driven=self.reward_driven, rerank_top=self.rerank_top,
-                        most=self.max_prompts, calibrate=self.calibrate)
+        search = Search(self, task, model, shots=self.shots, num_shots=self.num_shots,
+                        reward_driven=self.reward_driven, rerank_top=self.rerank_top, most=self.max_prompts,
+                        calibrate=self.calibrate, budget=budget, start=start, seed=seed, state_dir=state_dir,
+                        progress=progress)
         generations: list[list[float]] = []
         stopped = "done"
         try:
@@ -173,7 +165,7 @@ class PromptQuine(PromptOptimizer):
                             sum(values) / len(values), best])
 
 
-def _first_new(masks: list[str], search: Any, room: int) -> list[str]:
+def _first_new(masks: list[str], search: Search, room: int) -> list[str]:
     """``masks`` up to where the ``room``-th prompt not visited before has been taken."""
     visited = set(search.visited)
     out = []

@@ -24,12 +24,12 @@ class Pieces:
     prunable: tuple[int, ...]
 
     @classmethod
-    def of(cls, template: str, fields: set[str], token_texts: Callable[[str], list[str]]) -> Pieces:
-        """Cut ``template`` into slots of ``fields``, which are protected, and tokens, which are not.
+    def of(cls, template: str, names: set[str], token_texts: Callable[[str], list[str]]) -> Pieces:
+        """Cut ``template`` into slots of ``names``, which are protected, and tokens, which are not.
 
         Args:
             template: the whole prompt with slots such as ``{text}``.
-            fields: names that are slots; other braces are ordinary text.
+            names: what counts as a slot; other braces are ordinary text.
             token_texts: cuts a text where its tokens are.
 
         Raises:
@@ -38,14 +38,14 @@ class Pieces:
         texts: list[str] = []
         prunable: list[int] = []
         for part in _SLOT.split(template):
-            if part[1:-1] in fields and _SLOT.fullmatch(part):
+            if part[1:-1] in names and _SLOT.fullmatch(part):
                 texts.append(part)
             elif part:
                 tokens = token_texts(part)
                 prunable += range(len(texts), len(texts) + len(tokens))
                 texts += tokens
         if len(prunable) == len(texts):
-            raise ValueError(f"the prompt {template!r:.200} has no slot of {sorted(fields)}: "
+            raise ValueError(f"the prompt {template!r:.200} has no slot of {sorted(names)}: "
                              "write for example {text} where the example goes")
         if not prunable:
             raise ValueError(f"the prompt {template!r:.200} has nothing but slots: there is nothing to prune")

@@ -8,22 +8,58 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from looseleaf import Budget, BudgetExhausted, PromptOptimizer
-from looseleaf_text import Example, LanguageModel, Prompt, Task
-from looseleaf.progress import bar
+from looseleaf import Budget, BudgetExhausted, Example, Prompt, PromptOptimizer
 from looseleaf.budget import reason
-from looseleaf_text.calibration import content_free, offsets, subtract
-from looseleaf_text.model import MeteredModel
+from looseleaf.progress import bar
 from looseleaf.resume import SearchState
-from looseleaf_text.task import fill
-from looseleaf_promptquine.fitness import accuracy, reward, some_per_class
 from looseleaf_promptquine.pieces import Pieces, length
+from looseleaf_text import CalibratedPrompt, LanguageModel, TextPrompt, TextTask
+from looseleaf_text.calibration import content_free, offsets, subtract
+from looseleaf_text.slots import fill
+
+WRONG, RIGHT = 180.0, 200.0
+"""lambda1 and lambda2 of the piecewise reward [paper, appendix; memory]."""
 
 ROWS = 128
 """Examples scored together: few enough that limits on time are kept and little is lost when a run is stopped."""
 
 CONTENT_FREE = "N/A"
 """What stands in every slot when labels are calibrated."""
+
+
+def accuracy(log_probs: Sequence[Sequence[float]], golds: Sequence[int]) -> float:
+    """Fraction of examples whose gold label is the likeliest.
+
+    Args:
+        log_probs: (examples, labels) natural-log probabilities.
+        golds: place of the right label of each example.
+    """
+    hits = [row[gold] >= max(row) and _first_best(row) == gold for row, gold in zip(log_probs, golds, strict=True)]
+    return sum(hits) / len(hits)
+
+
+def reward(log_probs: Sequence[Sequence[float]], golds: Sequence[int], wrong: float = WRONG,
+           right: float = RIGHT) -> float:
+    """The piecewise reward: mean over classes of the weighted margins of their examples.
+
+    The margin is the log-probability of the gold label less that of the best other one; it counts ``right`` times
+    where positive, ``wrong`` times where not. Classes weigh the same whatever their number of examples.
+
+    Args:
+        log_probs: (examples, labels) natural-log probabilities.
+        golds: place of the right label of each example.
+        wrong: weight of a margin on the wrong side (lambda1).
+        right: weight of a margin on the right side (lambda2).
+    """
+    by_class: dict[int, list[float]] = {}
+    for row, gold in zip(log_probs, golds, strict=True):
+        margin = row[gold] - max(v for n, v in enumerate(row) if n != gold)
+        by_class.setdefault(gold, []).append(margin * (right if margin > 0 else wrong))
+    return sum(sum(v) / len(v) for v in by_class.values()) / len(by_class)
+
+
+def _first_best(row: Sequence[float]) -> int:
+    return max(range(len(row)), key=row.__getitem__)
 
 
 class Search:
@@ -34,32 +70,35 @@ class Search:
 
     Args:
         optimizer: whose search this is; part of its identity on disk.
-        task, model, budget, start, seed, state_dir, progress: see :class:`looseleaf.PromptOptimizer`.
+        task, model, budget, start, seed, state_dir, progress: see :meth:`looseleaf.PromptOptimizer.optimize`.
         shots: demonstrations of the start made where none is given.
         num_shots: examples per class used; half for fitness, half for re-ranking.
         reward_driven: piecewise reward instead of accuracy.
-        rerank_top: share of the prompts seen that is re-ranked.
+        rerank_top: fraction of the prompts seen that is re-ranked.
         most: where the progress bar ends.
         calibrate: subtract what each label is given after an input without content.
     """
 
-    def __init__(self, optimizer: PromptOptimizer, task: Task, model: LanguageModel, budget: Budget | None,
-                 start: Prompt | None, seed: int, state_dir: str | Path | None, progress: bool | None, *,
-                 shots: int, num_shots: int, reward_driven: bool, rerank_top: float, most: int | None,
-                 calibrate: bool = False) -> None:
+    def __init__(self, optimizer: PromptOptimizer, task: TextTask, model: LanguageModel, *, shots: int, num_shots: int,
+                 reward_driven: bool, rerank_top: float, most: int | None, calibrate: bool = False,
+                 budget: Budget | None = None, start: TextPrompt | None = None, seed: int = 0,
+                 state_dir: str | Path | None = None, progress: bool | None = None) -> None:
+        optimizer.check_model(model)
+        if start is not None and not isinstance(start, TextPrompt):
+            raise ValueError(f"start: expected a TextPrompt, whose text is pruned, got a {type(start).__name__}")
         task.validate(model)
         self.task, self.rerank_top, self.reward_driven = task, rerank_top, reward_driven
         self.calibrate = calibrate and task.labels is not None
         self.budget = budget or Budget()
-        self.model = MeteredModel(model, self.budget)
+        self.model = self.budget.meter(model)
         self.rng = random.Random(seed)
-        self.fit, self.held, demonstrations = self._share_out(seed, num_shots, shots if start is None else 0)
-        self.start = start or Prompt.for_task(task, exemplars=demonstrations)
-        fields = set(self.fit[0].fields)
-        self.pieces = Pieces.of(self.start.as_template(fields), fields, model.token_texts)
+        self.fit, self.held, demonstrations = self._divide(seed, num_shots, shots if start is None else 0)
+        self.start = start or TextPrompt.for_task(task, exemplars=demonstrations)
+        names = set(self.fit[0].inputs)
+        self.pieces = Pieces.of(self.start.as_template(names), names, model.token_texts)
         self.seen: dict[str, list[float]] = {}
         self.reranked: dict[str, list[float]] = {}
-        self.partial: dict[str, list[float]] = {}  # generation: marks of the first fitness examples
+        self.partial: dict[str, list[float]] = {}  # generation: scores on the first fitness examples
         self.state = SearchState(state_dir, optimizer.identity(task, model, start, seed))
         saved = self.state.load()
         if saved is not None:
@@ -70,7 +109,7 @@ class Search:
         self._visited: set[str] = set()
         self.bar = bar(type(optimizer).__name__, most, progress)
 
-    def _share_out(self, seed: int, num_shots: int, shots: int) -> tuple[list[Example], list[Example], list[Example]]:
+    def _divide(self, seed: int, num_shots: int, shots: int) -> tuple[list[Example], list[Example], list[Example]]:
         """Examples for fitness, for re-ranking, and demonstrations, which are in neither."""
         half = max(1, num_shots // 2)
         if self.task.dev:
@@ -80,7 +119,7 @@ class Search:
             fit, held = self.task.split(seed)
         demonstrations = random.Random(f"{seed} start").sample(fit, min(shots, len(fit) - 1))
         rest = [e for e in fit if not any(e is d for d in demonstrations)]
-        return some_per_class(rest, half), some_per_class(held, half) or rest, demonstrations
+        return self.task.first_of_each(rest, half), self.task.first_of_each(held, half) or rest, demonstrations
 
     # -- evaluating -----------------------------------------------------------------------------------------------
 
@@ -118,22 +157,22 @@ class Search:
 
     def _ask(self, masks: list[str]) -> None:
         self._leave_room(self._cost(masks, len(self.fit)), len(masks))
-        for mask, values in zip(masks, self._marks(masks, self.fit), strict=True):
+        for mask, values in zip(masks, self._values(masks, self.fit), strict=True):
             self.seen[mask] = values
             self._visit(mask)
         self.save()
 
     def _cost(self, masks: Sequence[str], examples: int) -> int:
-        """Calls needed to mark ``masks`` on so many of the fitness examples."""
+        """Calls needed to score ``masks`` on so many of the fitness examples."""
         if self.task.labels is None:
             return sum(max(0, examples - len(self.partial.get(m, []))) for m in masks)
         return len(masks) * (examples + self.calibrate)
 
     def halve(self, masks: list[str], stages: int) -> list[str]:
-        """Successive halving for generation tasks: the masks worth marking on all fitness examples.
+        """Successive halving for generation tasks: the masks worth scoring on all fitness examples.
 
-        In each stage but the last the masks are marked on twice as many examples as in the one before, and the
-        better half goes on. What was marked is not marked again.
+        In each stage but the last the masks are scored on twice as many examples as in the one before, and the
+        better half goes on. What was scored is not scored again.
 
         Raises:
             BudgetExhausted: as :meth:`evaluate`.
@@ -153,22 +192,22 @@ class Search:
         return masks
 
     def _generated(self, masks: Sequence[str], size: int) -> list[list[float]]:
-        """Marks of each mask on the first ``size`` fitness examples, asking only for those not known."""
+        """Scores of each mask on the first ``size`` fitness examples, asking only for those not known."""
         jobs = [(m, n) for m in masks for n in range(len(self.partial.get(m, [])), size)]
-        marks = self._answers([self.pieces.text(m) for m, _ in jobs], [self.fit[n] for _, n in jobs])
-        for (mask, _), mark in zip(jobs, marks, strict=True):
-            self.partial.setdefault(mask, []).append(mark)
+        scores = self._answers([self.pieces.text(m) for m, _ in jobs], [self.fit[n] for _, n in jobs])
+        for (mask, _), score in zip(jobs, scores, strict=True):
+            self.partial.setdefault(mask, []).append(score)
         return [self.partial[m][:size] for m in masks]
 
     def _answers(self, prompts: Sequence[str], examples: Sequence[Example]) -> list[float]:
         if not prompts:
             return []
-        texts = [fill(p, e.fields) for p, e in zip(prompts, examples, strict=True)]
+        texts = [fill(p, e.inputs) for p, e in zip(prompts, examples, strict=True)]
         answers = self.model.generate(texts, self.task.max_tokens, list(self.task.stop) or None)
-        return [self.task.mark(a, e) for a, e in zip(answers, examples, strict=True)]
+        return [self.task.score(a, e) for a, e in zip(answers, examples, strict=True)]
 
-    def _marks(self, masks: Sequence[str], examples: list[Example]) -> list[list[float]]:
-        """[fitness, mean mark, offsets of a calibration ...] of each mask on ``examples``, in one batch."""
+    def _values(self, masks: Sequence[str], examples: list[Example]) -> list[list[float]]:
+        """[fitness, mean score, offsets of a calibration ...] of each mask on ``examples``, in one batch."""
         count = len(examples)
         if self.task.labels is None:
             if examples is self.fit:
@@ -179,18 +218,18 @@ class Search:
             means = [sum(row) / count for row in rows]
             return [[m, m] for m in means]
         names = list(self.task.labels)
-        golds = [names.index(str(e.label)) for e in examples]
-        empty = content_free(examples[0].fields, [CONTENT_FREE]) if self.calibrate else []
-        texts = [fill(self.pieces.text(m), e.fields) for m in masks for e in [*examples, *empty]]
+        golds = [names.index(str(e.target)) for e in examples]
+        empty = content_free(examples[0].inputs, [CONTENT_FREE]) if self.calibrate else []
+        texts = [fill(self.pieces.text(m), e.inputs) for m in masks for e in [*examples, *empty]]
         log_probs = self.model.score(texts, [list(self.task.labels.values())] * len(texts))
         out = []
         for n in range(len(masks)):
-            mine = log_probs[n * (count + len(empty)):(n + 1) * (count + len(empty))]
-            leaning = offsets(mine[count:]) if self.calibrate else []
+            rows = log_probs[n * (count + len(empty)):(n + 1) * (count + len(empty))]
+            leaning = offsets(rows[count:]) if self.calibrate else []
             if leaning:
-                mine = subtract(mine[:count], leaning)
-            right = accuracy(mine, golds)
-            out.append([reward(mine, golds) if self.reward_driven else right, right, *leaning])
+                rows = subtract(rows[:count], leaning)
+            right = accuracy(rows, golds)
+            out.append([reward(rows, golds) if self.reward_driven else right, right, *leaning])
         return out
 
     def _history(self) -> list[list[float]]:
@@ -238,7 +277,7 @@ class Search:
             try:
                 for at in range(0, len(todo), size):
                     chunk = todo[at:at + size]
-                    self.reranked.update(zip(chunk, self._marks(chunk, self.held), strict=True))
+                    self.reranked.update(zip(chunk, self._values(chunk, self.held), strict=True))
                     self.save()
             except BudgetExhausted as end:
                 stopped = reason(end)
@@ -261,8 +300,7 @@ class Search:
             "history": self._history(),
             **extra,
         }
-        if self.calibrate and values:
-            info["calibration"] = values[2:]  # Task.evaluate takes it into account
         self.save()
         self.bar.close()
-        return Prompt.for_task(self.task, self.pieces.text(best), info=info)
+        prompt = TextPrompt.for_task(self.task, self.pieces.text(best), info=info)
+        return CalibratedPrompt(prompt, values[2:], info=info) if self.calibrate and values else prompt
