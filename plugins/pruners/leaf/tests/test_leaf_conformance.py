@@ -7,14 +7,24 @@ from typing import Any
 import pytest
 import torch
 
-from looseleaf.testing import check_pruner
+from looseleaf.testing import conformance_tests
 from looseleaf_leaf import LeaF
-from looseleaf_leaf.kit import teacher
 
+pytest.importorskip("transformers")
 torch.set_num_threads(1)
+TEACHER = LeaF.conformance()["make"]().teacher
 
 
-@pytest.mark.parametrize("fields", [{}, {"q": 0.3}, {"tau": 0.4}, {"mistakes_only": True}])
-def test_conformance(fields: dict[str, Any]) -> None:
-    pytest.importorskip("transformers")
-    check_pruner(LeaF, lambda: LeaF(**fields).with_teacher(teacher()))
+def variant(**fields: Any) -> dict[str, Any]:
+    """LeaF with these fields, and the teacher of its own conformance."""
+    return {"make": lambda: LeaF(**fields).with_teacher(TEACHER)}
+
+
+def teacher_is_right(model: Any, batch: Any) -> torch.Tensor:
+    """A judge for random models, which answer nothing."""
+    return torch.full((len(batch["input_ids"]),), model is TEACHER)
+
+
+test_conformance = conformance_tests(LeaF, {
+    "": {}, "q": variant(q=0.3), "tau": variant(tau=0.4),
+    "mistakes": variant(mistakes_only=True, judge=teacher_is_right)})

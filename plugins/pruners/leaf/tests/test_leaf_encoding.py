@@ -10,8 +10,8 @@ import torch
 
 from looseleaf.testing.models import tiny_tokenizer
 from looseleaf_leaf import encode, response_level
-from looseleaf_leaf.align import align
 from looseleaf_leaf.batch import checked
+from looseleaf_leaf.sensitivity import align
 
 pytest.importorskip("transformers")
 PLAIN = "{instruction} -> {response}"

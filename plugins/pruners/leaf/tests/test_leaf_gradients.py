@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from looseleaf import UnsupportedModelError
 from looseleaf.testing.models import tied_llama as tiny_llama
 from looseleaf_leaf import input_gradient_norms
-from looseleaf_leaf.gradients import min_max
+from looseleaf_leaf.sensitivity import min_max
 
 torch.set_num_threads(1)
 

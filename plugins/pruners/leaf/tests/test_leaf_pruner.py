@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from looseleaf import Report, get
+from looseleaf.testing.common import assert_unchanged, mixed_modes, snapshot
 from looseleaf.testing.models import tiny_text_llama, tiny_tokenizer
 from looseleaf_leaf import LeaF, encode, greedy_match, show
 
@@ -59,14 +60,14 @@ STUDENT, TEACHER = Reader(4.0), Reader(0.0)
 
 def test_low_is_what_only_the_student_minds() -> None:
     leaf = LeaF().with_teacher(TEACHER)
-    score = leaf.score(STUDENT, batch())["input_ids"]
+    score = leaf.score(STUDENT, batch())
     assert int(score[0].argmin()) == 3 and float(score[0, 3]) == pytest.approx(-1.0, abs=1e-5)
     assert score[0, 1] > 0, "the key matters more to the teacher"
     assert bool(score[:, [0, 6, 7]].isposinf().all()) and bool(score[:, 1:6].isfinite().all())
-    theirs, mine = leaf.sensitivities(STUDENT, batch())
-    torch.testing.assert_close((theirs - mine)[:, 1:6], score[:, 1:6])
-    assert theirs.min() == 0 and theirs.max() == 1 and mine.max() == 1
-    assert not LeaF().with_teacher(TEACHER).prune(STUDENT, batch())["input_ids"][0, 3]
+    of_teacher, of_student = leaf.sensitivities(STUDENT, batch())
+    torch.testing.assert_close((of_teacher - of_student)[:, 1:6], score[:, 1:6])
+    assert of_teacher.min() == 0 and of_teacher.max() == 1 and of_student.max() == 1
+    assert not LeaF().with_teacher(TEACHER).keep(STUDENT, batch())["input_ids"][0, 3]
 
 
 def test_judging_by_greedy_decoding() -> None:
@@ -74,11 +75,21 @@ def test_judging_by_greedy_decoding() -> None:
     assert greedy_match(TEACHER, batch()).tolist() == [True, True]
 
 
+def test_every_submodule_keeps_its_own_mode() -> None:
+    student, teacher = mixed_modes(tiny_text_llama()), mixed_modes(tiny_text_llama())
+    before = [(snapshot(model), model) for model in (student, teacher)]
+    given = encode(tiny_tokenizer(), [("What is 2+2? 5!", "4")], template="{instruction} {response}")
+    LeaF(mistakes_only=True, corrected_only=True).with_teacher(teacher).counterfactuals(student, given)
+    greedy_match(student, given)
+    for state, model in before:
+        assert_unchanged(state, model)
+
+
 def test_only_mistakes_of_the_student() -> None:
     leaf = LeaF(mistakes_only=True).with_teacher(TEACHER)
-    keep = leaf.prune(STUDENT, batch())["input_ids"]
+    keep = leaf.keep(STUDENT, batch())["input_ids"]
     assert not keep[0].all() and keep[1].all()
-    assert LeaF(mistakes_only=True).with_teacher(STUDENT).prune(STUDENT, batch())["input_ids"].all(), \
+    assert LeaF(mistakes_only=True).with_teacher(STUDENT).keep(STUDENT, batch())["input_ids"].all(), \
         "a teacher that is wrong as well says nothing"
 
 
@@ -90,7 +101,7 @@ def test_a_judge_of_ones_own() -> None:
         return torch.tensor([model is right] * len(given["input_ids"]))
 
     for right in (TEACHER, STUDENT):
-        keep = LeaF(mistakes_only=True, judge=judge).with_teacher(TEACHER).prune(STUDENT, batch())["input_ids"]
+        keep = LeaF(mistakes_only=True, judge=judge).with_teacher(TEACHER).keep(STUDENT, batch())["input_ids"]
         assert bool(keep[0].all()) == (right is STUDENT)
     assert TEACHER in asked and STUDENT in asked
 
@@ -115,7 +126,7 @@ def test_no_teacher() -> None:
 
 def test_a_bound_teacher_is_no_parameter() -> None:
     leaf = LeaF(q=0.2).with_teacher(TEACHER)
-    assert leaf == LeaF(q=0.2) and "teacher" not in str(leaf) and "_teacher" not in leaf.parameters()
+    assert leaf == LeaF(q=0.2) and "teacher" not in str(leaf) and "_teacher" not in leaf.hyperparameters()
     assert leaf.teacher is TEACHER and LeaF(q=0.2)._teacher is None
 
 
@@ -126,13 +137,14 @@ def test_nan_gradients_name_the_model() -> None:
     for leaf, student, word in ((LeaF().with_teacher(broken), STUDENT, "teacher"),
                                 (LeaF().with_teacher(TEACHER), broken, "student")):
         with pytest.raises(ValueError, match=f"gradients of the {word} are NaN"):
-            leaf.prune(student, batch())
+            leaf.keep(student, batch())
 
 
 @pytest.mark.parametrize("fields", [{"q": 1.0}, {"cap": -1}, {"tau": 2}, {"mistakes_only": 1}, {"collective": "yes"},
-                                    {"corrected_only": None}, {"judge": 3}])
+                                    {"corrected_only": None}, {"judge": 3}, {"q": -0.1}, {"q": float("nan")}, {"q": True},
+                                    {"q": "a"}, {"cap": 1.5}, {"cap": None}, {"tau": 1.0}, {"tau": -0.5}, {"tau": "x"}])
 def test_bad_values(fields: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=rf"LeaF\.{next(iter(fields))}=.*allowed is"):
+    with pytest.raises(ValueError, match=rf"LeaF\.{next(iter(fields))}: expected .*, got"):
         LeaF(**fields)
 
 
@@ -155,8 +167,8 @@ def test_a_teacher_with_other_tokens() -> None:
     given = encode(letters, [("12345", "6"), ("789", "10")], template="{instruction} {response}",
                    teacher_tokenizer=twos)
     leaf = LeaF(q=0.3).with_teacher(teacher)
-    theirs, _ = leaf.sensitivities(student, given)
-    assert theirs[0, 0] == theirs[0, 1] and theirs[0, 2] == theirs[0, 3], "digits that share the teacher's token"
+    of_teacher, _ = leaf.sensitivities(student, given)
+    assert of_teacher[0, 0] == of_teacher[0, 1] and of_teacher[0, 2] == of_teacher[0, 3], "digits that share the teacher's token"
     assert len(leaf.counterfactuals(student, given)) and "teacher" not in leaf.counterfactuals(student, given).batch
     bare = {**given, "teacher": {k: v for k, v in given["teacher"].items() if k != "offsets"}}
     with pytest.raises(ValueError, match="teacher_tokenizer"):
@@ -173,7 +185,7 @@ def test_the_view() -> None:
     leaf = LeaF(q=0.2).with_teacher(teacher)
     report = show(leaf, student, given, tokenizer, rows=1)
     assert len(report.strips) == len(report.tables) == 1
-    keep = leaf.prune(student, given)["input_ids"]
+    keep = leaf.keep(student, given)["input_ids"]
     text = report.strips[0].text()
     assert text.replace("[[", "").replace("]]", "") == "What is 2+2? 5! 4"
     assert sum(row[-1] for row in report.tables[0].rows) == int((~keep[0]).sum()) == text.count("[[") + sum(

@@ -1,19 +1,101 @@
-"""The Trainer of transformers with the paper's distillation loss."""
+"""Distillation on samples and on their counterfactuals: pairs, loss, and the Trainer of transformers with it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from looseleaf_leaf.batch import IGNORED
-from looseleaf_leaf.counterfactual import PairCollator
-from looseleaf_leaf.loss import response_kl
+from looseleaf_leaf.batch import IGNORED, checked
+from looseleaf_leaf.pruner import Counterfactuals
+from looseleaf_leaf.sensitivity import at_least_float32
 
 PREFIX = "counterfactual_"
 READ = ("input_ids", "attention_mask", "position_ids")
+
+
+def training_pairs(batch: Mapping[str, Any], changed: Counterfactuals) -> list[dict[str, list[int]]]:
+    """The training set of :class:`looseleaf_leaf.LeaFTrainer`: each counterfactual beside the sample it comes from.
+
+    A sample in which nothing was removed is its own counterfactual: both terms of the loss are then the same.
+
+    Returns:
+        Rows without padding: ``input_ids``, ``labels``, ``counterfactual_input_ids``, ``counterfactual_labels``; in the
+        order of the samples.
+    """
+    full = checked(batch)
+
+    def plain(source: Mapping[str, Tensor], row: int) -> tuple[list[int], list[int]]:
+        real = source["attention_mask"][row].bool()
+        return source["input_ids"][row][real].tolist(), source["labels"][row][real].tolist()
+
+    out = []
+    for row in range(len(full["input_ids"])):
+        ids, labels = plain(full, row)
+        own = (changed.source == row).nonzero().flatten().tolist()
+        for other_ids, other_labels in [plain(changed.batch, at) for at in own] or [(ids, labels)]:
+            out.append({"input_ids": ids, "labels": labels, "counterfactual_input_ids": other_ids,
+                        "counterfactual_labels": other_labels})
+    return out
+
+
+@dataclass
+class PairCollator:
+    """Pads rows of :func:`training_pairs` on the right and stacks them, with the attention masks.
+
+    Args:
+        pad_token_id: fills ``input_ids``; any id will do, for padding is not attended to.
+    """
+
+    pad_token_id: int = 0
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Tensors (B, L) for the samples and (B, L') under names with ``counterfactual_`` before them."""
+        out = {}
+        for prefix in ("", "counterfactual_"):
+            if prefix + "input_ids" not in rows[0]:
+                continue
+            ids = [torch.as_tensor(row[prefix + "input_ids"]) for row in rows]
+            labels = [torch.as_tensor(row[prefix + "labels"]) for row in rows]
+            pad = torch.nn.utils.rnn.pad_sequence
+            out[prefix + "input_ids"] = pad(ids, batch_first=True, padding_value=self.pad_token_id)
+            out[prefix + "labels"] = pad(labels, batch_first=True, padding_value=IGNORED)
+            out[prefix + "attention_mask"] = pad([torch.ones_like(i) for i in ids], batch_first=True)
+        return out
+
+
+def response_kl(teacher: Tensor, student: Tensor, labels: Tensor, *, temperature: float = 1.0,
+                count: Tensor | int | None = None) -> Tensor:
+    """KL(teacher || student) over the positions that predict the response, nats a token.
+
+    Args:
+        teacher, student: logits (B, L, V); no gradient goes to the teacher's.
+        labels: (B, L), -100 outside the response; the logits at i predict the label at i + 1.
+        temperature: both distributions are softened by it, and the loss is multiplied by its square, so that gradients
+            keep their size.
+        count: divide the sum over positions by this; None: by the number of positions (their mean).
+
+    Returns:
+        A scalar, float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError: vocabularies of different size.
+    """
+    if teacher.shape != student.shape:
+        raise ValueError(f"the teacher's logits have shape {tuple(teacher.shape)}, the student's {tuple(student.shape)}"
+                         ": distillation compares distributions over one vocabulary. Where only the padding of the "
+                         "embeddings differs, give vocabulary=len(tokenizer)")
+    at = labels[:, 1:] != IGNORED
+    log_teacher = torch.log_softmax(at_least_float32(teacher[:, :-1][at].detach()) / temperature, -1)
+    log_student = torch.log_softmax(at_least_float32(student[:, :-1][at]) / temperature, -1)
+    # a probability of zero times a log of minus infinity is zero: nothing of that token is to be learned
+    terms = torch.where(log_teacher.isneginf(), 0.0, log_teacher.exp() * (log_teacher - log_student))
+    total = terms.sum() * temperature ** 2
+    return total / (at.sum().clamp(min=1) if count is None else count)
 
 
 class LeaFTrainer(Trainer):
@@ -45,15 +127,15 @@ class LeaFTrainer(Trainer):
 
     def __init__(self, *, model: Any, teacher: nn.Module, args: Any = None, lambda_: float = 0.5,
                  temperature: float = 1.0, ce: float = 0.0, vocabulary: int | None = None, **rest: Any) -> None:
-        for name, value, ok, allowed in (
-                ("lambda_", lambda_, 0 <= lambda_ <= 1, "0 <= lambda_ <= 1"),
-                ("temperature", temperature, 0 < temperature < float("inf"), "temperature > 0"),
-                ("ce", ce, 0 <= ce < float("inf"), "ce >= 0"),
-                ("vocabulary", vocabulary, vocabulary is None or vocabulary >= 1, "None, or 1 and more")):
+        for name, value, ok, expected in (
+                ("lambda_", lambda_, 0 <= lambda_ <= 1, "a number in [0, 1]"),
+                ("temperature", temperature, 0 < temperature < float("inf"), "a number > 0"),
+                ("ce", ce, 0 <= ce < float("inf"), "a number >= 0"),
+                ("vocabulary", vocabulary, vocabulary is None or vocabulary >= 1, "None or an integer >= 1")):
             if not ok:
-                raise ValueError(f"LeaFTrainer: {name}={value!r}: allowed is {allowed}")
+                raise ValueError(f"LeaFTrainer.{name}: expected {expected}, got {value!r}")
         if not isinstance(teacher, nn.Module):
-            raise ValueError(f"LeaFTrainer: teacher is a {type(teacher).__name__}: allowed is a torch module")
+            raise ValueError(f"LeaFTrainer.teacher: expected a torch module, got {type(teacher).__name__}")
         super().__init__(model=model, args=args, **{"data_collator": PairCollator(), **rest})
         self.args.remove_unused_columns = False
         self.model_accepts_loss_kwargs = True  # the loss below is normalised over the whole step
