@@ -15,7 +15,7 @@ from looseleaf_flexprefill.patterns import jensen_shannon
 
 
 def smallest_set(values: torch.Tensor, mass: float) -> set[int]:
-    """Indices of the largest values, in falling order, until their sum reaches a share of the total."""
+    """Indices of the largest values, in falling order, until their sum reaches a fraction of the total."""
     total, reached, out = float(values.double().sum()), 0.0, set()
     for i in sorted(range(len(values)), key=lambda i: (-float(values[i]), i)):
         if reached >= mass * total or values[i] <= 0:
@@ -148,13 +148,13 @@ def test_chunked_prefill_with_all_mass_is_one_pass() -> None:
     assert all("fallback" not in r for r in attached.records)
 
 
-def test_short_decode_encode_and_masks_fall_back() -> None:
+def test_short_bidirectional_and_masked_calls_fall_back() -> None:
     q, k, v = tensors(300)
     reasons = []
     def call(**given: object) -> AttentionCall:
         return AttentionCall(q, k, v, 0.2, record=lambda **r: reasons.append(r["fallback"]), **given)
     FlexPrefill().attend(call())
-    FlexPrefill(min_budget=16, block_size=16).attend(call(phase="encode", is_causal=False))
+    FlexPrefill(min_budget=16, block_size=16).attend(call(phase="bidirectional", is_causal=False))
     FlexPrefill(min_budget=16, block_size=16).attend(call(mask=torch.ones(300, 300, dtype=torch.bool)))
     assert reasons == ["no longer than 1024 tokens", "only causal prefill is sparse", "a mask of the caller's own"]
 
@@ -173,7 +173,7 @@ def test_report_shows_heads() -> None:
     ("gamma", 0.0), ("gamma", 1.1), ("tau", -0.1), ("tau", 1.5), ("block_size", 48), ("block_size", 8),
     ("min_budget", 0), ("max_budget", 5)])
 def test_bad_parameters(field: str, value: float) -> None:
-    with pytest.raises(ValueError, match=rf"FlexPrefill\.{field}={value}: allowed is"):
+    with pytest.raises(ValueError, match=rf"FlexPrefill\.{field}: expected .*, got {value}$"):
         FlexPrefill(**{field: value})
 
 

@@ -42,5 +42,5 @@ def test_seeds_and_tokenizers_without_a_start() -> None:
 
 
 def test_too_short() -> None:
-    with pytest.raises(ValueError, match="length=100: allowed is 256 tokens or more"):
+    with pytest.raises(ValueError, match="length: expected an integer >= 256, got 100"):
         key_value_ids(Letters(), 100)

@@ -9,11 +9,22 @@ from torch import Tensor
 from looseleaf import AttentionCall, attach
 from looseleaf.testing.attention import tensors
 from looseleaf.testing.models import tiny_llama
-from looseleaf_minference import MInference, Pattern
+from looseleaf_minference import Keys, MInference, Pattern
 
 PATTERNS = [Pattern("a_shape", 20, 40), Pattern("vertical_slash", 35, 51), Pattern("block_sparse", 4),
             Pattern("vertical_slash", 70, 50)]
 SMALL = {"min_length": 1, "block_size": 16, "last_q": 16, "forced_offsets": 46}
+
+
+def expand(keys: Keys) -> Tensor:
+    """The boolean mask of the attention, (B, Hq, Lq, Lk), with causality and lengths in it."""
+    layout = keys.layout
+    blocks = keys.blocks.repeat_interleave(layout.block, 2).repeat_interleave(layout.block, 3)
+    mask = blocks[:, :, :layout.q_len, :layout.k_len] | keys.columns[:, :, None]
+    query, key = torch.arange(layout.q_len), torch.arange(layout.k_len)
+    position = query + (layout.key_lengths - layout.query_lengths)[:, None]
+    seen = (key <= position[..., None]) & (key < layout.key_lengths[:, None])[:, None]
+    return mask & (seen & (query < layout.query_lengths[:, None])[..., None])[:, None]
 
 
 def call_of(q: Tensor, k: Tensor, v: Tensor, **given: object) -> AttentionCall:
@@ -71,7 +82,7 @@ def test_indices_are_the_patterns_written_out(lq: int, lk: int) -> None:
     plugin = MInference(**SMALL)
     q, k, v = tensors(lq, keys=lk, batch=2)
     keys = plugin.select(call_of(q, k, v), PATTERNS)
-    mask = keys.expand()
+    mask = expand(keys)
     for b in range(2):
         for h, pattern in enumerate(PATTERNS):
             wanted = written_out(plugin, pattern, q[b, h], k[b, h // 2])
@@ -94,7 +105,7 @@ def test_each_pattern_is_dense_attention_under_its_mask(pattern: Pattern, length
     call = call_of(q, k, v, query_lengths=valid, key_lengths=valid)
     keys = plugin.select(call, [pattern] * 4)
     assert float(keys.density().max(1).values[torch.tensor(lengths).argmax()]) < 1
-    wanted = call_of(q, k, v, mask=keys.expand(), query_lengths=valid, key_lengths=valid).dense()
+    wanted = call_of(q, k, v, mask=expand(keys), query_lengths=valid, key_lengths=valid).dense()
     torch.testing.assert_close(plugin.attend(call), wanted, atol=2e-5, rtol=1e-4)
 
 
@@ -106,7 +117,7 @@ def test_all_columns_are_dense_attention(length: int) -> None:
     plugin = MInference(config=[[Pattern("vertical_slash", length, 50)] * 4], **SMALL)
     torch.testing.assert_close(plugin.attend(call), call.dense(), atol=2e-5, rtol=1e-4)
     dense = torch.ones(length, length, dtype=torch.bool).tril()
-    assert bool((plugin.select(call, plugin.assignment[0]).expand() == dense).all())
+    assert bool((expand(plugin.select(call, plugin.assignment[0])) == dense).all())
 
 
 def test_no_key_is_counted_twice() -> None:
@@ -118,7 +129,7 @@ def test_no_key_is_counted_twice() -> None:
     assert int(twice.max()) == 2, "the inputs must have columns inside of blocks, or this shows nothing"
     _, singles = keys.indices()
     times += singles.to_mask().repeat_interleave(16, 2)[:, :, :300].int().tril()
-    assert torch.equal(times.bool(), keys.expand()) and int(times.max()) == 1
+    assert torch.equal(times.bool(), expand(keys)) and int(times.max()) == 1
 
 
 def test_density_counts_computed_scores() -> None:
@@ -137,9 +148,9 @@ def test_density_counts_computed_scores() -> None:
 @pytest.mark.parametrize("length", [16, 40, 257, 320])
 def test_every_query_sees_itself(length: int) -> None:
     q, k, v = tensors(length)
-    mask = MInference(**SMALL).select(call_of(q, k, v), [
+    mask = expand(MInference(**SMALL).select(call_of(q, k, v), [
         Pattern("a_shape", 0, 1), Pattern("vertical_slash", 0, 0), Pattern("block_sparse", 1),
-        Pattern("vertical_slash", 30, 50)]).expand()
+        Pattern("vertical_slash", 30, 50)]))
     assert bool(mask.diagonal(dim1=2, dim2=3).all())
 
 
@@ -148,7 +159,7 @@ def test_forced_indices_are_kept() -> None:
     k[:, :, :100] -= 100 * q.mean((1, 2))[:, None, None]  # nobody would choose them
     keys = MInference(min_length=1, block_size=16).select(call_of(q, k, v), [Pattern("vertical_slash", 30, 100)] * 4)
     assert bool(keys.columns[..., :30].all()) and int(keys.columns.sum(-1).max()) == 30
-    mask = keys.expand()
+    mask = expand(keys)
     position = torch.arange(600)
     distance = position[:, None] - position
     assert bool(mask[..., (distance >= 0) & (distance < 100)].all())
@@ -159,7 +170,7 @@ def test_gradients_are_those_of_the_masked_attention() -> None:
     plugin = MInference(config=[PATTERNS], **SMALL)
     weight = torch.randn(q.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     call = call_of(q, k, v)
-    mask = plugin.select(call, PATTERNS).expand()
+    mask = expand(plugin.select(call, PATTERNS))
     assert float(mask.float().mean()) < 0.45
     wanted = torch.autograd.grad((call_of(q, k, v, mask=mask, is_causal=False).dense() * weight).sum(), (q, k, v))
     found = torch.autograd.grad((plugin.attend(call) * weight).sum(), (q, k, v))
@@ -172,14 +183,14 @@ def test_other_floating_types(dtype: torch.dtype, atol: float) -> None:
     q, k, v = (x.to(dtype) for x in tensors(330))
     call = call_of(q, k, v)
     plugin = MInference(config=[PATTERNS], **SMALL)
-    mask = plugin.select(call, PATTERNS).expand()
+    mask = expand(plugin.select(call, PATTERNS))
     wanted = call_of(q.double(), k.double(), v.double(), mask=mask, is_causal=False).dense()
     out = plugin.attend(call)
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), wanted, atol=atol, rtol=0)
 
 
-def test_short_decode_encode_masks_and_first_layers_fall_back() -> None:
+def test_short_bidirectional_masked_and_first_layers_fall_back() -> None:
     q, k, v = tensors(300)
     reasons: list[str] = []
 
@@ -187,7 +198,7 @@ def test_short_decode_encode_masks_and_first_layers_fall_back() -> None:
         return call_of(q, k, v, record=lambda **r: reasons.append(r["fallback"]), **given)
 
     MInference().attend(call())
-    MInference(min_length=16).attend(call(phase="encode", is_causal=False))
+    MInference(min_length=16).attend(call(phase="bidirectional", is_causal=False))
     MInference(min_length=16).attend(call(mask=torch.ones(300, 300, dtype=torch.bool)))
     MInference(min_length=16, starting_layer=2).attend(call(layer=1))
     assert reasons == ["no longer than 1024 tokens", "only causal prefill is sparse", "a mask of the caller's own",

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 
 from looseleaf.testing.models import tiny_llama
-from looseleaf_minference import reproduction
-from looseleaf_minference.synthetic import HEADS
 
 pytest.importorskip("looseleaf_lab")
+from looseleaf_lab.study import Results
+from looseleaf_minference.reproduction import Scale, equal_a_shape, study
+from looseleaf_minference.search import KNOWN_HEADS
+
+TINY = Scale(context=1100, last=64, prompt=1100, trials=1, layers=(1,), repeats=1, rounds=2, head_dim=16)
 
 
 class Letters:
@@ -25,15 +28,21 @@ class Letters:
         return "".join(chr(65 + int(i) % 26) for i in ids)
 
 
-@pytest.mark.parametrize("quick", [True, False])
-def test_reproduction_runs(monkeypatch: pytest.MonkeyPatch, quick: bool) -> None:
+@pytest.fixture(scope="module")
+def measured() -> Any:
+    """Rows of two seeds, and what is measured once."""
+    from looseleaf.resume import as_plain
     from looseleaf_lab import models
 
-    monkeypatch.setattr(models, "load", lambda name: (tiny_llama(), Letters()))
-    for name, value in {"CONTEXT": 1300, "RETRIEVAL_CONTEXT": 1100, "LAST": 64, "TRIALS": 2,
-                        "PUBLISHED_WIDTH": 16}.items():
-        monkeypatch.setattr(reproduction, name, value)
-    report = reproduction.reproduce(seeds=2, quick=quick, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "load", lambda name: (tiny_llama(), Letters()))
+        return as_plain([study.measure(seed, TINY) for seed in range(2)]), as_plain(study.once(TINY))
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_the_report_has_all_claims(measured: Any, quick: bool) -> None:
+    seeds = [0] if quick else [0, 1]
+    report = study.report(Results(measured[0][:len(seeds)], measured[1], seeds, TINY, quick))
     verdicts = {c.statement: c.verdict for c in report.claims}
     assert len(verdicts) == 14
     assert verdicts["The search gives each head the pattern that it has"] == "holds"
@@ -41,12 +50,12 @@ def test_reproduction_runs(monkeypatch: pytest.MonkeyPatch, quick: bool) -> None
     undecided = sum(v == "not shown at this scale" for v in verdicts.values())
     assert undecided == (12 if quick else 9), verdicts  # a random model finds no key
     known = next(t for t in report.tables if t.title == "Heads whose pattern is known")
-    assert [row[:3] for row in known.rows] == [[name, 1 if quick else 2, 1 if quick else 2] for name in HEADS]
+    assert [row[:3] for row in known.rows] == [[name, len(seeds), len(seeds)] for name in KNOWN_HEADS]
     winners = next(t for t in report.tables if t.title.startswith("Who wins the search"))
     assert [row[0] for row in winners.rows] == ["all", "last 64"]
     assert all(sum(row[1:]) == 8 for row in winners.rows)  # type: ignore[arg-type]  # 2 layers of 4 heads
-    shares = [f for f in report.figures if f.title.startswith("Share of the heads")]
-    assert len(shares) == 4 and all(sum(s.y[0] for s in f.series) == 1 for f in shares)
+    fractions = [f for f in report.figures if f.title.startswith("Fraction of the heads")]
+    assert len(fractions) == 4 and all(sum(s.y[0] for s in f.series) == 1 for f in fractions)
     drawn = [f for f in report.figures if f.title.startswith("What each head")]
     assert len(drawn) == 1 and drawn[0].panels is not None and len(drawn[0].panels) == 4
     for panel in drawn[0].panels.values():
@@ -56,8 +65,8 @@ def test_reproduction_runs(monkeypatch: pytest.MonkeyPatch, quick: bool) -> None
 
 
 @pytest.mark.parametrize("density", [0.1, 0.35, 0.8])
-def test_the_rival_is_no_sparser(density: float) -> None:
-    window, reached = reproduction.equal_a_shape(1536, density)
+def test_the_baseline_is_no_sparser(density: float) -> None:
+    window, reached = equal_a_shape(1536, density)
     assert reached >= density and window % 64 == 0
     assert reached - density < 0.1 or window == 64
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from looseleaf import AttentionCall, attach
 from looseleaf.testing.attention import tensors
+from looseleaf.testing.common import assert_unchanged, mixed_modes, snapshot
 from looseleaf.testing.models import tiny_llama
-from looseleaf_minference import CANDIDATES, VERTICAL_SLASH, MInference, search
-from looseleaf_minference.config import DEFAULT
-from looseleaf_minference.search import Search
-from looseleaf_minference.synthetic import HEADS, heads, streaming
+from looseleaf_minference import CANDIDATES, VERTICAL_SLASH, Keys, MInference
+from looseleaf_minference.patterns import DEFAULT
+from looseleaf_minference.search import KNOWN_HEADS, Search, known_heads, streaming
 
 SMALL = {"min_length": 16, "block_size": 16, "last_q": 16}
 FEW = [("a_shape", 16, 64), ("vertical_slash", 30, 60), ("vertical_slash", 60, 50), ("block_sparse", 4, 0)]
@@ -56,16 +56,16 @@ def model_with(q: Tensor, k: Tensor, v: Tensor) -> Any:
 
 @pytest.mark.parametrize(("seed", "error"), [(0, "relative_l2"), (10, "relative_l2"), (0, "count")])
 def test_known_heads_get_their_pattern(seed: int, error: str) -> None:
-    model = model_with(*heads(2048, seed))
+    model = model_with(*known_heads(2048, seed))
     plugin = MInference()
     plugin.calibrate(model, {"input_ids": torch.zeros(1, 2048, dtype=torch.long)}, density=0.3, error=error,
                      candidates=CANDIDATES)
     assert plugin.assignment is not None
-    assert [p.name for p in plugin.assignment[0]] == list(HEADS)
+    assert [p.name for p in plugin.assignment[0]] == list(KNOWN_HEADS)
 
 
 def test_scores_are_the_relative_error_of_the_output() -> None:
-    q, k, v = heads(1100, 3)
+    q, k, v = known_heads(1100, 3)
     plugin = MInference()
     plugin.calibrate(model_with(q, k, v), [{"input_ids": torch.zeros(1, 1100, dtype=torch.long)}], match_flops=False,
                      candidates=[("a_shape", 64, 100)])
@@ -84,9 +84,9 @@ def test_scores_are_the_relative_error_of_the_output() -> None:
 @pytest.mark.parametrize("density", [0.35, 0.6])
 def test_candidates_are_made_equally_costly(density: float) -> None:
     q, k, v = tensors(640)
-    search = Search(MInference(forced_offsets=20, **SMALL), FEW, density=density)
+    search = Search(MInference(forced_offsets=20, **SMALL).selector, FEW, density=density)
     call = AttentionCall(q, k, v, 0.2)
-    search._scores = search.plugin.scores(call)
+    search._scores = search.selector.scores(call)
     sizes = search._sizes(call)
     for pattern, found in zip(search.tried, sizes, strict=True):
         cost = search._cost(call, pattern, found)
@@ -100,7 +100,7 @@ def test_the_cost_of_no_choice_is_the_median_and_half_at_most() -> None:
     q, k, v = tensors(640)
     call = AttentionCall(q, k, v, 0.2)
     for candidates, target in ((CANDIDATES, 0.5), ([("a_shape", 16, 32)], None)):
-        search = Search(MInference(**SMALL), candidates)
+        search = Search(MInference(**SMALL).selector, candidates)
         search.attend(call)
         costs = search._cost(call, search.tried[0], search.sizes[0][0].contiguous())
         if target is None:  # one candidate is its own median: it stays as it is
@@ -112,7 +112,7 @@ def test_the_cost_of_no_choice_is_the_median_and_half_at_most() -> None:
 
 def test_without_matching_sizes_stay() -> None:
     q, k, v = tensors(300)
-    search = Search(MInference(**SMALL), CANDIDATES, match_flops=False)
+    search = Search(MInference(**SMALL).selector, CANDIDATES, match_flops=False)
     search.attend(AttentionCall(q, k, v, 0.2))
     assert [(int(s[0, 0]), int(s[1, 0])) for s in search.sizes[0]] == [(p.first, p.second) for p in CANDIDATES]
     # All but the cheapest candidates are dense at this length: equals go to the first of them.
@@ -125,7 +125,7 @@ def test_few_queries_that_look_far_do_not_count_among_all(last: int | None, winn
     q, k = streaming(2048, 0)
     q[-2:] = 0
     q[-2:, 63], k[600, 63] = 6, 6
-    search = Search(MInference(), CANDIDATES, density=0.3, last=last)
+    search = Search(MInference().selector, CANDIDATES, density=0.3, last=last)
     v = torch.randn(1, 1, 2048, 64, generator=torch.Generator().manual_seed(0))
     search.attend(AttentionCall(q[None, None], k[None, None], v, 1.0))
     assert search.assignment()[0][0].name == winner
@@ -134,15 +134,15 @@ def test_few_queries_that_look_far_do_not_count_among_all(last: int | None, winn
 def test_only_the_last_queries_of_each_item_count() -> None:
     q, k, v = tensors(320)
     lengths = torch.tensor([320, 250])
-    found = Search(MInference(**SMALL), FEW, match_flops=False, last=20)
+    found = Search(MInference(**SMALL).selector, FEW, match_flops=False, last=20)
     found.attend(AttentionCall(q, k, v, 0.2, query_lengths=lengths, key_lengths=lengths))
-    alone = Search(MInference(**SMALL), FEW, match_flops=False, last=20)
+    alone = Search(MInference(**SMALL).selector, FEW, match_flops=False, last=20)
     for b, n in enumerate(lengths.tolist()):
         call = AttentionCall(q[b:b + 1, :, :n], k[b:b + 1, :, :n], v[b:b + 1, :, :n], 0.2)
         alone.attend(call)
         if not b:  # what the figure is, for one candidate
-            keys = alone.plugin.select_sized(call, ["a_shape"] * 4, *torch.tensor([[[16] * 4], [[64] * 4]]))
-            gap = search.attention(call.query, call.key, call.value, keys, 0.2) - call.dense()
+            keys = alone.selector.keys(call, ["a_shape"] * 4, *torch.tensor([[16] * 4, [64] * 4]))
+            gap = keys.attention(call) - call.dense()
             assert torch.allclose(alone.errors[0][0], gap[:, :, -20:].square().sum((0, 2, 3)).double(), rtol=1e-4)
     assert torch.allclose(found.errors[0], alone.errors[0], rtol=1e-4)
     assert torch.allclose(found.norms[0], alone.norms[0], rtol=1e-4)
@@ -151,15 +151,15 @@ def test_only_the_last_queries_of_each_item_count() -> None:
 def test_candidates_that_became_the_same_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = tensors(300)
     ran: list[int] = []
-    real = search.attention
+    real = Keys.attention
 
-    def counted(*given: Any) -> Tensor:
+    def counted(keys: Keys, call: AttentionCall) -> Tensor:
         ran.append(1)
-        return real(*given)
+        return real(keys, call)
 
-    monkeypatch.setattr(search, "attention", counted)
+    monkeypatch.setattr(Keys, "attention", counted)
     pair = [("vertical_slash", 40, 60), ("block_sparse", 4, 0), ("vertical_slash", 40, 60), ("vertical_slash", 41, 60)]
-    found = Search(MInference(**SMALL), pair, match_flops=False)
+    found = Search(MInference(**SMALL).selector, pair, match_flops=False)
     for _ in range(2):
         found.attend(AttentionCall(q, k, v, 0.2))
     assert len(ran) == 2 * 3
@@ -227,14 +227,14 @@ def test_layers_with_a_window_of_their_own_stay_exact() -> None:
 def test_what_cannot_be_searched() -> None:
     model = tiny_llama()
     short = [{"input_ids": torch.zeros(1, 100, dtype=torch.long)}]
-    with pytest.raises(ValueError, match="no layer was measured: allowed is batches longer than min_length=1024"):
+    with pytest.raises(ValueError, match=r"batches: expected texts longer than min_length=1024 .* got no layer to me"):
         MInference().calibrate(model, short)
-    with pytest.raises(ValueError, match="no layer was measured"):
+    with pytest.raises(ValueError, match="got no layer to measure"):
         MInference().calibrate(model, [])
-    for given, message in (({"candidates": []}, "candidates=.*one pattern or more"),
-                           ({"density": 0.0}, r"density=0\.0: allowed is None, or a number above 0"),
-                           ({"error": "l1"}, "error='l1': allowed is relative_l2 or count"),
-                           ({"candidates": [("a_shpe", 1, 2)]}, "pattern 'a_shpe'.*Did you mean 'a_shape'")):
+    for given, message in (({"candidates": []}, r"candidates: expected one pattern or more, got \[\]"),
+                           ({"density": 0.0}, r"density: expected None or a number in \(0, 1\], got 0\.0"),
+                           ({"error": "l1"}, "error: expected 'relative_l2' or 'count', got 'l1'"),
+                           ({"candidates": [("a_shpe", 1, 2)]}, "got 'a_shpe'.*Did you mean 'a_shape'")):
         with pytest.raises(ValueError, match=message):
             MInference().calibrate(model, short, **given)
 
@@ -246,3 +246,15 @@ def test_a_failing_search_leaves_the_model_and_the_plugin_as_they_were() -> None
     with pytest.raises(ValueError, match="input_ids"):
         plugin.calibrate(model, [{"no_such_input": torch.zeros(1, 100)}])
     assert model.config._attn_implementation == before and plugin.assignment is None
+
+
+def test_a_search_leaves_every_submodule_in_its_own_mode() -> None:
+    """A model that is partly in training, after a search and after one that failed."""
+    model = mixed_modes(tiny_llama())
+    before = snapshot(model)
+    plugin = MInference(**SMALL)
+    plugin.calibrate(model, {"input_ids": torch.arange(320)[None] % 64}, candidates=FEW)
+    assert_unchanged(before, model)
+    with pytest.raises(ValueError, match="input_ids"):
+        plugin.calibrate(model, {"no_such_input": torch.zeros(1, 100)})
+    assert_unchanged(before, model)

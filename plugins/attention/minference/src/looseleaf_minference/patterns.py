@@ -1,4 +1,4 @@
-"""Which keys a head attends to: the three patterns and their indices (paper, section 3.1, 3.2 and algorithms 2 to 4).
+"""Which keys a head attends to: the three patterns and their indices (paper, sections 3.1 and 3.2, algorithms 2 to 4).
 
 All heads of all batch items are treated at once. A pattern gives whole blocks of keys for each block of queries; a
 vertical-slash head also has single key columns, which count only where no block of the row has them already.
@@ -6,12 +6,58 @@ vertical-slash head also has single key columns, which count only where no block
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from looseleaf_kernels import BlockIndex, Layout, column_index
+from looseleaf import AttentionCall
+from looseleaf.errors import did_you_mean
+from looseleaf_kernels import (
+    BlockIndex,
+    Layout,
+    block_mean,
+    column_index,
+    last_query_scores,
+    vertical_slash_attention,
+)
+
+NAMES = ("a_shape", "vertical_slash", "block_sparse")
+LEAST_COLUMNS, LEAST_DIAGONALS = 30, 50
+"""Columns and diagonals that a vertical-slash head has at least, whatever its configuration says."""
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """The pattern of one head, in tokens (``block_sparse``: in blocks).
+
+    Attributes:
+        name: ``a_shape``, ``vertical_slash`` or ``block_sparse``.
+        first: first keys that all queries see; or columns; or key blocks of each query block.
+        second: the window; or diagonals; 0 for ``block_sparse``.
+        score: the error that the search measured, the smaller the better (in the authors' files it may be a recall);
+            only kept.
+    """
+
+    name: str
+    first: int
+    second: int = 0
+    score: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.name not in NAMES:
+            raise ValueError(f"pattern: expected {', '.join(NAMES)}, got {self.name!r}."
+                             f"{did_you_mean(str(self.name), NAMES)}")
+        smallest = {"a_shape": (0, 1), "vertical_slash": (0, 0), "block_sparse": (1, 0)}[self.name]
+        for value, low in zip((self.first, self.second), smallest, strict=True):
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise ValueError(f"pattern {self.name}: expected integers >= {smallest[0]} and >= {smallest[1]}, got "
+                                 f"{self.first!r} and {self.second!r}")
+
+
+DEFAULT = Pattern("vertical_slash", 1000, 6096)
+"""What the authors' code gives a head that no search has seen."""
 
 
 @dataclass
@@ -42,19 +88,73 @@ class Keys:
         single = torch.einsum("bhqk,bhk->bh", outside, per_block.float()) / layout.block
         return (self.blocks.sum((2, 3)) + single) / layout.causal.sum((2, 3)).clamp(min=1)
 
-    def expand(self) -> Tensor:
-        """The boolean mask of the attention, (B, Hq, Lq, Lk), with causality and lengths in it.
+    def attention(self, call: AttentionCall) -> Tensor:
+        """Causal softmax attention over these keys, each counted once; exact inside of them and differentiable.
 
-        For tests and for reading: it is of size L x L.
+        Returns:
+            (B, Hq, Lq, D) in the dtype of the query; rows beyond the lengths are zero.
         """
-        layout = self.layout
-        wide = self.blocks.repeat_interleave(layout.block, 2).repeat_interleave(layout.block, 3)
-        mask = wide[:, :, :layout.q_len, :layout.k_len] | self.columns[:, :, None]
-        query = torch.arange(layout.q_len, device=mask.device)
-        key = torch.arange(layout.k_len, device=mask.device)
-        position = query + (layout.key_lengths - layout.query_lengths)[:, None]
-        seen = (key <= position[..., None]) & (key < layout.key_lengths[:, None])[:, None]
-        return mask & (seen & (query < layout.query_lengths[:, None])[..., None])[:, None]
+        out, _ = vertical_slash_attention(call.query, call.key, call.value, *self.indices(), scale=call.scale,
+                                          query_lengths=self.layout.query_lengths, key_lengths=self.layout.key_lengths)
+        return out
+
+
+@dataclass(frozen=True)
+class Selector:
+    """Finds the keys of a prompt for heads whose patterns are given.
+
+    Attributes:
+        block_size: tokens of a block.
+        last_q: how many of the last queries decide which columns and diagonals matter.
+        min_length: keys up to which a batch item is exact.
+        forced_columns: first columns that are taken before all others.
+        forced_offsets: nearest diagonals that are taken before all others.
+    """
+
+    block_size: int
+    last_q: int
+    min_length: int
+    forced_columns: int
+    forced_offsets: int
+
+    def scores(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        """Attention of the last queries by key and by distance, (B, Hq, Lk) each, fp32."""
+        return last_query_scores(call.query, call.key, self.last_q, scale=call.scale,
+                                 query_lengths=call.query_lengths, key_lengths=call.key_lengths)
+
+    def keys(self, call: AttentionCall, names: Sequence[str], first: Tensor, second: Tensor,
+             scores: tuple[Tensor, Tensor] | None = None) -> Keys:
+        """What each query block of a causal call attends to.
+
+        Args:
+            call: the call.
+            names: pattern of each query head.
+            first, second: (Hq,) or (B, Hq) int64, the sizes of the patterns.
+            scores: what :meth:`scores` gave, where it is at hand.
+        """
+        query, key = call.query, call.key
+        batch, heads, _, _, lk, _ = call.shape
+        first, second = (x.expand(batch, heads) for x in (first, second))
+        layout = Layout.of(query, key, self.block_size, call.query_lengths, call.key_lengths)
+        causal = layout.causal
+        blocks = torch.zeros(batch, heads, layout.rows, layout.columns, dtype=torch.bool, device=query.device)
+        columns = torch.zeros(batch, heads, lk, dtype=torch.bool, device=query.device)
+        heads_of = {name: [h for h, n in enumerate(names) if n == name] for name in NAMES}
+        if chosen := heads_of["a_shape"]:
+            blocks[:, chosen] = a_shape_blocks(first[:, chosen], second[:, chosen], layout)
+        if chosen := heads_of["vertical_slash"]:
+            vertical, slash = (s[:, chosen] for s in scores or self.scores(call))
+            blocks[:, chosen], columns[:, chosen] = vertical_slash(
+                vertical, slash, first[:, chosen].clamp(min=LEAST_COLUMNS),
+                second[:, chosen].clamp(min=LEAST_DIAGONALS), layout, forced_columns=self.forced_columns,
+                forced_offsets=self.forced_offsets)
+        if chosen := heads_of["block_sparse"]:
+            best_blocks = block_sparse_blocks(block_mean(query, self.block_size, call.query_lengths),
+                                              block_mean(key, self.block_size, call.key_lengths), first, layout)
+            blocks[:, chosen] = best_blocks[:, chosen]
+        # an item of a batch is as exact as it would be alone
+        short = (layout.key_lengths <= self.min_length)[:, None, None]
+        return Keys(torch.where(short[..., None], causal, blocks), columns & ~short, layout)
 
 
 def a_shape_blocks(sink: Tensor, window: Tensor, layout: Layout) -> Tensor:
@@ -145,3 +245,9 @@ def _rank(scores: Tensor) -> Tensor:
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
     place = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, place)
+
+
+def layer_of(call: AttentionCall) -> int:
+    """The decoder layer of a call, by its module: a model may have other attention modules before the decoder's."""
+    index = getattr(call.module, "layer_idx", None)
+    return call.layer if index is None else int(index)

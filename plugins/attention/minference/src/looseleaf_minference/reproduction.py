@@ -2,217 +2,119 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from looseleaf import AttentionBackend, AttentionCall, Claim, Report, Series, attach
+from looseleaf import AttentionBackend, AttentionCall, Report, Series, attach
+from looseleaf.statistics import Interval, bootstrap
 from looseleaf_kernels import Layout
-from looseleaf_minference import synthetic
+from looseleaf_lab import attention_claims as shared
+from looseleaf_lab import data, metrics, models
+from looseleaf_lab.study import Decision, Results, Study, StudyClaim
 from looseleaf_minference.backend import MInference
-from looseleaf_minference.config import CANDIDATES, VERTICAL_SLASH, Pattern
-from looseleaf_minference.key_value import key_value_ids
-from looseleaf_minference.patterns import Keys, a_shape_blocks
+from looseleaf_minference.patterns import NAMES, Keys, Pattern, a_shape_blocks
+from looseleaf_minference.search import (
+    CANDIDATES,
+    KNOWN_HEADS,
+    VERTICAL_SLASH,
+    Search,
+    calibrate,
+    key_value_ids,
+    known_heads,
+)
 
-PERPLEXITY_MARGIN = 0.02
-CONTEXT, DENSITY = 4096, 0.5
-DENSITY_LIMIT = 0.60
-LAST = 512
-RETRIEVAL_CONTEXT, TRIALS = 1536, 4
+PERPLEXITY_MARGIN, DENSITY_LIMIT, A_SHAPE_LIMIT, ENOUGH_KEYS = 0.02, 0.60, 0.2, 8
+DENSITY, KNOWN_DENSITY, SINK = 0.5, 0.3, 100
 KEY_SEED = 10
 """Of the first set of pass keys: those before were looked at while the default candidates were chosen."""
-KEY_SETS = 4
-"""Most sets of pass keys: each is asked of six kinds of attention."""
-A_SHAPE_LIMIT = 0.2
-ENOUGH_KEYS = 8
-SYNTHETIC_LENGTH, SYNTHETIC_DENSITY = 2048, 0.3
-SPEED_LAYERS = (5, 15, 25)
-SINK = 100
-PUBLISHED_WIDTH = 128
 CELLS = 64
 """Most cells along a side of a drawn pattern."""
+WAYS = {"all patterns, keys and values": CANDIDATES, "vertical-slash, keys and values": VERTICAL_SLASH,
+        "vertical-slash, documentation": VERTICAL_SLASH}
+"""Candidates and text of a calibration for pass keys. The authors calibrate on keys and values, and publish
+vertical-slash heads only; documentation is what the keys are hidden in."""
 
 
-def reproduce(*, seeds: int = 5, quick: bool = False, progress: bool | None = None) -> Report:
-    """Measure what the paper claims, at the scale of a 135M model and one CPU core.
+@dataclass(frozen=True)
+class Scale:
+    """Tokens of the windows and of their last part, which is scored; of prompts with a key, how many keys a set has,
+    and most sets; tokens of the known heads; which layers are timed how often, at which multiple of the window; and
+    the head size of the published shape."""
 
-    Args:
-        seeds: text windows, sets of pass keys (4 at most), and sets of synthetic heads.
-        quick: one of each, contexts of 1536 tokens, one layer timed; what that cannot show is said so.
-        progress: show progress bars; None: only on a terminal.
-    """
-    from looseleaf_lab import data, models
+    context: int = 4096
+    last: int = 512
+    prompt: int = 1536
+    trials: int = 4
+    key_sets: int = 4
+    known: int = 2048
+    layers: tuple[int, ...] = (5, 15, 25)
+    repeats: int = 2
+    rounds: int = 5
+    head_dim: int = 128
 
+
+QUICK = Scale(context=1536, layers=(5,), repeats=1, rounds=3, head_dim=16)
+
+
+@functools.lru_cache(maxsize=1)
+def ready(scale: Scale) -> tuple[Any, Any, dict[str, MInference]]:
+    """Model, tokenizer, and by name the calibrated backends: ``""`` for whole windows, and those of :data:`WAYS`."""
     model, tokenizer = models.load("smollm2")
-    count = 1 if quick else seeds
-    context = RETRIEVAL_CONTEXT if quick else CONTEXT
-    text = data.prose_ids(tokenizer, CONTEXT, "calibration")
-    ids = data.prose_ids(tokenizer, context * count, "evaluation").flatten()
-    report = Report("MInference on SmolLM2-135M-Instruct")
-    report.facts = {"model": "SmolLM2-135M-Instruct, float32", "context": context, "windows": count,
-                    "cost given to calibrate": DENSITY, "calibration tokens": context,
-                    "threads": torch.get_num_threads(), "torch": torch.__version__}
-    plugin = MInference()
-    plugin.calibrate(model, {"input_ids": text[:, :context]}, density=DENSITY, progress=progress)
-    _assignment(report, plugin, f"{context} tokens")
-    _quality(report, model, plugin, ids, context, count, quick, progress)
-    _retrieval(report, model, tokenizer, min(count, KEY_SETS), progress)
-    _synthetic(report, count)
-    _speed(report, model, plugin, ids[:context][None], quick)
-    _published(report, quick)
-    _elsewhere(report)
-    return report
+    plugins = {"": MInference(), **{way: MInference() for way in WAYS}}
+    for way, plugin in plugins.items():
+        text = data.prose_ids(tokenizer, scale.prompt if way else scale.context, "calibration") \
+            if "values" not in way else key_value_ids(tokenizer, scale.prompt)
+        plugin.calibrate(model, {"input_ids": text}, candidates=WAYS.get(way, VERTICAL_SLASH), density=DENSITY,
+                         progress=False)
+    return model, tokenizer, plugins
 
 
-def _assignment(report: Report, plugin: MInference, what: str) -> None:
-    table = report.table(f"Patterns found on {what}", ["pattern", "heads", "first", "second", "relative error"],
-                         note="sizes and errors are means over the heads")
-    assignment = plugin.assignment or []
-    shares = {}
-    for name in synthetic.HEADS:
-        of = [p for heads in assignment for p in heads if p.name == name]
-        if of:
-            table.add(name, len(of), *(sum(getattr(p, f) for p in of) / len(of) for f in ("first", "second", "score")))
-            shares[name] = [sum(p.name == name for p in heads) / len(heads) for heads in assignment]
-    report.figure(f"Share of the heads by pattern, {what}", x_label="layer", y_label="share of heads",
-                  series=[Series(name, [float(i) for i in range(len(y))], y) for name, y in shares.items()])
+def measure(seed: int, scale: Any) -> dict[str, Any]:
+    """One window of text, one set of pass keys (for the first seeds), and one set of heads whose pattern is known."""
+    model, tokenizer, plugins = ready(scale)
+    text = data.prose_ids(tokenizer, scale.context * (seed + 1), "evaluation")[0, scale.context * seed:]
+    search = Search(MInference().selector, CANDIDATES, density=KNOWN_DENSITY)
+    with torch.inference_mode():
+        search.attend(AttentionCall(*known_heads(scale.known, 10 * seed), 1.0))
+    errors = search.relative_errors(0)
+    row = {"quality": shared.perplexity_beside_exact(model, plugins[""], text, scale.last),
+           "chosen": [p.name for p in search.assignment()[0]],
+           "errors": [[min(float(errors[c, h]) for c, p in enumerate(search.tried) if p.name == name)
+                       for name in KNOWN_HEADS] for h in range(len(KNOWN_HEADS))]}
+    return {**row, "keys": pass_keys(seed, scale)} if seed < scale.key_sets else row
 
 
-def _drawn(report: Report, plugin: MInference, call: AttentionCall) -> None:
-    """What each head of a layer attends to, block by block."""
-    patterns = plugin.patterns(call, call.layer)
-    keys = plugin.select(call, patterns)
-    layout = keys.layout
-    single = F.pad(keys.columns, (0, layout.columns * layout.block - layout.k_len))
-    per_block = single.unflatten(-1, (layout.columns, layout.block)).float().mean(-1)
-    share = torch.where(keys.blocks, 1.0, per_block[:, :, None]) * layout.causal
-    cells = min(CELLS, layout.rows)
-    panels = F.adaptive_avg_pool2d(share, (cells, cells))[0].mul(1000).round().div(1000).tolist()
-    report.figure(f"What each head of layer {call.layer} attends to, {layout.k_len} tokens",
-                  panels={f"head {h}: {p.name} {p.first}, {p.second}": panels[h] for h, p in enumerate(patterns)},
-                  note=f"rows: queries, columns: keys, in cells of {layout.k_len // cells} tokens; the share of a cell "
-                       "that is computed")
-
-
-def _quality(report: Report, model: Any, plugin: MInference, ids: Tensor, context: int, windows: int, quick: bool,
-             progress: bool | None) -> None:
-    from looseleaf.statistics import bootstrap
-    from looseleaf_lab.metrics import perplexity
-
-    dense = perplexity(model, ids, context, last=LAST, progress=progress)
-    with attach(model, plugin) as attached:
-        sparse = perplexity(model, ids, context, last=LAST, progress=progress)
-        records = [r for r in attached.records if "density" in r]
-        for figure in attached.report().figures:
-            figure.title = f"{figure.title}, {context} tokens"
-            report.figures.append(figure)
-    ratio = [math.exp(x) for x in bootstrap([s - d for s, d in zip(sparse.losses, dense.losses, strict=True)])]
-    size = len(records) // windows
-    density = bootstrap([sum(r["density"] for r in records[i * size:(i + 1) * size]) / size for i in range(windows)])
-    report.table(f"Perplexity on the last {LAST} tokens of each window", [
-        "context", "dense", "MInference", "ratio", "low", "high", "density", "density low", "density high"],
-        [[context, dense.value, sparse.value, *ratio, *density]], note="intervals: 95 % bootstrap over windows, paired")
-    report.claims.append(Claim.decide(
-        None if quick else ratio[0] <= 1 + PERPLEXITY_MARGIN,
-        statement="Calibrated on one text, the quality on another is that of full attention",
-        source="paper, tables of RULER, InfiniteBench and PG-19; here: perplexity", paper="on par or slightly better",
-        measured=f"ratio {ratio[0]:.4f} ({ratio[1]:.4f} to {ratio[2]:.4f}) at density {density[0]:.3f}, {context} "
-                 f"tokens, {windows} windows",
-        rule=f"perplexity on the last {LAST} tokens at most 2 % above dense at {CONTEXT} tokens"))
-    report.claims.append(Claim.decide(
-        None if quick else density[0] < DENSITY_LIMIT, statement="The patterns are sparse",
-        source="this project's rule", paper="-",
-        measured=f"density {density[0]:.3f} ({density[1]:.3f} to {density[2]:.3f}) at {context} tokens",
-        rule=f"computed scores below {DENSITY_LIMIT:.2f} of those of all causal blocks at {CONTEXT} tokens"))
-
-
-def _retrieval(report: Report, model: Any, tokenizer: Any, seeds: int, progress: bool | None) -> None:
-    from looseleaf_lab import data
-    from looseleaf_lab.metrics import passkey
+def pass_keys(seed: int, scale: Scale) -> dict[str, Any]:
+    """Which keys of a set are found by exact attention, by each calibrated backend, and by A-shape of its density."""
+    model, tokenizer, plugins = ready(scale)
 
     def ask() -> list[float]:
-        return [x for seed in range(KEY_SEED, KEY_SEED + seeds) for x in passkey(
-            model, tokenizer, RETRIEVAL_CONTEXT, trials=TRIALS, seed=seed, progress=progress).correct]
+        return metrics.passkey(model, tokenizer, scale.prompt, trials=scale.trials, seed=KEY_SEED + seed,
+                               progress=False).correct
 
-    def found(backend: AttentionBackend) -> tuple[list[float], list[dict[str, Any]]]:
+    @functools.cache
+    def a_shape(window: int) -> list[float]:
+        heads = [Pattern("a_shape", SINK, window)] * len((plugins[""].assignment or [[]])[0])
+        return found(MInference(config=[heads] * len(plugins[""].assignment or [])))[0]
+
+    def found(backend: AttentionBackend) -> tuple[list[float], float]:
         with attach(model, backend) as attached:
-            return ask(), [r for r in attached.records if "density" in r]
+            correct = ask()
+            densities = [r["density"] for r in attached.records if "density" in r]
+        return correct, sum(densities) / len(densities)
 
-    dense = ask()
-    depths = [(i + 0.5) / TRIALS for i in range(TRIALS)] * seeds
-    table = report.table(f"Pass keys found at {RETRIEVAL_CONTEXT} tokens", [
-        "candidates, calibrated on", "keys", "of", "dense", "MInference", "A-shape", "density", "A-shape density",
-        "A-shape window"],
-        note="outside: beyond the first tokens, further from the question than the window, found by dense attention")
-    # The authors calibrate on keys and values, and publish vertical-slash heads only; documentation is what the keys
-    # are hidden in.
-    lines = key_value_ids(tokenizer, RETRIEVAL_CONTEXT)
-    prose = data.prose_ids(tokenizer, RETRIEVAL_CONTEXT, "calibration")
-    windows: dict[int, list[float]] = {}
-    for what, candidates, text in (("all patterns, keys and values", CANDIDATES, lines),
-                                   ("vertical-slash, keys and values", VERTICAL_SLASH, lines),
-                                   ("vertical-slash, documentation", VERTICAL_SLASH, prose)):
-        plugin = MInference()
-        plugin.calibrate(model, {"input_ids": text}, candidates=candidates, density=DENSITY, progress=progress)
-        _assignment(report, plugin, f"{RETRIEVAL_CONTEXT} tokens, {what}")
-        if candidates is CANDIDATES:
-            _dilution(report, model, text, plugin, progress)
-        mixed, records = found(plugin)
-        density = sum(r["density"] for r in records) / len(records)
-        window, same = equal_a_shape(RETRIEVAL_CONTEXT, density)
-        if window not in windows:
-            layers, heads = len(plugin.assignment or []), len((plugin.assignment or [[]])[0])
-            windows[window], _ = found(MInference(config=[[Pattern("a_shape", SINK, window)] * heads] * layers))
-        fixed = windows[window]
-        # The question at the end sees the window rounded out to blocks; a key counts as outside if it ends before that.
-        far = [i for i, d in enumerate(depths)
-               if SINK + 64 < d * RETRIEVAL_CONTEXT < RETRIEVAL_CONTEXT - window - 192 and dense[i]]
-        for name, chosen in (("all", list(range(len(dense)))), ("outside", far)):
-            table.add(what, name, len(chosen), *(sum(x[i] for i in chosen) for x in (dense, mixed, fixed)), density,
-                      same, window)
-        _retrieval_claims(report, what, [mixed[i] for i in far], [fixed[i] for i in far], density, same)
-
-
-def _retrieval_claims(report: Report, what: str, mixed: list[float], fixed: list[float], density: float,
-                      same: float) -> None:
-    """The two claims for one set of candidates, over the keys outside A-shape's window that dense attention finds."""
-    from looseleaf.statistics import bootstrap
-
-    count = len(mixed)
-    enough = count >= ENOUGH_KEYS
-    gap = bootstrap([m - f for m, f in zip(mixed, fixed, strict=True)]) if count else (math.nan,) * 3
-    share = sum(fixed) / count if count else math.nan
-    report.claims.append(Claim.decide(
-        gap[1] > 0 if enough else None,
-        statement=f"Keys outside the window are found more often than by A-shape of equal density, {what}",
-        source="paper, ablation of the patterns", paper="the mixture wins",
-        measured=f"{gap[0]:+.2f} ({gap[1]:+.2f} to {gap[2]:+.2f}) of {count} keys, density {density:.3f} against "
-                 f"{same:.3f}",
-        rule="paired difference above 0 with its 95 % interval, over keys outside that dense attention finds; "
-             f"{ENOUGH_KEYS} keys or more"))
-    report.claims.append(Claim.decide(
-        share <= A_SHAPE_LIMIT if enough else None,
-        statement=f"A-shape alone fails at retrieval, at the density of {what}",
-        source="paper, ablation of the patterns", paper="fails",
-        measured=f"A-shape finds {share:.2f} of {count} keys outside its window that dense attention finds",
-        rule=f"at most 20 % of them; {ENOUGH_KEYS} keys or more"))
-
-
-def _dilution(report: Report, model: Any, text: Tensor, plugin: MInference, progress: bool | None) -> None:
-    """Why windows win in heads that find things: the winners by the error of all queries, and of the last ones only."""
-    from looseleaf_minference.search import calibrate
-
-    last = calibrate(plugin, model, {"input_ids": text}, CANDIDATES, match_flops=True, density=DENSITY,
-                     error="relative_l2", progress=progress, last=plugin.last_q)
-    table = report.table(f"Who wins the search, by the queries that count, {RETRIEVAL_CONTEXT} tokens", [
-        "queries", *(f"{name} heads" for name in synthetic.HEADS)],
-        note="keys and values, the same candidates at the same cost; the last queries are those that write the answer")
-    for queries, assignment in (("all", plugin.assignment or []), (f"last {plugin.last_q}", last)):
-        names = [p.name for heads in assignment for p in heads]
-        table.add(queries, *(names.count(name) for name in synthetic.HEADS))
+    out: dict[str, Any] = {"exact": ask()}
+    for way in WAYS:
+        correct, density = found(plugins[way])
+        window, same = equal_a_shape(scale.prompt, density)
+        out[way] = {"sparse": correct, "a_shape": a_shape(window), "density": density, "same": same, "window": window}
+    return out
 
 
 def equal_a_shape(length: int, density: float, block: int = 64) -> tuple[int, float]:
@@ -227,115 +129,209 @@ def equal_a_shape(length: int, density: float, block: int = 64) -> tuple[int, fl
     return window, reached
 
 
-def _synthetic(report: Report, seeds: int) -> None:
-    from looseleaf_minference.search import Search
-
-    table = report.table("Heads whose pattern is known", ["head", "heads", "found", *synthetic.HEADS],
-                         note="last three columns: mean relative error of the best candidate of each pattern")
-    right: dict[str, list[bool]] = {name: [] for name in synthetic.HEADS}
-    errors = torch.zeros(len(synthetic.HEADS), len(synthetic.HEADS), dtype=torch.float64)
-    for seed in range(seeds):
-        search = Search(MInference(), CANDIDATES, density=SYNTHETIC_DENSITY)
-        with torch.inference_mode():
-            search.attend(AttentionCall(*synthetic.heads(SYNTHETIC_LENGTH, 10 * seed), 1.0))
-        relative = (search.errors[0] / search.norms[0]).sqrt()
-        for h, (name, pattern) in enumerate(zip(right, search.assignment()[0], strict=True)):
-            right[name].append(pattern.name == name)
-            for n, other in enumerate(right):
-                tried = [float(relative[c, h]) for c, p in enumerate(search.tried) if p.name == other]
-                errors[h, n] += min(tried) / seeds
-    for h, (name, hits) in enumerate(right.items()):
-        table.add(name, len(hits), sum(hits), *errors[h].tolist())
-    hits = [hit for of in right.values() for hit in of]
-    report.claims.append(Claim.decide(
-        all(hits), statement="The search gives each head the pattern that it has",
-        source="paper, section 3.2; here: heads made to have one", paper="-",
-        measured=f"{sum(hits)} of {len(hits)} heads at {SYNTHETIC_LENGTH} tokens and cost {SYNTHETIC_DENSITY}",
-        rule="all heads of all seeds"))
-
-
-def _speed(report: Report, model: Any, plugin: MInference, ids: Tensor, quick: bool) -> None:
-    from looseleaf_lab.activations import KeepAttention
-    from looseleaf_lab.timing import interleave
-
-    layers = len(plugin.assignment or [])
-    chosen = SPEED_LAYERS if max(SPEED_LAYERS) < layers else (layers - 1,)
-    kept = KeepAttention(layers=chosen[:1] if quick else chosen)
-    with torch.inference_mode(), attach(model, kept):
-        model.base_model(input_ids=ids, use_cache=False)
-        for layer, (query, key, value) in kept.found.items():
-            if layer == chosen[len(chosen) // 2] or quick:
-                _drawn(report, plugin, AttentionCall(query, key, value, query.shape[-1] ** -0.5, layer=layer))
-    times = 1 if quick else 2
-    table = report.table("Seconds of one layer's attention, estimation included", [
-        "tokens", "layer", "density", "SDPA", "MInference", "ratio", "low", "high"],
-        note="ratio: SDPA over MInference, medians of interleaved rounds; activations of one window, repeated")
-    slower = []
+def once(scale: Any) -> dict[str, Any]:
+    """What the searches chose, seconds of single layers, and a configuration of a published model's shape."""
+    model, tokenizer, plugins = ready(scale)
+    assignments = {way: [[[p.name, p.first, p.second, p.score] for p in heads] for heads in plugin.assignment or []]
+                   for way, plugin in plugins.items()}
+    first = next(iter(WAYS))
+    by_last = calibrate(plugins[first].selector, model, {"input_ids": key_value_ids(tokenizer, scale.prompt)},
+                        CANDIDATES, density=DENSITY, last=MInference.last_q, progress=False)
+    winners = {"all": [row[0] for heads in assignments[first] for row in heads],
+               f"last {MInference.last_q}": [p.name for heads in by_last for p in heads]}
+    kept = shared.kept_activations(model, data.prose_ids(tokenizer, scale.context), scale.layers)
+    layer = scale.layers[len(scale.layers) // 2]
+    query, key, value = kept[layer]
     with torch.inference_mode():
-        for layer, tensors in kept.found.items():
-            query, key, value = (torch.cat([x] * times, 2) for x in tensors)
-            call = AttentionCall(query, key, value, query.shape[-1] ** -0.5, layer=layer)
-            group = query.shape[1] // key.shape[1]
-            keys, values = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-
-            def dense(query: Tensor = query, keys: Tensor = keys, values: Tensor = values) -> None:
-                F.scaled_dot_product_attention(query, keys, values, is_causal=True)
-
-            def sparse(call: AttentionCall = call) -> None:
-                plugin.attend(call)
-
-            timing = interleave({"dense": dense, "sparse": sparse}, rounds=3 if quick else 5)
-            density = float(plugin.select(call, plugin.patterns(call, layer)).density().mean())
-            ratio = timing.ratio("sparse", "dense")
-            table.add(query.shape[2], layer, density, timing.median("dense"), timing.median("sparse"), *ratio)
-            if ratio[0] <= 1:
-                slower.append(str(layer))
-    ratios = [float(row[5] or 0) for row in table.rows]
-    report.claims.append(Claim.decide(
-        None if quick else not slower, statement="Attention is faster than full attention",
-        source="paper, figure of kernel latency; here: CPU", paper="about 1.8x at 100k tokens on a GPU [memory]",
-        measured=f"{min(ratios):.2f}x to {max(ratios):.2f}x over {len(ratios)} layers at {table.rows[0][0]} tokens"
-                 + (f"; slower: layer {', '.join(slower)}" if slower else ""),
-        rule="median ratio above 1 at 8192 tokens for every layer timed"))
+        drawn = panels(plugins[""], AttentionCall(query, key, value, query.shape[-1] ** -0.5, layer=layer))
+    return {"assignments": assignments, "winners": winners, "drawn": drawn, "layer": layer,
+            "times": shared.layer_times(kept, plugins[""], (scale.repeats,), scale.rounds),
+            **published(scale.head_dim)}
 
 
-def _published(report: Report, quick: bool) -> None:
+def panels(plugin: MInference, call: AttentionCall) -> dict[str, Any]:
+    """What each head of a layer attends to, block by block: name -> the fraction of each cell that is computed."""
+    patterns = plugin.patterns(call, call.layer)
+    keys = plugin.select(call, patterns)
+    layout = keys.layout
+    single = F.pad(keys.columns, (0, layout.columns * layout.block - layout.k_len))
+    per_block = single.unflatten(-1, (layout.columns, layout.block)).float().mean(-1)
+    computed = torch.where(keys.blocks, 1.0, per_block[:, :, None]) * layout.causal
+    cells = min(CELLS, layout.rows)
+    maps = F.adaptive_avg_pool2d(computed, (cells, cells))[0].mul(1000).round().div(1000).tolist()
+    return {f"head {h}: {p.name} {p.first}, {p.second}": maps[h] for h, p in enumerate(patterns)}
+
+
+def published(head_dim: int) -> dict[str, Any]:
     """32 layers of 32 heads in the authors' format, on random weights of that shape cut to two layers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = [(1000, 6096), (30, 800), (100, 800), (500, 700), (3500, 100)]
     content = [{str(h): ["vertical_and_slash", *sizes[(7 * layer + h) % 5], 0.9] for h in range(32)}
                for layer in range(32)]
-    width = 16 if quick else PUBLISHED_WIDTH
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(
-            vocab_size=64, hidden_size=32 * width, intermediate_size=256, num_hidden_layers=2, num_attention_heads=32,
-            num_key_value_heads=8, head_dim=width)).eval()
+            vocab_size=64, hidden_size=32 * head_dim, intermediate_size=256, num_hidden_layers=2,
+            num_attention_heads=32, num_key_value_heads=8, head_dim=head_dim)).eval()
         ids = torch.randint(0, 64, (1, 1536))
-    whole = MInference(config=content)
     with torch.inference_mode(), attach(model, MInference(config=content[:2])) as attached:
-        logits = model(ids).logits
-    layers = len(whole.assignment or [])
-    ran = [r["density"] for r in attached.records if "density" in r]
-    report.claims.append(Claim.decide(
-        layers == 32 and len(ran) == 2 and bool(torch.isfinite(logits).all()),
-        statement="A configuration of the authors' format and a published model's shape loads and runs",
-        source="this project's rule", paper="-",
-        measured=f"{layers} layers read; 2 layers of 32 heads of {width} ran at densities "
-                 f"{', '.join(f'{d:.3f}' for d in ran)} at 1536 tokens",
-        rule="32 x 32 heads read, two layers run sparsely with finite logits"))
+        finite = bool(torch.isfinite(model(ids).logits).all())
+    return {"read": len(MInference(config=content).assignment or []), "finite": finite,
+            "ran": [r["density"] for r in attached.records if "density" in r]}
 
 
-def _elsewhere(report: Report) -> None:
-    for statement, source, paper, measured, rule in (
-            ("One million tokens are prefilled ten times faster by an 8B model on an A100", "paper, figure of latency",
-             "30 minutes to 3 minutes", "not measured: needs a GPU and an 8B model", "ratio of at least 5"),
-            ("On a GPU, attention is faster by 1.8x, 4.1x, 6.8x and 10x at 100k, 300k, 500k and 1M tokens",
-             "paper, figure of kernel latency", "as said [memory]", "not measured: needs a GPU",
-             "ratio above 1 to SDPA's flash kernel at 100k tokens"),
-            ("On RULER, InfiniteBench and needle tests quality is that of full attention", "paper, tables",
-             "on par or slightly better", "not measured: needs an 8B model and 128k tokens",
-             "averages within one point of full attention")):
-        report.claims.append(Claim.decide(None, statement=statement, source=source, paper=paper, measured=measured,
-                                          rule=rule))
+def _quality(results: Results) -> Decision:
+    ratio, density = shared.perplexity_ratio(results, "quality"), results.interval("quality", "density")
+    return None if results.quick else ratio.value <= 1 + PERPLEXITY_MARGIN, (
+        f"ratio {ratio:.4f} at density {density.value:.3f}, {results.scale.context} tokens, {len(results.seeds)} "
+        "windows")
+
+
+def _sparse(results: Results) -> Decision:
+    density = results.interval("quality", "density")
+    return None if results.quick else density.value < DENSITY_LIMIT, (
+        f"density {density:.3f} at {results.scale.context} tokens")
+
+
+def _far(results: Results, way: str, *, all_keys: bool = False) -> list[tuple[float, float, float]]:
+    """Whether exact attention, MInference and A-shape found each key that A-shape cannot see and exact attention
+    finds; or each key at all."""
+    scale, out = results.scale, []
+    for keys in (row["keys"] for row in results.rows if "keys" in row):
+        window = keys[way]["window"]
+        for i, triple in enumerate(zip(keys["exact"], keys[way]["sparse"], keys[way]["a_shape"], strict=True)):
+            place = (i + 0.5) / scale.trials * scale.prompt
+            # The question at the end sees the window rounded out to blocks; a key is outside if it ends before that.
+            if all_keys or (SINK + 64 < place < scale.prompt - window - 192 and triple[0]):
+                out.append(triple)
+    return out
+
+
+def _densities(results: Results, way: str) -> tuple[float, float]:
+    """Mean density of MInference and of A-shape over the sets of keys."""
+    of = [row["keys"][way] for row in results.rows if "keys" in row]
+    mean, same = (sum(keys[name] for keys in of) / len(of) for name in ("density", "same"))
+    return mean, same
+
+
+def _gain(way: str, results: Results) -> Decision:
+    far = _far(results, way)
+    gap = bootstrap([sparse - fixed for _, sparse, fixed in far]) if far else Interval(*[math.nan] * 3)
+    density, same = _densities(results, way)
+    return gap.low > 0 if len(far) >= ENOUGH_KEYS else None, (
+        f"{gap:+.2f} of {len(far)} keys, density {density:.3f} against {same:.3f}")
+
+
+def _a_shape_fails(way: str, results: Results) -> Decision:
+    far = _far(results, way)
+    fraction = sum(fixed for _, _, fixed in far) / len(far) if far else math.nan
+    return fraction <= A_SHAPE_LIMIT if len(far) >= ENOUGH_KEYS else None, (
+        f"A-shape finds {fraction:.2f} of {len(far)} keys outside its window that dense attention finds")
+
+
+def _known(results: Results) -> Decision:
+    hits = [name == right for row in results.values("chosen") for name, right in zip(row, KNOWN_HEADS, strict=True)]
+    return all(hits), f"{sum(hits)} of {len(hits)} heads at {results.scale.known} tokens and cost {KNOWN_DENSITY}"
+
+
+def _published(results: Results) -> Decision:
+    read, ran = results.once["read"], results.once["ran"]
+    return read == 32 and len(ran) == 2 and results.once["finite"], (
+        f"{read} layers read; 2 layers of 32 heads of {results.scale.head_dim} ran at densities "
+        f"{', '.join(f'{d:.3f}' for d in ran)} at 1536 tokens")
+
+
+def _show(report: Report, results: Results) -> None:
+    scale, once = results.scale, results.once
+    _show_assignment(report, once["assignments"][""], f"{scale.context} tokens")
+    exact, sparse = (math.exp(results.interval("quality", how).value) for how in ("exact", "sparse"))
+    report.table(f"Perplexity on the last {scale.last} tokens of each window", [
+        "context", "dense", "MInference", "ratio", "low", "high", "density", "density low", "density high"],
+        [[scale.context, exact, sparse, *shared.perplexity_ratio(results, "quality"),
+          *results.interval("quality", "density")]], note="intervals: 95 % bootstrap over windows, paired")
+    shared.mean_figures(report, results, "quality", suffix=f", {scale.context} tokens")
+    table = report.table(f"Pass keys found at {scale.prompt} tokens", [
+        "candidates, calibrated on", "keys", "of", "dense", "MInference", "A-shape", "density", "A-shape density",
+        "A-shape window"],
+        note="outside: beyond the first tokens, further from the question than the window, found by dense attention")
+    for way in WAYS:
+        _show_assignment(report, once["assignments"][way], f"{scale.prompt} tokens, {way}")
+        windows = sorted({row["keys"][way]["window"] for row in results.rows if "keys" in row})
+        for name in ("all", "outside"):
+            keys = _far(results, way, all_keys=name == "all")
+            table.add(way, name, len(keys), *(sum(triple[i] for triple in keys) for i in range(3)),
+                      *_densities(results, way), windows[0] if len(windows) == 1 else ", ".join(map(str, windows)))
+    report.table(f"Who wins the search, by the queries that count, {scale.prompt} tokens", [
+        "queries", *(f"{name} heads" for name in NAMES)],
+        [[queries, *(won.count(name) for name in NAMES)] for queries, won in once["winners"].items()],
+        note="keys and values, the same candidates at the same cost; the last queries are those that write the answer")
+    table = report.table("Heads whose pattern is known", ["head", "heads", "found", *KNOWN_HEADS],
+                         note="last three columns: mean relative error of the best candidate of each pattern")
+    for h, name in enumerate(KNOWN_HEADS):
+        chosen = results.values("chosen", h)
+        table.add(name, len(chosen), chosen.count(name),
+                  *(results.interval("errors", h, n).value for n in range(len(KNOWN_HEADS))))
+    cells = len(next(iter(once["drawn"].values())))
+    report.figure(f"What each head of layer {once['layer']} attends to, {scale.context} tokens", panels=once["drawn"],
+                  note=f"rows: queries, columns: keys, in cells of {scale.context // cells} tokens; the fraction of a "
+                       "cell that is computed")
+    report.table("Seconds of one layer's attention, estimation included", [
+        "tokens", "layer", "density", "SDPA", "MInference", "ratio", "low", "high"], once["times"],
+        note="ratio: SDPA over MInference, medians of interleaved rounds; activations of one window, repeated")
+
+
+def _show_assignment(report: Report, assignment: Sequence[Sequence[Sequence[Any]]], what: str) -> None:
+    """Patterns that a search chose, rows of name, first, second and score by layer and head."""
+    table = report.table(f"Patterns found on {what}", ["pattern", "heads", "first", "second", "relative error"],
+                         note="sizes and errors are means over the heads")
+    figure = report.figure(f"Fraction of the heads by pattern, {what}", x_label="layer", y_label="fraction of heads")
+    layers = [float(i) for i in range(len(assignment))]
+    for name in NAMES:
+        rows = [row for heads in assignment for row in heads if row[0] == name]
+        if rows:
+            table.add(name, len(rows), *(sum(row[i] for row in rows) / len(rows) for i in (1, 2, 3)))
+            figure.series.append(Series(name, layers, [
+                sum(row[0] == name for row in heads) / len(heads) for heads in assignment]))
+
+
+def _retrieval_claims(way: str) -> list[StudyClaim]:
+    """The two claims for one calibration, over the keys outside A-shape's window that dense attention finds."""
+    return [
+        StudyClaim(f"Keys outside the window are found more often than by A-shape of equal density, {way}",
+                   "paper, ablation of the patterns", "the mixture wins",
+                   "paired difference above 0 with its 95 % interval, over keys outside that dense attention finds; "
+                   f"{ENOUGH_KEYS} keys or more", functools.partial(_gain, way)),
+        StudyClaim(f"A-shape alone fails at retrieval, at the density of {way}", "paper, ablation of the patterns",
+                   "fails", f"at most 20 % of them; {ENOUGH_KEYS} keys or more",
+                   functools.partial(_a_shape_fails, way))]
+
+
+study = Study("MInference on SmolLM2-135M-Instruct", measure, [
+    StudyClaim("Calibrated on one text, the quality on another is that of full attention",
+               "paper, tables of RULER, InfiniteBench and PG-19; here: perplexity", "on par or slightly better",
+               "perplexity on the last 512 tokens at most 2 % above dense at 4096 tokens", _quality),
+    StudyClaim("The patterns are sparse", "this project's rule", "-",
+               f"computed scores below {DENSITY_LIMIT:.2f} of those of all causal blocks at 4096 tokens", _sparse),
+    *(claim for way in WAYS for claim in _retrieval_claims(way)),
+    StudyClaim("The search gives each head the pattern that it has",
+               "paper, section 3.2; here: heads made to have one", "-", "all heads of all seeds", _known),
+    StudyClaim("Attention is faster than full attention", "paper, figure of kernel latency; here: CPU",
+               "about 1.8x at 100k tokens on a GPU [memory]",
+               "median ratio above 1 at 8192 tokens for every layer timed", shared.faster_everywhere),
+    StudyClaim("A configuration of the authors' format and a published model's shape loads and runs",
+               "this project's rule", "-", "32 x 32 heads read, two layers run sparsely with finite logits",
+               _published),
+    StudyClaim("One million tokens are prefilled ten times faster by an 8B model on an A100",
+               "paper, figure of latency", "30 minutes to 3 minutes", "ratio of at least 5",
+               unmeasured="not measured: needs a GPU and an 8B model"),
+    StudyClaim("On a GPU, attention is faster by 1.8x, 4.1x, 6.8x and 10x at 100k, 300k, 500k and 1M tokens",
+               "paper, figure of kernel latency", "as stated [memory]",
+               "ratio above 1 to SDPA's flash kernel at 100k tokens", unmeasured="not measured: needs a GPU"),
+    StudyClaim("On RULER, InfiniteBench and needle tests quality is that of full attention", "paper, tables",
+               "on par or slightly better", "averages within one point of full attention",
+               unmeasured="not measured: needs an 8B model and 128k tokens"),
+], show=_show, once=once, full=Scale(), quick=QUICK, quick_seeds=1, facts=lambda results: {
+    "model": "SmolLM2-135M-Instruct, float32", "context": results.scale.context, "windows": len(results.seeds),
+    "cost given to calibrate": DENSITY, "calibration tokens": results.scale.context,
+    "threads": torch.get_num_threads()})
