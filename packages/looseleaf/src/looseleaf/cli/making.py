@@ -50,6 +50,7 @@ def write_package(kind: str, name: str, into: Path) -> Path:
         "name": name, "package": "looseleaf_" + name.replace("-", "_"), "kind": kind, "module": module,
         "base": base, "word": word, "cls": "".join(part.capitalize() for part in name.split("-")),
         "core": discovery.core_version(), "next_major": str(int(discovery.core_version().split(".")[0]) + 1),
+        "needs": ', "looseleaf-text>=0.2,<1"' if kind == "prompts" else "",
     }
     root = resources.files("looseleaf") / "templates"
     targets = {

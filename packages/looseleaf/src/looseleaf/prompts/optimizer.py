@@ -32,16 +32,18 @@ class PromptOptimizer(Plugin):
     accepts: ClassVar[type] = object
 
     @abstractmethod
-    def optimize(self, task: Task, model: Any, *, budget: Budget | None = None, start: Prompt | None = None,
-                 seed: int = 0, state_dir: str | Path | None = None, progress: bool | None = None) -> Prompt:
+    def optimize(self, task: Any, model: Any, *, budget: Budget | None = None, start: Any = None, seed: int = 0,
+                 state_dir: str | Path | None = None, progress: bool | None = None) -> Prompt:
         """The best prompt found.
 
+        Methods may narrow the types of ``task`` and ``start``, and then say so in their own signature.
+
         Args:
-            task: examples and the metric. Only ``task.train`` and ``task.dev`` may be read.
+            task: a :class:`looseleaf.Task`. Only ``task.train`` and ``task.dev`` may be read.
             model: what the prompt is for, an instance of :attr:`accepts`; left as it is.
             budget: limits on calls, tokens and seconds (see :meth:`looseleaf.Budget.meter`); running out returns the
                 best so far, whose ``prompt.info["stopped"]`` says why.
-            start: the prompt to begin with; None: the method's own start, made from the task.
+            start: the :class:`looseleaf.Prompt` to begin with; None: the method's own start, made from the task.
             seed: the only source of randomness.
             state_dir: the search state is written there as the search goes on; called again with the same
                 arguments, the search resumes and ends with the same result as one that was never stopped.
@@ -59,8 +61,8 @@ class PromptOptimizer(Plugin):
     def check_model(self, model: Any) -> None:
         """Raise UnsupportedModelError unless ``model`` is what this method :attr:`accepts`."""
         if not isinstance(model, self.accepts):
-            raise UnsupportedModelError(f"{type(self).__name__}: expected a {self.accepts.__name__}, got "
-                                        f"{type(model).__name__}")
+            raise UnsupportedModelError(f"{type(self).__name__}: expected a {self.accepts.__name__} to find a prompt "
+                                        f"for, got {type(model).__name__}")
 
     def identity(self, task: Task, model: Any, start: Prompt | None, seed: int) -> dict[str, Any]:
         """What makes two searches the same one, for :class:`looseleaf.resume.SearchState`.

@@ -59,7 +59,8 @@ def picture_task() -> Task:
         pixels[:, 4 * (n % 2):4 * (n % 2) + 4] += 1
         return Example({"picture": pixels}, "right" if n % 2 else "left")
 
-    return Task("halves", *([picture(n) for n in range(12)] for _ in range(3)), classes=("left", "right"))
+    train, dev, test = ([picture(n) for n in range(12)] for _ in range(3))
+    return Task("halves", train, dev, test, classes=("left", "right"))
 
 
 class _Killed(BaseException):
@@ -373,7 +374,7 @@ class PromptKit(Kit):
 
     def check_refuses_bad_tasks(self) -> None:
         task = self.task()
-        bad = {"a task without examples": []}
+        bad: dict[str, list[Example]] = {"a task without examples": []}
         if task.classes is not None:
             bad["a task of one class"] = [e for e in task.train if e.target == task.train[0].target]
             bad["a task with a target that is no class"] = [
@@ -381,20 +382,22 @@ class PromptKit(Kit):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for what, train in bad.items():
-                _raises(lambda train=train: self.optimize(task=dataclasses.replace(task, train=train)), what)
+                _raises(functools.partial(self.optimize, task=dataclasses.replace(task, train=train)), what)
 
 
 def _with_other_targets(task: Task) -> Task:
     """``task`` with the targets of the training and dev examples exchanged among them."""
-    rng, parts = random.Random(0), {}
-    for name in ("train", "dev"):
-        examples = list(getattr(task, name))
+    rng = random.Random(0)
+
+    def shuffled(examples: Sequence[Example]) -> list[Example]:
         targets = [e.target for e in examples]
         rng.shuffle(targets)
-        parts[name] = [Example(e.inputs, t) for e, t in zip(examples, targets, strict=True)]
-    if parts["train"] == list(task.train):  # the same target for all, or none: fewer examples are another task, too
-        parts["train"] = parts["train"][:max(1, len(task.train) // 2)]
-    return dataclasses.replace(task, **parts)
+        return [Example(e.inputs, t) for e, t in zip(examples, targets, strict=True)]
+
+    train, dev = shuffled(task.train), shuffled(task.dev)
+    if train == list(task.train):  # the same target for all, or none: fewer examples are another task, too
+        train = train[:max(1, len(train) // 2)]
+    return dataclasses.replace(task, train=train, dev=dev)
 
 
 def _stopper(last: int, kind: type[BaseException], before: Callable[[], None] = lambda: None) -> Callable[[int], None]:
