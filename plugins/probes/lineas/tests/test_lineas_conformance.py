@@ -1,8 +1,6 @@
 """LinEAS passes the conformance kit."""
 
-from looseleaf.testing import check_probe
+from looseleaf.testing import conformance_tests
 from looseleaf_lineas import LinEAS
 
-
-def test_conformance() -> None:
-    check_probe(LinEAS, lambda: LinEAS(steps=3))
+test_conformance = conformance_tests(LinEAS)

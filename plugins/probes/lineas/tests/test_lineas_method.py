@@ -10,12 +10,12 @@ import pytest
 import torch
 from scipy.optimize import linprog, minimize
 
-from looseleaf.testing.models import tiny_text_llama, tiny_tokenizer
-from looseleaf_lineas import LinEAS, Steering, difference_in_means, examples, lin_act, squared_w2
-from looseleaf_lineas.activations import encode, pooled
-from looseleaf_lineas.probe import shrink
+from looseleaf.testing.common import assert_unchanged, mixed_modes, snapshot
+from looseleaf.testing.models import tiny_llama, tiny_text_llama, tiny_tokenizer
+from looseleaf_lineas import LinEAS, Steering, data, difference_in_means, lin_act, squared_w2
+from looseleaf_lineas.probe import encode, layer_losses, pooled, shrink, token_weights
 
-SOURCE, TARGET = examples.SOURCE[:6], examples.TARGET[:6]
+SOURCE, TARGET = data.SOURCE[:6], data.TARGET[:6]
 
 
 @pytest.mark.parametrize(("n", "m"), [(5, 5), (4, 6), (3, 7), (1, 4)])
@@ -71,20 +71,17 @@ def test_later_layers_see_earlier_maps() -> None:
 
 
 def test_gradient_of_the_loss() -> None:
-    from looseleaf_lineas.activations import weights
-    from looseleaf_lineas.probe import _layer_losses
-
     model, tokenizer = tiny_text_llama().double(), tiny_tokenizer()
     batch = encode(tokenizer, SOURCE[:3], torch.device("cpu"))
     goal = {n: v.double() for n, v in pooled(model, "*layernorm", encode(tokenizer, TARGET[:3], torch.device("cpu")),
                                              True).items()}
-    share = weights(batch["attention_mask"], True).double()
+    mean = token_weights(batch["attention_mask"], True).double()
     names = list(goal)
 
     def loss(scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         omega = {n: torch.ones(64, dtype=torch.float64) * scale[i] for i, n in enumerate(names)}
         bias = {n: torch.ones(64, dtype=torch.float64) * shift[i] for i, n in enumerate(names)}
-        return torch.stack(list(_layer_losses(model, batch, share, goal, omega, bias).values())).sum()
+        return torch.stack(list(layer_losses(model, batch, mean, goal, omega, bias).values())).sum()
 
     scale = torch.tensor([1.1, 0.9, 1.05, 1.0], dtype=torch.float64, requires_grad=True)
     shift = torch.tensor([0.1, -0.1, 0.0, 0.05], dtype=torch.float64, requires_grad=True)
@@ -128,7 +125,8 @@ def test_strength() -> None:
         assert torch.equal(model(**batch).logits, plain)
     with pytest.warns(UserWarning, match="outside 0 to 1"), steering.apply(model, 1.5):
         pass
-    with pytest.raises(ValueError, match="strength=nan"), steering.apply(model, float("nan")):
+    with pytest.raises(ValueError, match=r"strength: expected a number, .* got nan"), \
+            steering.apply(model, float("nan")):
         pass
     del caught
 
@@ -203,28 +201,77 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert again.info == steering.info
     assert all(torch.equal(again.bias[n], steering.bias[n]) for n in steering.bias)
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="no readable safetensors file"):
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
         Steering.load(path)
-    with pytest.raises(ValueError, match="does not exist"):
-        steering.save(tmp_path / "nowhere" / "x.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"steering\.x: expected a file"):
+        Steering.load(tmp_path / "steering.x")
+    steering.save(tmp_path / "new" / "x.safetensors")
+    assert (tmp_path / "new" / "x.safetensors").is_file()
     with pytest.raises(ValueError, match="made for another model"), \
             Steering({"other": torch.ones(3)}, {"other": torch.ones(3)}).apply(model):
         pass
 
 
+def test_each_submodule_has_its_own_mode_again() -> None:
+    model, tokenizer = mixed_modes(tiny_llama(vocabulary=128, attention_dropout=0.5)), tiny_tokenizer()
+    before = snapshot(model)
+    steering = LinEAS(steps=2).fit(model, SOURCE, TARGET, tokenizer)
+    difference_in_means(model, SOURCE, TARGET, tokenizer)
+    lin_act(model, SOURCE, TARGET, tokenizer)
+    with pytest.raises(ValueError, match="choose a smaller lr"):
+        LinEAS(lr=1e30, steps=20).fit(model, SOURCE, TARGET, tokenizer)
+    assert_unchanged(before, model)
+    # dropout is off while it learns, whatever the mode
+    plain = LinEAS(steps=2).fit(tiny_llama(vocabulary=128), SOURCE, TARGET, tokenizer)
+    assert steering.info["loss"] == plain.info["loss"]
+    steering.merge(model, encode(tokenizer, SOURCE[:2], torch.device("cpu")))
+    assert snapshot(model)["modes"] == before["modes"]
+
+
+def test_a_compiled_model_is_steered_and_merged() -> None:
+    tokenizer = tiny_tokenizer()
+    batch = encode(tokenizer, SOURCE[:2], torch.device("cpu"))
+    plain, model = tiny_text_llama(), torch.compile(tiny_text_llama(), backend="eager")
+    with torch.no_grad():
+        model(**batch)
+        steering = LinEAS(steps=2, lr=1.0).fit(model, SOURCE, TARGET, tokenizer)
+        assert list(steering.omega) == list(LinEAS(steps=2).fit(plain, SOURCE, TARGET, tokenizer).omega)
+        with steering.apply(plain):
+            wanted = plain(**batch).logits
+        with steering.apply(model):
+            torch.testing.assert_close(model(**batch).logits, wanted)
+        steering.merge(model, batch)
+        torch.testing.assert_close(model(**batch).logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_subjects_and_data() -> None:
+    pair = tiny_text_llama(), tiny_tokenizer()
+    given = {"source": SOURCE, "target": TARGET, "prompts": data.PROMPTS[:1]}
+    report = LinEAS(steps=1).run(pair, given, progress=False)
+    assert [t.title for t in report.tables] == ["Squared Wasserstein-2 distance, mean over neurons",
+                                                "Effect on held-out sentences"]
+    assert report.facts["source sentences"] == 5 and len(report.examples) == 3
+    with pytest.raises(ValueError, match=r"subject: expected a \(model, tokenizer\) pair, got LlamaForCausalLM alone"):
+        LinEAS().run(pair[0])
+    with pytest.raises(ValueError, match=r"data: expected .* 'source', 'target' .* got list"):
+        LinEAS().run(pair, ["a"])
+    with pytest.raises(ValueError, match=r"expected 4 sentences or more of each kind, .* got 3"):
+        LinEAS().run(pair, {**given, "source": SOURCE[:3]})
+
+
 def test_bad_input() -> None:
     model, tokenizer = tiny_text_llama(), tiny_tokenizer()
-    with pytest.raises(ValueError, match="source has 1 sentences: allowed is a list of 2 or more"):
+    with pytest.raises(ValueError, match=r"source: expected a list of 2 sentences or more, .* got 1"):
         LinEAS().fit(model, SOURCE[:1], TARGET, tokenizer)
-    with pytest.raises(ValueError, match="near names are"):
+    with pytest.raises(ValueError, match="Near names are"):
         LinEAS(modules="*.layer_norm").fit(model, SOURCE, TARGET, tokenizer)
     with pytest.raises(ValueError, match="has no token"):
         LinEAS().fit(model, ["", "a"], TARGET, tokenizer)
     with pytest.raises(ValueError, match="choose a smaller lr"):
         LinEAS(lr=1e30, steps=20).fit(model, SOURCE, TARGET, tokenizer)
-    with pytest.raises(ValueError, match="pass the model's tokenizer"):
-        LinEAS().run(model)
-    with pytest.raises(ValueError, match="'source', 'target'"):
-        LinEAS().run(model, ["a"], tokenizer=tokenizer)
-    with pytest.raises(ValueError, match=r"LinEAS\.steps=0: allowed is"):
+    with pytest.raises(ValueError, match=r"LinEAS\.steps: expected an integer >= 1, got 0"):
         LinEAS(steps=0)
+    with pytest.raises(ValueError, match=r"LinEAS\.modules: expected a name pattern"):
+        LinEAS(modules="two words")
+    with pytest.raises(ValueError, match="expected as many source as target sentences, got 6 and 5"):
+        lin_act(model, SOURCE, TARGET[:5], tokenizer)

@@ -162,9 +162,7 @@ def _hooked(model: nn.Module, hooks: Sequence[tuple[str, nn.Module, Callable[[st
 
         return function
 
-    with ExitStack() as stack:
-        if any(_compiled(module) for module in model.modules()):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+    with uncompiled(model), ExitStack() as stack:
         for name, module, hook in hooks:
             stack.callback(module.register_forward_hook(forward_hook(name, hook)).remove)
         yield
@@ -173,6 +171,16 @@ def _hooked(model: nn.Module, hooks: Sequence[tuple[str, nn.Module, Callable[[st
             warnings.warn(f"{hooks[0][0]} was never called in the block. If the model ran there, then inside compiled "
                           "code, which calls no hooks: give capture, intervene or patch what torch.compile returned, "
                           "or set torch.compiler.set_stance('force_eager')", stacklevel=4)
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Run ``model`` uncompiled while the ``with`` block runs, for hooks of one's own: compiled code calls none."""
+    if any(_compiled(module) for module in model.modules()):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
 
 
 def _compiled(module: nn.Module) -> bool:
@@ -285,4 +293,4 @@ def _read(item: Tensor | _OnDisk) -> Tensor:
     return value.to(device)
 
 
-__all__ = ["CaptureLimitError", "capture", "first_tensor", "intervene", "matching_modules"]
+__all__ = ["CaptureLimitError", "capture", "first_tensor", "intervene", "matching_modules", "uncompiled"]

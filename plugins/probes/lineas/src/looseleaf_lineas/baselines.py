@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from looseleaf import intervene
-from looseleaf_lineas.activations import body, encode, frozen, pooled, weights
+from looseleaf.modes import evaluating
+from looseleaf_lineas.probe import body, encode, pooled, token_weights
 from looseleaf_lineas.steering import Steering
 
 
@@ -17,7 +18,7 @@ def difference_in_means(model: nn.Module, source: Sequence[str], target: Sequenc
                         modules: str = "*layernorm", skip_first: bool = True) -> Steering:
     """Add the mean target activation less the mean source activation (ActAdd, CAA), at every steered module."""
     device = next(model.parameters()).device
-    with frozen(model):
+    with evaluating(model):
         x = pooled(model, modules, encode(tokenizer, source, device), skip_first)
         y = pooled(model, modules, encode(tokenizer, target, device), skip_first)
     return Steering({n: torch.ones_like(x[n][0]) for n in x}, {n: y[n].mean(0) - x[n].mean(0) for n in x},
@@ -35,18 +36,18 @@ def lin_act(model: nn.Module, source: Sequence[str], target: Sequence[str], toke
         ValueError: not equally many.
     """
     if len(source) != len(target):
-        raise ValueError(f"{len(source)} source and {len(target)} target sentences: allowed is equally many of both")
+        raise ValueError(f"expected as many source as target sentences, got {len(source)} and {len(target)}")
     device = next(model.parameters()).device
     batch = encode(tokenizer, source, device)
-    share = weights(batch["attention_mask"], skip_first)
+    mean = token_weights(batch["attention_mask"], skip_first)
     maps: dict[str, tuple[Tensor, Tensor]] = {}
-    with frozen(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         goal = pooled(model, modules, encode(tokenizer, target, device), skip_first)
 
         def fit(name: str) -> Callable[[Tensor], Tensor]:
             def function(z: Tensor) -> Tensor:
                 # one forward pass is enough: what arrives here has gone through the maps of all layers before
-                x, y = (z.float() * share).sum(1).sort(0).values, goal[name].sort(0).values
+                x, y = (z.float() * mean).sum(1).sort(0).values, goal[name].sort(0).values
                 middle_x, middle_y = x.mean(0), y.mean(0)
                 spread = (x - middle_x).square().sum(0)
                 omega = ((x - middle_x) * (y - middle_y)).sum(0) / spread.clamp(min=1e-12)

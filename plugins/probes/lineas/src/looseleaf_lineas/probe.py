@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from looseleaf import Paper, Probe, Report, intervene
+from looseleaf import Paper, Probe, Report, Series, capture, intervene
 from looseleaf import progress as progress_
+from looseleaf.modes import evaluating, frozen
+from looseleaf.plugin import In
 from looseleaf.probes.hooks import matching_modules
-from looseleaf_lineas import examples
-from looseleaf_lineas.activations import body, by_length, encode, frozen, pooled, weights
+from looseleaf.probes.subject import parts
+from looseleaf_lineas import data as data_
 from looseleaf_lineas.steering import Steering
-from looseleaf_lineas.wasserstein import squared_w2
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -37,11 +38,11 @@ class LinEAS(Probe):
     """
 
     modules: str = "*layernorm"
-    lr: float = 0.1
-    steps: int = 100
-    momentum: float = 0.9
-    lambda_1: float = 0.0
-    lambda_G: float = 0.0
+    lr: Annotated[float, In("> 0")] = 0.1
+    steps: Annotated[int, In(">= 1")] = 100
+    momentum: Annotated[float, In("[0, 1)")] = 0.9
+    lambda_1: Annotated[float, In(">= 0")] = 0.0
+    lambda_G: Annotated[float, In(">= 0")] = 0.0
     skip_first: bool = True
     paper: ClassVar[Paper] = Paper(
         title="LinEAS: End-to-end Learning of Activation Steering with a Distributional Loss",
@@ -50,14 +51,14 @@ class LinEAS(Probe):
         code="https://github.com/apple/ml-lineas",
         summary="Steer a model by 32 unwanted and 32 wanted sentences, unpaired, with a strength knob.")
 
+    @classmethod
+    def conformance(cls) -> dict[str, Any]:
+        """A few steps, and few sentences."""
+        return {"make": lambda: cls(steps=3), "data": {"source": data_.SOURCE[:8], "target": data_.TARGET[:8],
+                                                       "prompts": data_.PROMPTS[:2]}}
+
     def validate(self) -> None:
-        self.check("modules", isinstance(self.modules, str) and bool(self.modules) and " " not in self.modules,
-                   "a name pattern such as '*layernorm'")
-        self.check("lr", self.lr > 0 and math.isfinite(self.lr), "a number above 0")
-        self.check("steps", isinstance(self.steps, int) and self.steps >= 1, "a whole number from 1")
-        self.check("momentum", 0 <= self.momentum < 1, "a number from 0 to below 1")
-        self.check("lambda_1", self.lambda_1 >= 0, "a number from 0")
-        self.check("lambda_G", self.lambda_G >= 0, "a number from 0")
+        self.check("modules", bool(self.modules) and " " not in self.modules, "a name pattern such as '*layernorm'")
 
     def fit(self, model: nn.Module, source: Sequence[str], target: Sequence[str], tokenizer: Any, *,
             progress: bool | None = None) -> Steering:
@@ -77,30 +78,30 @@ class LinEAS(Probe):
         """
         for name, texts in (("source", source), ("target", target)):
             if isinstance(texts, str) or len(texts) < 2:
-                count = 1 if isinstance(texts, str) else len(texts)
-                raise ValueError(f"{name} has {count} sentences: allowed is a list of 2 or more, as a distribution "
-                                 "needs samples")
+                got = repr(texts) if isinstance(texts, str) else f"{len(texts)}"
+                raise ValueError(f"{name}: expected a list of 2 sentences or more, as a distribution needs samples, "
+                                 f"got {got}")
         names = list(matching_modules(model, self.modules))
         device = next(model.parameters()).device
         batch = encode(tokenizer, source, device)
-        share = weights(batch["attention_mask"], self.skip_first)
-        with frozen(model):
+        mean = token_weights(batch["attention_mask"], self.skip_first)
+        with evaluating(model), frozen(model), torch.enable_grad():
             goal = pooled(model, self.modules, encode(tokenizer, target, device), self.skip_first)
             omega = {n: torch.ones_like(goal[n][0]).requires_grad_() for n in names}
             bias = {n: torch.zeros_like(goal[n][0]).requires_grad_() for n in names}
             speeds = [torch.zeros_like(parameter) for parameter in (*omega.values(), *bias.values())]
             losses: list[float] = []
             first: dict[str, float] = {}
-            with progress_.bar("LinEAS", self.steps + 1, progress) as moving:
+            with progress_.bar("LinEAS", self.steps + 1, progress) as progress_bar:
                 for step in range(self.steps + 1):
-                    layers = _layer_losses(model, batch, share, goal, omega, bias)
+                    layers = layer_losses(model, batch, mean, goal, omega, bias)
                     loss = torch.stack(list(layers.values())).sum()
                     losses.append(float(loss.detach()))
                     if not math.isfinite(losses[-1]):
                         raise ValueError(f"the loss is {losses[-1]} at step {step}: choose a smaller lr than {self.lr}")
                     last = {n: float(v.detach()) for n, v in layers.items()}
                     first = first or last
-                    moving.update(1)
+                    progress_bar.update(1)
                     if step == self.steps:
                         break  # only the loss of what was learned was wanted
                     rate = self.lr * (1 + math.cos(math.pi * step / self.steps)) / 2
@@ -116,34 +117,36 @@ class LinEAS(Probe):
                             for parameter in values.values():
                                 parameter.copy_(identity + shrink(parameter - identity, pull, self.lambda_1,
                                                                   self.lambda_G))
-        return Steering(omega, bias, {"method": "LinEAS", **self.parameters(), "loss": losses,
+        return Steering(omega, bias, {"method": "LinEAS", **self.hyperparameters(), "loss": losses,
                                       "w2": {n: [first[n], last[n]] for n in names}})
 
-    def run(self, model: Any, data: Any = None, *, tokenizer: Any = None, seed: int = 0,
-            progress: bool | None = None) -> Report:
+    def run(self, subject: Any, data: Any = None, *, seed: int = 0, progress: bool | None = None) -> Report:
         """Learn a steering and say what it does.
 
         Args:
-            model: a transformers causal language model.
+            subject: a ``(model, tokenizer)`` pair, a text pipeline or a LocalModel; the model is a causal language
+                model of transformers.
             data: ``{"source": [...], "target": [...], "prompts": [...]}``; the last quarter of each of the first two is
                 held out, prompts are continued. None: 32 gloomy and 32 cheerful sentences, and neutral beginnings.
-            tokenizer: the model's; needed.
             seed: nothing here is random.
             progress: show a progress bar; None: only on a terminal.
+
+        Raises:
+            TypeError: another subject.
+            ValueError: no tokenizer, other data, or fewer than 4 sentences of a kind.
         """
-        if tokenizer is None:
-            raise ValueError("tokenizer=None: LinEAS works on text, pass the model's tokenizer")
+        model, tokenizer = parts(subject, needs="tokenizer")
         if data is None:
-            data = {"source": examples.SOURCE, "target": examples.TARGET, "prompts": examples.PROMPTS}
+            data = {"source": data_.SOURCE, "target": data_.TARGET, "prompts": data_.PROMPTS}
         if not isinstance(data, dict) or not {"source", "target"} <= set(data):
-            raise ValueError(f"data is {type(data).__name__}: allowed is None or a dictionary with 'source', 'target' "
-                             "and, if you like, 'prompts'")
+            raise ValueError("data: expected None or a dictionary with 'source', 'target' and, optionally, 'prompts', "
+                             f"got {sorted(data) if isinstance(data, dict) else type(data).__name__}")
         source, held_source = _split(data["source"])
         target, held_target = _split(data["target"])
-        prompts = list(data.get("prompts") or examples.PROMPTS)[:3]
+        prompts = list(data.get("prompts") or data_.PROMPTS)[:3]
         steering = self.fit(model, source, target, tokenizer, progress=progress)
         report = Report("LinEAS steering", {
-            "source sentences": len(source), "target sentences": len(target), **self.parameters(),
+            "source sentences": len(source), "target sentences": len(target), **self.hyperparameters(),
             "loss before": steering.info["loss"][0], "loss after": steering.info["loss"][-1],
             "coordinates at identity": steering.sparsity()})
         report.figure("Loss", x_label="step", y_label="squared W2, sum over layers", y_log=True,
@@ -152,40 +155,63 @@ class LinEAS(Probe):
                      [[n, *pair] for n, pair in steering.info["w2"].items()])
         effect = report.table("Effect on held-out sentences", ["strength", "preference", "source", "target"],
                               note="mean log-likelihood a token, nats; preference: target less source")
-        rows = []
+        preferences = []
         for strength in STRENGTHS:
-            with steering.apply(model, strength):
+            with evaluating(model), steering.apply(model, strength):
                 one, two = (mean_log_likelihood(model, tokenizer, texts) for texts in (held_source, held_target))
                 texts = continuations(model, tokenizer, prompts, 24) if strength in (0.0, 0.5, 1.0) else []
-            rows.append(two - one)
+            preferences.append(two - one)
             effect.add(strength, two - one, one, two)
             report.examples += [(f"strength {strength:g}", text) for text in texts]
         report.figure("Preference for target sentences", x_label="strength", y_label="nats a token",
-                      series=[_line("held-out sentences", rows, STRENGTHS)])
+                      series=[_line("held-out sentences", preferences, STRENGTHS)])
         return report
 
 
-def _layer_losses(model: nn.Module, batch: dict[str, Tensor], share: Tensor, goal: dict[str, Tensor],
-                  omega: dict[str, Tensor], bias: dict[str, Tensor]) -> dict[str, Tensor]:
+def layer_losses(model: nn.Module, batch: dict[str, Tensor], mean: Tensor, goal: dict[str, Tensor],
+                 omega: dict[str, Tensor], bias: dict[str, Tensor]) -> dict[str, Tensor]:
     """Delta of each module: its pooled activations, all maps up to it applied, against the target's.
 
     The mean over neurons, not their sum: by the sum, lr 0.1 diverges on a model 576 wide and lr 0.1/576 is the same.
     """
-    found: dict[str, list[Tensor]] = {name: [] for name in omega}
+    outputs: dict[str, list[Tensor]] = {name: [] for name in omega}
 
-    def at(name: str, share: Tensor) -> Any:
+    def at(name: str, mean: Tensor) -> Any:
         def function(z: Tensor) -> Tensor:
             # at least single precision: a map this close to the identity would be lost in bf16
-            moved = z.to(torch.promote_types(z.dtype, torch.float32)) * omega[name] + bias[name]
-            found[name].append((moved * share).sum(1))
-            return moved.to(z.dtype)
+            steered = z.to(torch.promote_types(z.dtype, torch.float32)) * omega[name] + bias[name]
+            outputs[name].append((steered * mean).sum(1))
+            return steered.to(z.dtype)
 
         return function
 
-    for part, part_share in by_length(batch, share):
-        with intervene(model, {name: at(name, part_share) for name in omega}):
+    for part, part_mean in _by_length(batch, mean):
+        with intervene(model, {name: at(name, part_mean) for name in omega}):
             body(model)(**part)
-    return {name: squared_w2(torch.cat(values), goal[name]).mean() for name, values in found.items()}
+    return {name: squared_w2(torch.cat(values), goal[name]).mean() for name, values in outputs.items()}
+
+
+def squared_w2(x: Tensor, y: Tensor) -> Tensor:
+    """Squared Wasserstein-2 distance between two empirical distributions of every neuron (section 3).
+
+    On the line the optimal transport matches quantiles: with equally many samples, the sorted ones; otherwise the
+    quantile functions, both step functions, are compared exactly between all their steps.
+
+    Args:
+        x: (n, d) samples. y: (m, d) samples.
+
+    Returns:
+        (d,), differentiable in both.
+    """
+    x, y = x.sort(0).values, y.sort(0).values
+    n, m = len(x), len(y)
+    if n == m:
+        return (x - y).square().mean(0)
+    # Edges of the steps in units of 1/(n m), so that they are integers.
+    edges = torch.unique(torch.cat([torch.arange(n + 1) * m, torch.arange(m + 1) * n]))
+    start, width = edges[:-1], edges[1:] - edges[:-1]
+    gap = x[(start // m).to(x.device)] - y[(start // n).to(y.device)]
+    return (gap.square() * (width / (n * m)).to(gap)[:, None]).sum(0)
 
 
 def shrink(x: Tensor, rate: float, lambda_1: float, lambda_g: float) -> Tensor:
@@ -200,6 +226,70 @@ def shrink(x: Tensor, rate: float, lambda_1: float, lambda_g: float) -> Tensor:
     return x * (1 - rate * lambda_g * math.sqrt(x.numel()) / norm).clamp(min=0)
 
 
+# ---------------------------------------------------------------------------------------------- pooled activations
+def encode(tokenizer: Any, texts: Sequence[str], device: torch.device, left: bool = False) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask`` (n, L), padded on the right, or on the ``left`` to generate from.
+
+    Raises:
+        ValueError: a text without any token.
+    """
+    rows = [list(tokenizer(text)["input_ids"]) for text in texts]
+    empty = [text for text, row in zip(texts, rows, strict=True) if not row]
+    if empty:
+        raise ValueError(f"the text {empty[0]!r} has no token: leave it out")
+    pad = _pad_token(tokenizer)
+    length = max(len(row) for row in rows)
+    gaps = [length - len(row) for row in rows]
+    if left:
+        ids = [[pad] * gap + row for gap, row in zip(gaps, rows, strict=True)]
+        mask = [[0] * gap + [1] * len(row) for gap, row in zip(gaps, rows, strict=True)]
+    else:
+        ids = [row + [pad] * gap for gap, row in zip(gaps, rows, strict=True)]
+        mask = [[1] * len(row) + [0] * gap for gap, row in zip(gaps, rows, strict=True)]
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
+
+
+def token_weights(mask: Tensor, skip_first: bool) -> Tensor:
+    """(n, L, 1) weights of the tokens in a sentence's mean; they sum to 1.
+
+    The first token is left out (where there is another one): its activations are massive and say little.
+    """
+    kept = mask.clone().float()
+    if skip_first:
+        kept[:, 0] = torch.where(mask.sum(1) > 1, 0.0, kept[:, 0])
+    return (kept / kept.sum(1, keepdim=True))[..., None]
+
+
+def pooled(model: nn.Module, pattern: str, batch: dict[str, Tensor], skip_first: bool) -> dict[str, Tensor]:
+    """Module name -> (n, d) mean activations over the tokens of a sentence, fp32, without gradient.
+
+    Raises:
+        ValueError: a module that matches and is not run by the model.
+    """
+    mean = token_weights(batch["attention_mask"], skip_first)
+    with torch.no_grad(), capture(model, pattern, reduce=lambda z: (z.float() * mean).sum(1)) as seen:
+        body(model)(**batch)
+    silent = [name for name, values in seen.items() if not values]
+    if silent:
+        raise ValueError(f"{silent[0]} matches the pattern {pattern!r} but is not run by the model: name other modules")
+    return {name: values[0] for name, values in seen.items()}
+
+
+def body(model: nn.Module) -> Any:
+    """The model without its head, which steering does not need."""
+    inner = getattr(model, "base_model", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def _by_length(batch: dict[str, Tensor], mean: Tensor, size: int = 8) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Right-padded sentences in groups of like length, each cut to its longest: much less padding to compute."""
+    lengths = batch["attention_mask"].sum(1)
+    for rows in lengths.argsort().split(size):
+        longest = int(lengths[rows].max())
+        yield {key: value[rows, :longest] for key, value in batch.items()}, mean[rows, :longest]
+
+
+# -------------------------------------------------------------------------------------------------- what it changes
 @torch.no_grad()
 def mean_log_likelihood(model: Any, tokenizer: Any, texts: Sequence[str]) -> float:
     """Mean log-likelihood of the tokens of ``texts``, each but its first token, in nats."""
@@ -222,27 +312,28 @@ def continuations(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: in
         batch: prompts at a time; shorter ones are padded on the left.
     """
     out = []
-    pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
     for start in range(0, len(prompts), batch):
         padded = encode(tokenizer, prompts[start:start + batch], next(model.parameters()).device, left=True)
         length = padded["input_ids"].shape[1]
-        made = model.generate(**padded, max_new_tokens=tokens, do_sample=False, pad_token_id=pad)
-        for row, mask in zip(made, padded["attention_mask"], strict=True):
+        generated = model.generate(**padded, max_new_tokens=tokens, do_sample=False, pad_token_id=_pad_token(tokenizer))
+        for row, mask in zip(generated, padded["attention_mask"], strict=True):
             out.append(str(tokenizer.decode(row[length - int(mask.sum()):], skip_special_tokens=True)))
     return out
+
+
+def _pad_token(tokenizer: Any) -> int:
+    return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
 
 
 def _split(texts: Sequence[str]) -> tuple[list[str], list[str]]:
     """Three quarters to learn from, one to measure on."""
     texts = list(texts)
     if len(texts) < 4:
-        raise ValueError(f"{len(texts)} sentences: allowed is 4 or more, as a quarter is held out")
+        raise ValueError(f"data: expected 4 sentences or more of each kind, as a quarter is held out, got {len(texts)}")
     held = len(texts) // 4
     return texts[:-held], texts[-held:]
 
 
-def _line(name: str, values: Sequence[float], x: Sequence[float] | None = None) -> Any:
-    from looseleaf import Series
-
+def _line(name: str, values: Sequence[float], x: Sequence[float] | None = None) -> Series:
     along = range(len(values)) if x is None else x
     return Series(name, [float(v) for v in along], [float(v) for v in values], style="line")

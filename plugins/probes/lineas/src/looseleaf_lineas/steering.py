@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from looseleaf import intervene
-from looseleaf.files import replacing
+from looseleaf.files import load_tensors, save_tensors
+from looseleaf.modes import evaluating
+from looseleaf.probes.hooks import first_tensor, matching_modules, uncompiled
 
 FORMAT = "looseleaf.steering/1"
 
@@ -31,13 +31,14 @@ class Steering:
     def __init__(self, omega: Mapping[str, Tensor], bias: Mapping[str, Tensor], info: dict[str, Any] | None = None,
                  ) -> None:
         if set(omega) != set(bias):
-            raise ValueError(f"omega names {sorted(omega)[:3]}, bias {sorted(bias)[:3]}: allowed is the same modules")
+            raise ValueError(f"expected omega and bias of the same modules, got {sorted(omega)[:3]} and "
+                             f"{sorted(bias)[:3]}")
         self.omega = {name: t.detach().float().cpu() for name, t in omega.items()}
         self.bias = {name: t.detach().float().cpu() for name, t in bias.items()}
         self.info = dict(info or {})
 
     def sparsity(self) -> float:
-        """Share of coordinates, of omega and bias, that are exactly at the identity."""
+        """Fraction of coordinates, of omega and bias, that are exactly at the identity."""
         at = sum(int((self.omega[n] == 1).sum() + (self.bias[n] == 0).sum()) for n in self.omega)
         return at / max(1, sum(2 * t.numel() for t in self.omega.values()))
 
@@ -61,19 +62,19 @@ class Steering:
 
     def _map(self, name: str, strength: float) -> Callable[[Tensor], Tensor]:
         omega, bias = 1 + strength * (self.omega[name] - 1), strength * self.bias[name]
-        moved: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        maps: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
         def function(z: Tensor) -> Tensor:
             # at least single precision: a map this close to the identity would be lost in bf16
             key = (z.device, torch.promote_types(z.dtype, torch.float32))
-            if key not in moved:
-                moved[key] = (omega.to(*key), bias.to(*key))
-            return (z.to(key[1]) * moved[key][0] + moved[key][1]).to(z.dtype)
+            if key not in maps:
+                maps[key] = (omega.to(*key), bias.to(*key))
+            return (z.to(key[1]) * maps[key][0] + maps[key][1]).to(z.dtype)
 
         return function
 
     def _check_model(self, model: nn.Module) -> None:
-        modules = dict(model.named_modules())
+        modules = matching_modules(model, "**")
         missing = [name for name in self.omega if name not in modules]
         if missing:
             raise ValueError(f"this steering was made for another model: {type(model).__name__} has no module "
@@ -94,7 +95,7 @@ class Steering:
     def mean(parts: Sequence[Steering]) -> Steering:
         """Several behaviours at once: the mean of their displacements; a module that a part lacks stays put there."""
         if not parts:
-            raise ValueError("no steering given: allowed is one or more")
+            raise ValueError("parts: expected one steering or more, got none")
         names = list(dict.fromkeys(n for part in parts for n in part.omega))
         width = {n: part.omega[n].numel() for part in parts for n in part.omega}
         omega = {n: torch.stack([p.omega.get(n, torch.ones(width[n])) for p in parts]).mean(0) for n in names}
@@ -129,7 +130,7 @@ class Steering:
         _check_strength(strength)
         self._check_model(model)
         readers = _readers(model, list(self.omega), example)
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             with self.apply(model, strength):
                 wanted = _output(model, example)
             before = [(m, m.weight.detach().clone(), m.bias) for linears in readers.values() for m in linears]
@@ -148,82 +149,60 @@ class Steering:
                                  "result: use apply()")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to a safetensors file, whole or not at all."""
-        from safetensors.torch import save_file
-
-        tensors = {f"{kind}.{n}": t.contiguous() for kind, maps in (("omega", self.omega), ("bias", self.bias))
-                   for n, t in maps.items()}
-        target = Path(path)
-        if not target.resolve().parent.is_dir():
-            raise ValueError(f"cannot write {path}: the folder {target.resolve().parent} does not exist")
-        with replacing(target) as part:
-            save_file(tensors, part, {"format": FORMAT, "info": json.dumps(self.info, default=str)})
+        """Write to a safetensors file, atomically."""
+        save_tensors(path, {f"{kind}.{n}": t for kind, maps in (("omega", self.omega), ("bias", self.bias))
+                            for n, t in maps.items()}, self.info, format=FORMAT)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Steering:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            ValueError: not such a file, or a truncated one.
-        """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is no readable safetensors file ({error}); Steering.save writes one") from error
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} has format {metadata.get('format')!r}: allowed is {FORMAT!r}")
+        """Read what :meth:`save` wrote; errors as :func:`looseleaf.files.load_tensors`."""
+        tensors, info = load_tensors(path, format=FORMAT)
         maps: dict[str, dict[str, Tensor]] = {"omega": {}, "bias": {}}
         for name, tensor in tensors.items():
             kind, _, module = name.partition(".")
             maps[kind][module] = tensor
-        return cls(maps["omega"], maps["bias"], json.loads(metadata.get("info", "{}")))
+        return cls(maps["omega"], maps["bias"], info)
 
 
 def _check_strength(strength: float) -> None:
     if not isinstance(strength, (int, float)) or not math.isfinite(strength):
-        raise ValueError(f"strength={strength!r}: allowed is a number, 0 (nothing) to 1 (what was learned)")
+        raise ValueError(f"strength: expected a number, 0 (nothing) to 1 (what was learned), got {strength!r}")
     if not 0 <= strength <= 1:
         warnings.warn(f"strength={strength} lies outside 0 to 1, where nothing was learned", stacklevel=3)
 
 
 def _readers(model: nn.Module, names: list[str], example: Mapping[str, Tensor]) -> dict[str, list[nn.Linear]]:
     """Steered module -> the linear layers whose input is its very output."""
-    made: dict[int, str] = {}
-    keep: list[Tensor] = []
+    writers: dict[int, str] = {}
+    outputs: list[Tensor] = []
     readers: dict[str, list[nn.Linear]] = {name: [] for name in names}
-    modules = dict(model.named_modules())
+    modules = matching_modules(model, names)
 
     def wrote(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            made[id(output)] = name
-            keep.append(output)  # alive, so that no other tensor gets its id
+            writers[id(output)] = name
+            outputs.append(output)  # alive, so that no other tensor gets its id
 
         return hook
 
     def read(module: nn.Module, args: tuple[Any, ...]) -> None:
-        name = made.get(id(args[0])) if args else None
+        name = writers.get(id(args[0])) if args else None
         if name is not None and isinstance(module, nn.Linear):
             readers[name].append(module)
 
     handles = [modules[name].register_forward_hook(wrote(name)) for name in names]
     handles += [m.register_forward_pre_hook(read) for m in model.modules() if isinstance(m, nn.Linear)]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model), uncompiled(model):
             model(**example)
     finally:
         for handle in handles:
             handle.remove()
-    unread = [name for name, found in readers.items() if not found]
+    unread = [name for name, linears in readers.items() if not linears]
     if unread:
         raise ValueError(f"no linear layer reads the output of {unread[0]}, so nothing can be folded: use apply()")
     return readers
 
 
 def _output(model: nn.Module, example: Mapping[str, Tensor]) -> Tensor:
-    from looseleaf.probes.hooks import first_tensor
-
     return first_tensor(model(**example))

@@ -1,4 +1,4 @@
-"""Example sentences, written for this package: what `run` uses when it is given no data."""
+"""Example sentences, written for this package: what `run` uses without data of its own."""
 
 from __future__ import annotations
 
