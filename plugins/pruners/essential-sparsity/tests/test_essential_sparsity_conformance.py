@@ -1,12 +1,9 @@
 """MagnitudePruner passes the conformance kit."""
 
-import pytest
-
-from looseleaf.testing import check_pruner
+from looseleaf.testing import conformance_tests
 from looseleaf_essential_sparsity import MagnitudePruner
 
-
-@pytest.mark.parametrize("fields", [{}, {"scope": "layer", "sparsity": 0.3}, {"pattern": "2:4"}, {"pattern": "4:8"},
-                                    {"sparsity": 0.99}])
-def test_conformance(fields: dict) -> None:
-    check_pruner(MagnitudePruner, lambda: MagnitudePruner(**fields))
+test_conformance = conformance_tests(MagnitudePruner, {
+    "": {}, "by layer": {"make": lambda: MagnitudePruner(0.3, scope="layer")},
+    "2:4": {"make": lambda: MagnitudePruner(pattern="2:4")}, "4:8": {"make": lambda: MagnitudePruner(pattern="4:8")},
+    "nearly all": {"make": lambda: MagnitudePruner(0.99)}})

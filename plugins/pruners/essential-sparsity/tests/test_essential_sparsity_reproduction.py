@@ -2,40 +2,33 @@
 
 from __future__ import annotations
 
-import types
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
+pytest.importorskip("looseleaf_lab.study")
 
 from looseleaf import Masks, Report, prunable_parameters
 from looseleaf_essential_sparsity import Curve, essential_sparsity
-from looseleaf_essential_sparsity.reproduction import (
-    BODY,
-    TUNING,
-    _cliff,
-    _falls,
-    _imp,
-    _mlp,
-    _passages,
-    _train,
-    reproduce,
-)
+from looseleaf_essential_sparsity.reproduction import BODY, cliff, iterative, passages, study, train
+from looseleaf_lab.study import Results
 
 torch.set_num_threads(1)
 
 
-class Words:
+class Letters:
     """A tokenizer of letters."""
 
     def __call__(self, text: Any, **_: Any) -> Any:
-        texts = [text] if isinstance(text, str) else text
-        most = None if isinstance(text, str) else 128
-        rows = [[ord(c) % 61 for c in t][:most] for t in texts]
-        width = max(map(len, rows))
-        made = {"input_ids": torch.tensor([r + [0] * (width - len(r)) for r in rows]),
-                "attention_mask": torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])}
-        return types.SimpleNamespace(**made) if isinstance(text, str) else made
+        if isinstance(text, str):
+            return {"input_ids": [ord(c) % 61 for c in text]}
+        rows = [[ord(c) % 61 for c in t][:128] for t in text]
+        longest = max(map(len, rows))
+        return {"input_ids": torch.tensor([r + [0] * (longest - len(r)) for r in rows]),
+                "attention_mask": torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows])}
 
 
 def stand_in(name: str) -> Any:
@@ -44,10 +37,10 @@ def stand_in(name: str) -> Any:
     if name == "minilm":
         small = transformers.BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
                                         intermediate_size=64)
-        return transformers.BertModel(small).eval(), Words()
+        return transformers.BertModel(small).eval(), Letters()
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=64, max_position_embeddings=512, tie_word_embeddings=True)).eval(), Words()
+        vocab_size=64, max_position_embeddings=512, tie_word_embeddings=True)).eval(), Letters()
 
 
 @pytest.mark.slow
@@ -55,7 +48,7 @@ def test_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     models = pytest.importorskip("looseleaf_lab.models")
     pytest.importorskip("sklearn")
     monkeypatch.setattr(models, "load", stand_in)
-    report = reproduce(seeds=1, quick=True, progress=False)
+    report = study(seeds=1, quick=True, progress=False)
     assert len(report.claims) == 9 and report.facts["seeds"] == 1
     assert all(c.rule and c.paper and c.source and c.measured for c in report.claims)
     assert sum("[memory]" in c.paper for c in report.claims) >= 4
@@ -67,7 +60,7 @@ def test_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("seeds", [0, -1, 1.5])
 def test_bad_seeds(seeds: Any) -> None:
     with pytest.raises(ValueError, match="seeds"):
-        reproduce(seeds=seeds)
+        study(seeds=seeds)
 
 
 def curve(losses: list[float]) -> Curve:
@@ -77,23 +70,41 @@ def curve(losses: list[float]) -> Curve:
 
 def test_a_cliff_and_its_absence() -> None:
     steep, gentle, flat = curve([2, 2, 2, 2.1, 4, 6]), curve([2, 2, 2, 2.05, 2.1, 2.2]), curve([2] * 6)
-    found = [_cliff(c, essential_sparsity(c), "") for c in (steep, gentle, flat)]
-    assert [c.verdict for c in found] == ["holds", "does not hold", "not shown at this scale"]
+    assert [cliff(c, essential_sparsity(c), "").on(planted(c)).verdict for c in (steep, gentle, flat)] == [
+        "holds", "does not hold", "not shown at this scale"]
+
+
+def planted(measured: Curve) -> Results:
+    """Results with this curve everywhere."""
+    sweep = {"curves": {"global": dataclasses.asdict(measured)},
+             "points": {p: (0.5, [9.0] * 3) for p in ("2:4", "4:8")}}
+    row = {"random": [0.5] * 6, "pre-trained": [0.95] * 6, "overlap": [0.5] * 6, "hamming": [0.1] * 6,
+           "accuracy": [0.9] * 7, "moved": 0.1}
+    once = {"language": sweep, "accuracy": sweep, "encoder": sweep, "text": "", "cost": {
+        "seconds": 1.0, "slowest": 1.0, "busy": 1.0, "bytes": None, "weights": 10, "size": 40},
+        "counted": {"prunable": 10, "parameters": 12}}
+    return Results([row], once, [0], study.quick, True)
 
 
 def test_falls_beyond_noise_are_found() -> None:
-    assert _falls(curve([2, 2.1, 1.5, 2.2])) == [0.2] and _falls(curve([2, 2.1, 2.2])) == []
+    for losses, words, verdict in (([2, 2.1, 1.5, 2.2], "1 of 3 steps fall beyond noise (at 20%)", "does not hold"),
+                                   ([2, 2.1, 2.2], "0 of 2 steps fall beyond noise;", "holds")):
+        grows = next(c for c in study.report(planted(curve(losses))).claims if "grows" in c.statement)
+        assert words in grows.measured and grows.verdict == verdict
 
 
 def test_iterative_masks_are_those_of_the_loop_written_out() -> None:
     """Tune, cut what is smallest, put the start weights back; a removed weight keeps the score -1."""
     g = torch.Generator().manual_seed(0)
-    data, model, levels = (torch.rand(80, 64, generator=g), torch.arange(80) % 10), _mlp(0), [0.2, 0.36, 0.488]
+    data, levels = (torch.rand(80, 64, generator=g), torch.arange(80) % 10), [0.2, 0.36, 0.488]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10))
     start, kept, expected = {k: v.clone() for k, v in model.state_dict().items()}, None, []
     for level in levels:
         if kept is not None:
             kept.apply(model)
-        _train(model, data, 3, TUNING["steps"], TUNING["rate"])  # type: ignore[arg-type]
+        train(model, data, 3)
         if kept is not None:
             kept.remove(model)
         scores = {n: p.detach().abs() for n, p in prunable_parameters(model, BODY).items()}
@@ -104,10 +115,10 @@ def test_iterative_masks_are_those_of_the_loop_written_out() -> None:
         kept = Masks({n: part.view(s.shape) for (n, s), part in zip(scores.items(), parts)})
         expected.append(kept)
         model.load_state_dict(start)
-    assert _imp(model, data, levels, 3) == expected
+    assert iterative(model, data, levels, 3) == expected
     assert all(torch.equal(v, start[k]) for k, v in model.state_dict().items())
 
 
 def test_too_little_text() -> None:
     with pytest.raises(ValueError, match="passages"):
-        _passages("a few words", 64)
+        passages("a few words", 64)

@@ -140,9 +140,10 @@ def test_nan_gradients_name_the_model() -> None:
             leaf.keep(student, batch())
 
 
-@pytest.mark.parametrize("fields", [{"q": 1.0}, {"cap": -1}, {"tau": 2}, {"mistakes_only": 1}, {"collective": "yes"},
-                                    {"corrected_only": None}, {"judge": 3}, {"q": -0.1}, {"q": float("nan")}, {"q": True},
-                                    {"q": "a"}, {"cap": 1.5}, {"cap": None}, {"tau": 1.0}, {"tau": -0.5}, {"tau": "x"}])
+@pytest.mark.parametrize("fields", [
+    {"q": 1.0}, {"q": -0.1}, {"q": float("nan")}, {"q": True}, {"q": "a"}, {"cap": -1}, {"cap": 1.5}, {"cap": None},
+    {"tau": 2}, {"tau": 1.0}, {"tau": -0.5}, {"tau": "x"}, {"mistakes_only": 1}, {"collective": "yes"},
+    {"corrected_only": None}, {"judge": 3}])
 def test_bad_values(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"LeaF\.{next(iter(fields))}: expected .*, got"):
         LeaF(**fields)
@@ -168,7 +169,8 @@ def test_a_teacher_with_other_tokens() -> None:
                    teacher_tokenizer=twos)
     leaf = LeaF(q=0.3).with_teacher(teacher)
     of_teacher, _ = leaf.sensitivities(student, given)
-    assert of_teacher[0, 0] == of_teacher[0, 1] and of_teacher[0, 2] == of_teacher[0, 3], "digits that share the teacher's token"
+    assert of_teacher[0, 0] == of_teacher[0, 1] and of_teacher[0, 2] == of_teacher[0, 3], \
+        "digits that share the teacher's token"
     assert len(leaf.counterfactuals(student, given)) and "teacher" not in leaf.counterfactuals(student, given).batch
     bare = {**given, "teacher": {k: v for k, v in given["teacher"].items() if k != "offsets"}}
     with pytest.raises(ValueError, match="teacher_tokenizer"):

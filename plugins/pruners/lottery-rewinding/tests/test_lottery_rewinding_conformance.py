@@ -1,16 +1,8 @@
 """LotteryRewinding passes the conformance kit."""
 
-from __future__ import annotations
-
-from typing import Any
-
-import pytest
-
-from looseleaf.testing import check_pruner
+from looseleaf.testing import conformance_tests
 from looseleaf_lottery_rewinding import LotteryRewinding
 
-
-@pytest.mark.parametrize("fields", [{"rounds": 2, "rewind_to": 1},
-                                    {"sparsity": 0.6, "fraction": 0.5, "rewind_to": 0.3}])
-def test_conformance(fields: dict[str, Any]) -> None:
-    check_pruner(LotteryRewinding, lambda: LotteryRewinding(**fields))
+test_conformance = conformance_tests(LotteryRewinding, {
+    "": {}, "from a step": {"make": lambda: LotteryRewinding(rounds=2, rewind_to=1)},
+    "to a sparsity": {"make": lambda: LotteryRewinding(sparsity=0.6, fraction=0.5, rewind_to=0.3)}})

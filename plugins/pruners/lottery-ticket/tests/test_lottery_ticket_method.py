@@ -43,7 +43,7 @@ def evaluate(model: nn.Module) -> float:
 
 @pytest.fixture(scope="module")
 def tickets() -> list[Ticket]:
-    return LotteryTicket(rounds=6, half_rate=("4",)).find(network(), train, evaluate, progress=False)
+    return LotteryTicket(rounds=6, half_rate_layers=("4",)).find(network(), train, evaluate, progress=False)
 
 
 def test_by_name() -> None:
@@ -67,7 +67,7 @@ def test_nested_and_reset_bit_for_bit(tickets: list[Ticket]) -> None:
         masks = after.apply(model)
         with torch.no_grad():
             assert all(torch.equal(getattr(model[int(n[0])], "weight"), start[n] * masks[n]) for n in masks)  # noqa: B009
-        masks.bake(model)
+        masks.make_permanent(model)
         assert all(torch.equal(t, start[n] * masks[n] if n in masks else start[n])
                    for n, t in model.state_dict().items())
 
@@ -149,10 +149,10 @@ def test_random_mask(tickets: list[Ticket]) -> None:
 
 # ----------------------------------------------------------------------------------------------------------- errors
 def test_what_cannot_be() -> None:
-    with pytest.raises(ValueError, match=r"rounds=2: allowed is None, or at least 7"):
+    with pytest.raises(ValueError, match=r"LotteryTicket\.rounds: expected None or at least 7"):
         LotteryTicket(rounds=2, sparsity=0.75)
     for data in (None, [X]):
-        with pytest.raises(ValueError, match="training function is needed"):
+        with pytest.raises(ValueError, match="expected a training function"):
             LotteryTicket(rounds=1).prune(network(), data)
     with pytest.raises(LooseleafError):
         LotteryTicket(rounds=1).prune(nn.LayerNorm(4), train)

@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from looseleaf import NM, Masks, Paper, Pruner, Selection, Unstructured, prunable_parameters
-from looseleaf.pruning.targets import check_finite, input_dims, model_facts
+from looseleaf import NM, Masks, Paper, Selection, Unstructured, WeightPruner, prunable_parameters
+from looseleaf.plugin import In
+from looseleaf.pruning.targets import check_finite
 
 
 @dataclasses.dataclass
-class MagnitudePruner(Pruner):
+class MagnitudePruner(WeightPruner):
     """Remove the weights of smallest magnitude, once, without retraining.
 
     The number removed is exactly ``round(sparsity * n)`` of the n prunable weights (``scope="global"``) or of each of
     them (``"layer"``); of equal magnitudes the one that comes first goes first. [section 3 of the paper]
 
     Args:
-        sparsity: share of the prunable weights to remove, in [0, 1). With an N:M pattern it must be 1 - N/M.
+        sparsity: fraction of the prunable weights to remove, in [0, 1). With an N:M pattern it must be 1 - N/M.
         pattern: "unstructured", or "N:M" such as "2:4": of every M consecutive inputs keep the N largest.
-        scope: "global" compares all prunable weights together, "layer" removes the same share of each; an N:M pattern
-            is always local.
+        scope: "global" compares all prunable weights together, "layer" removes the same fraction of each; an N:M
+            pattern is always local.
         targets: patterns of the weights to prune, such as "model.layers.*.mlp"; None: every Linear and convolution of
             the body (no embeddings, norms, biases, output head).
         exclude: patterns of weights to leave out.
     """
 
-    sparsity: float = 0.5
+    sparsity: Annotated[float, In("[0, 1)")] = 0.5
     pattern: str = "unstructured"
     scope: Literal["global", "layer"] = "global"
     targets: tuple[str, ...] | None = None
@@ -44,12 +45,9 @@ class MagnitudePruner(Pruner):
 
     def validate(self) -> None:
         """See :class:`looseleaf.Plugin`."""
-        number = isinstance(self.sparsity, (int, float)) and not isinstance(self.sparsity, bool)
-        self.check("sparsity", number and 0.0 <= self.sparsity < 1.0, "0 <= sparsity < 1")
-        self.check("scope", self.scope in ("global", "layer"), "'global' or 'layer'")
-        self.check("pattern", isinstance(self.pattern, str) and self._rule_is_known(),
-                   "'unstructured' or 'N:M' with 1 <= N < M, such as '2:4'")
         group = _group(self.pattern)
+        self.check("pattern", self.pattern == "unstructured" or (group is not None and 1 <= group[0] < group[1]),
+                   "'unstructured' or 'N:M' with 1 <= N < M, such as '2:4'")
         if group:
             needed = 1 - group[0] / group[1]
             self.check("sparsity", abs(self.sparsity - needed) < 1e-9,
@@ -64,10 +62,6 @@ class MagnitudePruner(Pruner):
             self.check(field, value is None or (isinstance(value, tuple) and all(
                 isinstance(p, str) and p for p in value)), "None or patterns such as ('model.layers.*.mlp',)")
         self.check("targets", self.targets is None or len(self.targets) > 0, "None or at least one pattern")
-
-    def _rule_is_known(self) -> bool:
-        group = _group(self.pattern)
-        return self.pattern == "unstructured" or (group is not None and 1 <= group[0] < group[1])
 
     def score(self, model: torch.nn.Module, data: Any = None) -> dict[str, Tensor]:
         """The magnitude of every prunable weight, in the weight's dtype; ``data`` is not used.
@@ -93,12 +87,8 @@ class MagnitudePruner(Pruner):
         Raises:
             ValueError: as :meth:`score`; or an N:M pattern meets a layer whose inputs are no multiple of M.
         """
-        scores = self.score(model, data)
-        rule = self.selection()
-        if isinstance(rule, NM):
-            rule = dataclasses.replace(rule, dims=input_dims(model, scores))
-        masks = rule.select(scores)
-        masks.metadata.update(model_facts(model, masks), plugin="essential-sparsity", pattern=self.pattern)
+        masks = super().prune(model, data)
+        masks.metadata.update(plugin="essential-sparsity", pattern=self.pattern)
         return masks
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from looseleaf import Pruner, Report, Series
+from looseleaf import Report, Series, WeightPruner
 from looseleaf.progress import track
 from looseleaf.pruning.knee import Curve, Mean, essential_sparsity, relative_drops
 from looseleaf_essential_sparsity.pruner import MagnitudePruner
@@ -17,10 +17,12 @@ LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """The paper's sweep in steps of ten points."""
 
 Evaluate = Callable[[nn.Module], "float | Sequence[float]"]
+Point = tuple[float, list[float]]
+"""A sparsity, and the metric of each evaluation batch there."""
 
 
 def sparsity_curve(model: nn.Module, evaluate: Evaluate, levels: Sequence[float] = LEVELS, *,
-                   pruner: Pruner | None = None, name: str = "metric", higher_is_better: bool = True,
+                   pruner: WeightPruner | None = None, name: str = "metric", higher_is_better: bool = True,
                    mean: Mean = "mean", data: Any = None, progress: bool | None = None) -> Curve:
     """The metric of ``model`` at each sparsity; the model is dense again afterwards, also after an exception.
 
@@ -39,10 +41,10 @@ def sparsity_curve(model: nn.Module, evaluate: Evaluate, levels: Sequence[float]
     """
     pruner = pruner or MagnitudePruner()
     if "sparsity" not in pruner.hyperparameters():
-        raise ValueError(f"{type(pruner).__name__} has no field 'sparsity': a sweep needs one")
+        raise ValueError(f"pruner: expected one with a field sparsity, got {type(pruner).__name__}")
     wanted = sorted({0.0, *(float(s) for s in levels)})
     if len(wanted) < 2:
-        raise ValueError(f"levels={list(levels)!r}: allowed is at least one sparsity above 0")
+        raise ValueError(f"levels: expected at least one sparsity above 0, got {list(levels)!r}")
     replace: Any = dataclasses.replace
     pruners = [replace(pruner, sparsity=s) for s in wanted]  # all levels are checked before the first is measured
     rows = []
@@ -51,7 +53,7 @@ def sparsity_curve(model: nn.Module, evaluate: Evaluate, levels: Sequence[float]
     return Curve(wanted, rows, name, higher_is_better, mean)
 
 
-def masked_metric(model: nn.Module, evaluate: Evaluate, pruner: Pruner, data: Any = None) -> list[float]:
+def masked_metric(model: nn.Module, evaluate: Evaluate, pruner: WeightPruner, data: Any = None) -> list[float]:
     """The metric of ``model`` under the masks of ``pruner``, batch by batch; the model is dense again afterwards."""
     masks = pruner.prune(model, data)
     masks.apply(model)
@@ -62,9 +64,9 @@ def masked_metric(model: nn.Module, evaluate: Evaluate, pruner: Pruner, data: An
 
 
 def sparsity_sweep(model: nn.Module, evaluate: Evaluate, levels: Sequence[float] = LEVELS, *,
-                   pruners: dict[str, Pruner] | None = None, name: str = "metric", higher_is_better: bool = True,
-                   mean: Mean = "mean", tolerances: Sequence[float] = (0.01, 0.05), seed: int = 0, data: Any = None,
-                   progress: bool | None = None) -> Report:
+                   pruners: Mapping[str, WeightPruner] | None = None, name: str = "metric",
+                   higher_is_better: bool = True, mean: Mean = "mean", tolerances: Sequence[float] = (0.01, 0.05),
+                   seed: int = 0, data: Any = None, progress: bool | None = None) -> Report:
     """How much of ``model`` can go: the curve of each pruner, its essential sparsity and its knee.
 
     Args:
@@ -77,15 +79,10 @@ def sparsity_sweep(model: nn.Module, evaluate: Evaluate, levels: Sequence[float]
     Returns:
         A report with one table of values, one of estimates, a figure, and the values of all batches as arrays.
     """
-    chosen = pruners if pruners is not None else {
-        "global": MagnitudePruner(), "layer": MagnitudePruner(scope="layer")}
-    curves, points = {}, {}
-    for label, pruner in chosen.items():
-        if getattr(pruner, "pattern", "unstructured") == "unstructured":
-            curves[label] = sparsity_curve(model, evaluate, levels, pruner=pruner, name=name, data=data, mean=mean,
-                                           higher_is_better=higher_is_better, progress=progress)
-        else:
-            points[label] = (float(pruner.hyperparameters()["sparsity"]), masked_metric(model, evaluate, pruner, data))
+    if pruners is None:
+        pruners = {"global": MagnitudePruner(), "layer": MagnitudePruner(scope="layer")}
+    curves, points = curves_and_points(model, evaluate, levels, pruners, name=name, data=data, mean=mean,
+                                       higher_is_better=higher_is_better, progress=progress)
     if points and not curves:  # points alone still need their dense reference
         curves["dense"] = Curve([0.0, 0.5], [_numbers(evaluate(model))] * 2, name, higher_is_better, mean)
     report = Report(f"Essential sparsity of {type(model).__name__}", facts={"metric": name, "seed": seed})
@@ -93,7 +90,26 @@ def sparsity_sweep(model: nn.Module, evaluate: Evaluate, levels: Sequence[float]
     return report
 
 
-def add_curves(report: Report, curves: dict[str, Curve], points: dict[str, tuple[float, list[float]]],
+def curves_and_points(model: nn.Module, evaluate: Evaluate, levels: Sequence[float],
+                      pruners: Mapping[str, WeightPruner], *, data: Any = None,
+                      **options: Any) -> tuple[dict[str, Curve], dict[str, Point]]:
+    """What :func:`sparsity_sweep` reports on: a curve of each pruner whose sparsity is free, a point of each other.
+
+    Args:
+        model, evaluate, levels, data: see :func:`sparsity_curve`, as for ``options``.
+        pruners: by label.
+    """
+    curves: dict[str, Curve] = {}
+    points: dict[str, Point] = {}
+    for label, pruner in pruners.items():
+        if getattr(pruner, "pattern", "unstructured") == "unstructured":
+            curves[label] = sparsity_curve(model, evaluate, levels, pruner=pruner, data=data, **options)
+        else:
+            points[label] = (float(pruner.hyperparameters()["sparsity"]), masked_metric(model, evaluate, pruner, data))
+    return curves, points
+
+
+def add_curves(report: Report, curves: Mapping[str, Curve], points: Mapping[str, Point],
                tolerances: Sequence[float] = (0.01, 0.05), seed: int = 0) -> None:
     """Tables, a figure and arrays of measured curves and single points (label -> sparsity, batches)."""
     first = next(iter(curves.values()))

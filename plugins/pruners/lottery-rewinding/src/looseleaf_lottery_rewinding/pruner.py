@@ -19,17 +19,17 @@ class LotteryRewinding(IterativePruner):
     of the last round.
 
     Args:
-        rewind_to: k, as a step of the first training (whole number) or a share of it (float below 1). The training
-            function must tell its steps, see :class:`looseleaf_tickets.TrainingRun`.
+        rewind_to: k, as a step of the first training run (int >= 0) or a fraction of it (float in [0, 1)). The training
+            function must report its steps, see :class:`looseleaf_tickets.TrainingRun`.
         rounds: how often weights are removed; None: as often as ``sparsity`` needs, or 8 times without one. With
-            ``sparsity``: the most rounds that are allowed.
-        fraction: share of the remaining weights that goes in a round, 0 < fraction < 1.
-        sparsity: share of the weights to remove in all, in [0, 1); the last round then removes only what is missing.
-        scope: "global" compares all weights together, "layer" removes the same share of each parameter.
-        half_rate: patterns of layers that are pruned at half of ``fraction``, and apart from the others.
+            ``sparsity``: the most rounds to make.
+        fraction: fraction of the remaining weights that goes in a round, in (0, 1).
+        sparsity: fraction of the weights to remove in all, in [0, 1); the last round then removes only what is missing.
+        scope: "global" compares all weights together, "layer" removes the same fraction of each parameter.
+        half_rate_layers: patterns of layers that are pruned at half of ``fraction``, and apart from the others.
         targets: patterns of the weights to prune; None: every Linear and convolution of the body.
         exclude: patterns of weights to leave out.
-        seed: of the random numbers of every training.
+        seed: random seed of each training run.
     """
 
     rewind_to: int | float = 0.05

@@ -79,7 +79,8 @@ def show(report: Report, results: Results) -> None:
         accuracy = [results.interval("accuracy", s, r) for r in range(len(density))]
         for r, interval in enumerate(accuracy):
             table.add(density[r], f"{start:.0%}" if r else "whole network", *interval)
-        figure.series.append(Series(f"k = {start:.0%}", density[1:], *map(list, zip(*accuracy[1:]))))
+        y, low, high = map(list, zip(*accuracy[1:]))
+        figure.series.append(Series(f"k = {start:.0%}", density[1:], y, low, high))
     whole = results.interval("accuracy", ZERO, 0).value
     figure.series.append(Series("whole network", density[1:], [whole] * len(density[1:]), style="line"))
     stable = report.table("Stability to the order of the data", [

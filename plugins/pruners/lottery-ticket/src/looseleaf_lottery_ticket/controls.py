@@ -57,11 +57,11 @@ def random_mask(ticket: Ticket, seed: int) -> Ticket:
         A ticket with the ``start`` of the given one, without metrics.
     """
     generator = torch.Generator().manual_seed(seed)
-    made = {}
+    shuffled = {}
     for name, mask in ticket.masks.items():
         order = torch.randperm(mask.numel(), generator=generator).to(mask.device)
-        made[name] = mask.reshape(-1)[order].view(mask.shape)
-    return Ticket(Masks(made, {**ticket.masks.metadata, "control": "random mask"}), ticket.start, ticket.round,
+        shuffled[name] = mask.reshape(-1)[order].view(mask.shape)
+    return Ticket(Masks(shuffled, {**ticket.masks.metadata, "control": "random mask"}), ticket.start, ticket.round,
                   ticket.step)
 
 

@@ -18,15 +18,16 @@ class LotteryTicket(IterativePruner):
 
     Args:
         rounds: how often weights are removed; None: as often as ``sparsity`` needs, or 8 times without one. With
-            ``sparsity``: the most rounds that are allowed.
-        fraction: share of the remaining weights that goes in a round, 0 < fraction < 1.
-        sparsity: share of the weights to remove in all, in [0, 1); the last round then removes only what is missing.
-        scope: "layer" removes the same share of each parameter, as the paper does in fully connected networks;
+            ``sparsity``: the most rounds to make.
+        fraction: fraction of the remaining weights that goes in a round, in (0, 1) [section 2: 0.2].
+        sparsity: fraction of the weights to remove in all, in [0, 1); the last round then removes only what is missing.
+        scope: "layer" removes the same fraction of each parameter, as the paper does in fully connected networks;
             "global" compares all weights together, as it does in deep ones.
-        half_rate: patterns of layers that are pruned at half of ``fraction``, as the paper does with the output layer.
+        half_rate_layers: patterns of layers that are pruned at half of ``fraction``, as the paper does with the output
+            layer.
         targets: patterns of the weights to prune; None: every Linear and convolution of the body.
         exclude: patterns of weights to leave out.
-        seed: of the random numbers of every training.
+        seed: random seed of each training run.
     """
 
     scope: Literal["global", "layer"] = "layer"

@@ -53,7 +53,7 @@ def measure(seed: int, scale: Scale) -> dict[str, Any]:
         runs = [train_ticket(control, model, train, evaluate, seed=seed).metrics for control in controls]
         return {name: sum(run[name] for run in runs) / len(runs) for name in runs[0]}
 
-    tickets = LotteryTicket(rounds=max(scale.rounds), half_rate=(OUTPUT,), seed=seed).find(
+    tickets = LotteryTicket(rounds=max(scale.rounds), half_rate_layers=(OUTPUT,), seed=seed).find(
         model, train, evaluate, progress=False)
     draw = 1000 * (seed + 1)
     return {"density": {r: tickets[r].density for r in (0, *scale.rounds)},
@@ -92,7 +92,8 @@ def show(report: Report, results: Results) -> None:
                       *results.interval(kind, r, "early_stop"), results.interval(kind, r, "cut_off").value,
                       results.interval(kind, r, "final").value)
         for metric, figure in figures.items():
-            figure.series.append(Series(kind, x, *map(list, zip(*(results.interval(kind, r, metric) for r in rounds)))))
+            y, low, high = map(list, zip(*(results.interval(kind, r, metric) for r in rounds)))
+            figure.series.append(Series(kind, x, y, low, high))
     whole = results.interval(*WHOLE, "stopped_accuracy").value
     figures["stopped_accuracy"].series.append(Series("whole network", x, [whole] * len(x), style="line"))
 
