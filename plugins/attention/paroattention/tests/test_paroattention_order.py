@@ -16,10 +16,10 @@ from looseleaf_paroattention import (
     permute,
     scores,
     sparsity,
-    synthetic,
     token_orders,
 )
-from looseleaf_paroattention.permutations import grid_order
+from looseleaf_paroattention.calibration import density_for, expected_mass, planted
+from looseleaf_paroattention.grid import grid_order
 
 GRID = (2, 3, 4)
 
@@ -32,7 +32,7 @@ def test_orders_by_hand() -> None:
     # FWH: in each frame column by column.
     assert grid_order("FWH", GRID).tolist()[:12] == [h * 4 + w for w in range(4) for h in range(3)]
     assert [len({tuple(grid_order(n, GRID).tolist()) for n in PERMUTATIONS})] == [6]
-    with pytest.raises(ValueError, match=r"permutation 'FH': allowed is FHW"):
+    with pytest.raises(ValueError, match=r"permutation: expected FHW, .*, got 'FH'"):
         grid_order("FH", GRID)
 
 
@@ -68,7 +68,7 @@ def test_there_and_back(text_first: bool, lengths: tuple[int, ...] | None) -> No
 
 @pytest.mark.parametrize("rows", [1, 1 << 22])
 def test_block_statistics(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    monkeypatch.setattr("looseleaf_paroattention.metrics.ELEMENTS", rows)
+    monkeypatch.setattr("looseleaf_paroattention.calibration.ELEMENTS", rows)
     query, key = torch.randn(2, 3, 43, 8, generator=torch.Generator().manual_seed(0))
     mass, incoherence = block_statistics(query, key, 0.7, 16)
     p = torch.softmax(query @ key.transpose(1, 2) * 0.7, -1)
@@ -121,13 +121,13 @@ def test_masks_by_threshold() -> None:
 
 def test_planted_heads_are_what_they_say() -> None:
     grid = (4, 8, 8)
-    query, key, value = synthetic.planted(grid, 0, ["WHF", "FHW"])
+    query, key, value = planted(grid, 0, ["WHF", "FHW"])
     assert query.shape == key.shape == value.shape == (1, 2, 256, 256)
     for h, name in enumerate(["WHF", "FHW"]):
         order = grid_order(name, grid)
         mass, _ = block_statistics(query[0, h:h + 1, order], key[0, h:h + 1, order], 1.0, 32)
-        expected = synthetic.expected_mass(name, name, grid, 32)
+        expected = expected_mass(name, name, grid, 32)
         torch.testing.assert_close(expected.sum(-1), torch.ones(8))
         assert float(mass[0].masked_fill(expected > 0, 0.0).sum(-1).max()) < 0.02
         assert float((mass[0] - expected).abs().sum(-1).mean()) < 0.2
-    assert synthetic.density_for(torch.tensor([[0.5, 0.0], [0.3, 0.2]]), 0.8).item() == 0.5
+    assert density_for(torch.tensor([[0.5, 0.0], [0.3, 0.2]]), 0.8).item() == 0.5

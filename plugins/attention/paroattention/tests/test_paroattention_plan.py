@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +9,12 @@ import pytest
 import torch
 
 from looseleaf import AttentionCall, attach
+from looseleaf.files import load_tensors, save_tensors
+from looseleaf.testing.common import assert_unchanged, mixed_modes, snapshot
 from looseleaf.testing.models import tiny_llama
-from looseleaf_paroattention import PERMUTATIONS, PAROAttention, Plan, synthetic
-from looseleaf_paroattention.calibration import Observer, make_plan, observe
+from looseleaf_paroattention import PERMUTATIONS, PAROAttention, Plan
+from looseleaf_paroattention.calibration import Observer, observe, planted
+from looseleaf_paroattention.plan import FORMAT
 
 PLAIN: dict[str, Any] = {"qk_bits": 16, "pv_bits": 16}
 
@@ -22,57 +23,50 @@ PLAIN: dict[str, Any] = {"qk_bits": 16, "pv_bits": 16}
 def small() -> PAROAttention:
     """Calibrated on planted heads."""
     plugin = PAROAttention(grid=(4, 8, 8), block=16, density=0.3)
-    observer = Observer(plugin)
-    observer.attend(AttentionCall(*synthetic.planted((4, 8, 8)), 1.0, False, phase="encode"))
-    plugin.plan = make_plan(plugin, observer.found)
+    observer = Observer(plugin.token_grid, plugin.block, plugin.eps)
+    observer.attend(AttentionCall(*planted((4, 8, 8)), 1.0, False, phase="bidirectional"))
+    plugin.fit(observer.layers)
     return plugin
 
 
 def test_saved_and_loaded(tmp_path: Path, small: PAROAttention) -> None:
-    small.save(tmp_path / "new" / "plan")
+    small.save(tmp_path / "new" / "plan.safetensors")
     again = PAROAttention(grid=(4, 8, 8), block=16)
-    again.load(tmp_path / "new" / "plan")
+    again.load(tmp_path / "new" / "plan.safetensors")
     assert small.plan is not None and again.plan is not None and again.plan.settings == small.plan.settings
     one, two = small.plan.layers[0], again.plan.layers[0]
     assert one.permutations == two.permutations == PERMUTATIONS and torch.equal(one.masks, two.masks)
     assert one.sparsity == two.sparsity and one.incoherence == two.incoherence
-    call = AttentionCall(*synthetic.planted((4, 8, 8), 1), 1.0, False, phase="encode")
+    call = AttentionCall(*planted((4, 8, 8), 1), 1.0, False, phase="bidirectional")
     assert torch.equal(small.attend(call), again.attend(call))
-    assert small.plan.density() == pytest.approx(0.3, abs=0.01)
-    written = json.loads((tmp_path / "new" / "plan" / "plan.json").read_text())
+    assert float(one.masks.float().mean()) == pytest.approx(0.3, abs=0.01)
+    _, written = load_tensors(tmp_path / "new" / "plan.safetensors", format=FORMAT)
     assert written["grid"] == [4, 8, 8] and written["layers"]["0"]["permutations"] == list(PERMUTATIONS)
-    with pytest.raises(ValueError, match=r"a plan for block=16 and this is block=32"):
-        PAROAttention(grid=(4, 8, 8), block=32).load(tmp_path / "new" / "plan")
+    with pytest.raises(ValueError, match=r"plan: expected one for block=32, got one for block=16"):
+        PAROAttention(grid=(4, 8, 8), block=32).load(tmp_path / "new" / "plan.safetensors")
 
 
 def test_what_cannot_be_loaded(tmp_path: Path, small: PAROAttention) -> None:
-    with pytest.raises(ValueError, match=r"has no plan\.json: allowed is a folder with plan\.json and masks"):
-        Plan.load(tmp_path)
-    small.save(tmp_path / "a")
-    small.density = 0.5
-    observer = Observer(small)
-    observer.attend(AttentionCall(*synthetic.planted((4, 8, 8), 2), 1.0, False, phase="encode"))
-    small.plan = make_plan(small, observer.found)
-    small.save(tmp_path / "b")
-    shutil.copy(tmp_path / "a" / "masks.safetensors", tmp_path / "b")
-    with pytest.raises(ValueError, match=r"masks\.safetensors is not the file"):
-        Plan.load(tmp_path / "b")
-    for text, message in (("{", "cannot be read"), ("[]", "of another kind"), ('{"schema": "x/1"}', "of another kind")):
-        (tmp_path / "a" / "plan.json").write_text(text)
-        with pytest.raises(ValueError, match=message):
-            Plan.load(tmp_path / "a")
-    content = json.loads((tmp_path / "b" / "plan.json").read_text())
-    small.save(tmp_path / "b")
-    for change in ({"layers": {"0": {}}}, {"layers": {"0": {**content["layers"]["0"], "permutations": ["FHW"]}}}):
-        whole = json.loads((tmp_path / "b" / "plan.json").read_text())
-        (tmp_path / "c").mkdir(exist_ok=True)
-        shutil.copy(tmp_path / "b" / "masks.safetensors", tmp_path / "c")
-        (tmp_path / "c" / "plan.json").write_text(json.dumps({**whole, **change}))
-        with pytest.raises(ValueError, match="is not complete"):
-            Plan.load(tmp_path / "c")
+    path = tmp_path / "plan.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"plan\.safetensors: expected a file of the format"):
+        Plan.load(path)
+    small.save(path)
+    tensors, info = load_tensors(path, format=FORMAT)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+        Plan.load(path)
+    save_tensors(path, tensors, info, format="x/1")
+    with pytest.raises(ValueError, match=r"expected a file of the format 'looseleaf\.paroattention/2', got 'x/1'"):
+        Plan.load(path)
+    layer = info["layers"]["0"]
+    for change in ({"layers": {"0": {}}}, {"layers": {"0": {**layer, "permutations": ["FHW"]}}},
+                   {"layers": {"0": {**layer, "permutations": ["FHX"] * 6}}}, {"layers": {"1": layer}}, {"grid": None}):
+        save_tensors(path, tensors, {**info, **change}, format=FORMAT)
+        with pytest.raises(ValueError, match="expected a whole plan, got one without"):
+            Plan.load(path)
 
 
-def made(make: Any) -> Any:
+def seeded(make: Any) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return make().eval()
@@ -81,7 +75,7 @@ def made(make: Any) -> Any:
 def test_cogvideox(tmp_path: Path) -> None:
     """Text and video in one sequence; calibrated, saved, loaded, attached and detached."""
     diffusers = pytest.importorskip("diffusers")
-    model = made(lambda: diffusers.CogVideoXTransformer3DModel(
+    model = seeded(lambda: diffusers.CogVideoXTransformer3DModel(
         num_attention_heads=2, attention_head_dim=16, in_channels=2, out_channels=2, time_embed_dim=16,
         text_embed_dim=8, num_layers=2, sample_width=16, sample_height=8, sample_frames=4, patch_size=2,
         temporal_compression_ratio=1, max_text_seq_length=5))
@@ -90,20 +84,24 @@ def test_cogvideox(tmp_path: Path) -> None:
               "encoder_hidden_states": torch.randn(2, 5, 8, generator=g), "timestep": torch.tensor([500, 500])}
     before = model(**inputs)[0]
     plugin = PAROAttention(grid=(4, 4, 8), text_tokens=5, block=16, density=0.5)
-    model.train()
+    mixed_modes(model)
+    state = snapshot(model)
     plugin.calibrate(model, inputs, progress=False)
-    assert model.training
-    model.eval()
+    assert_unchanged(state, model)
+    with pytest.raises(TypeError):
+        plugin.calibrate(model, {"no_such_input": torch.zeros(1)}, progress=False)
+    assert_unchanged(state, model)
+    model.eval().requires_grad_(True)
     assert plugin.plan is not None and sorted(plugin.plan.layers) == [0, 1]
     assert plugin.plan.layers[0].masks.shape == (1, 2, 9, 9)
-    plugin.save(tmp_path)
+    plugin.save(tmp_path / "plan.safetensors")
     for bits, density, limit in (((16, 16), 1.0, 1e-5), ((8, 8), 1.0, 2e-2)):
         exact = PAROAttention(grid=(4, 4, 8), text_tokens=5, block=16, density=density, permutations="WHF",
                               qk_bits=bits[0], pv_bits=bits[1])
         with torch.no_grad(), attach(model, exact):
             assert float((model(**inputs)[0] - before).norm() / before.norm()) < limit
     again = PAROAttention(grid=(4, 4, 8), text_tokens=5, block=16)
-    again.load(tmp_path)
+    again.load(tmp_path / "plan.safetensors")
     with torch.no_grad(), attach(model, again) as attached:
         sparse = model(**inputs)[0]
         assert [r["density"] for r in attached.records] == [pytest.approx(0.5, abs=0.01)] * 2
@@ -120,7 +118,7 @@ def test_images_and_cross_attention() -> None:
     diffusers = pytest.importorskip("diffusers")
     g = torch.Generator().manual_seed(0)
     image = torch.randn(2, 4, 16, 16, generator=g)
-    dit = made(lambda: diffusers.DiTTransformer2DModel(
+    dit = seeded(lambda: diffusers.DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=16, in_channels=4, num_layers=2, sample_size=16, patch_size=2,
         num_embeds_ada_norm=10, norm_num_groups=2))
     inputs: dict[str, Any] = {"hidden_states": image, "timestep": torch.tensor([5, 5]),
@@ -132,7 +130,7 @@ def test_images_and_cross_attention() -> None:
         assert dit(**inputs)[0].shape[0] == 2
     assert all(r["density"] == 0.5 for r in attached.records)
 
-    pixart = made(lambda: diffusers.PixArtTransformer2DModel(
+    pixart = seeded(lambda: diffusers.PixArtTransformer2DModel(
         num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=2, sample_size=16,
         patch_size=2, cross_attention_dim=32, caption_channels=8, num_embeds_ada_norm=10))
     words = {"hidden_states": image, "timestep": torch.tensor([5, 5]),
@@ -150,7 +148,7 @@ def test_images_and_cross_attention() -> None:
 
 def test_steps_of_a_sampler() -> None:
     diffusers = pytest.importorskip("diffusers")
-    dit = made(lambda: diffusers.DiTTransformer2DModel(
+    dit = seeded(lambda: diffusers.DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=16, in_channels=4, num_layers=1, sample_size=8, patch_size=2,
         num_embeds_ada_norm=10, norm_num_groups=2))
     image = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -167,7 +165,7 @@ def test_steps_of_a_sampler() -> None:
         run()
     exact = "one of the first 1 steps"
     assert [r.get("fallback") for r in attached.records] == [exact, None, None, None] * 2
-    with attach(dit, plugin), pytest.raises(ValueError, match="needs the number of denoising steps"):
+    with attach(dit, plugin), pytest.raises(ValueError, match="expected the number of denoising steps"):
         run()
 
 
@@ -175,7 +173,7 @@ def test_an_encoder_of_transformers() -> None:
     """The class token of a vision transformer counts as text."""
     from transformers import ViTConfig, ViTModel
 
-    model = made(lambda: ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+    model = seeded(lambda: ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
                                             intermediate_size=32, image_size=32, patch_size=4)))
     inputs = {"pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))}
     plugin = PAROAttention(grid=(1, 8, 8), text_tokens=1, block=16, density=1.0, **PLAIN)
@@ -189,7 +187,7 @@ def test_an_encoder_of_transformers() -> None:
 
 def test_nothing_to_calibrate_on() -> None:
     ids = torch.arange(16)[None]
-    with pytest.raises(ValueError, match=r"no self-attention was observed.*causal attention"):
+    with pytest.raises(ValueError, match=r"expected self-attention .* got none .*causal attention"):
         PAROAttention(grid=(1, 4, 4)).calibrate(tiny_llama(), {"input_ids": ids}, progress=False)
-    with pytest.raises(ValueError, match="exact calls: none"):
-        observe(PAROAttention(grid=(1, 4, 4)), tiny_llama(), [], progress=False)
+    with pytest.raises(ValueError, match=r"got none \(exact calls: none\)"):
+        observe(tiny_llama(), [], PAROAttention(grid=(1, 4, 4)).token_grid, progress=False)

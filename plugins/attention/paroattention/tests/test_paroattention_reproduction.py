@@ -7,26 +7,33 @@ from typing import Any
 import pytest
 import torch
 
-from looseleaf_paroattention import reproduction
-from looseleaf_paroattention.masks import block_masks
+from looseleaf_paroattention import block_masks
 
 pytest.importorskip("looseleaf_lab")
+from looseleaf.resume import as_plain
+from looseleaf_lab.study import Results
+from looseleaf_paroattention.reproduction import Scale, study, window_masks
+
+TINY = Scale(videos=32, sampler=2, error_steps=2, calibration_videos=1, error_videos=1, speed_grid=(2, 16, 16),
+             speed_heads=2, speed_head_dim=16, planted_grid=(4, 8, 8), planted_block=16, rounds=2)
 
 
-@pytest.mark.parametrize("quick", [True, False])
-def test_reproduction_runs(monkeypatch: pytest.MonkeyPatch, quick: bool) -> None:
+@pytest.fixture(scope="module")
+def measured() -> Any:
+    """The row of one seed, and what is measured once."""
     pytest.importorskip("diffusers")
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     from looseleaf_lab import video
 
     model = video.denoiser(0, layers=1, heads=2, width=16).eval()
-    monkeypatch.setattr(video, "trained", lambda *given, **named: model)
-    small: dict[str, Any] = {"VIDEOS": 32, "SAMPLER_STEPS": 2, "ERROR_STEPS": 2, "CALIBRATION_VIDEOS": 1,
-                             "ERROR_VIDEOS": 1, "SPEED_GRID": (2, 16, 16), "SPEED_HEADS": 2, "SPEED_WIDTH": 16,
-                             "PLANTED_GRID": (4, 8, 8), "PLANTED_BLOCK": 16}
-    for name, value in small.items():
-        monkeypatch.setattr(reproduction, name, value)
-    report = reproduction.reproduce(seeds=1, quick=quick, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(video, "trained", lambda *given, **named: model)
+        return as_plain(study.measure(0, TINY)), as_plain(study.once(TINY))
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_the_report_has_all_claims(measured: Any, quick: bool) -> None:
+    report = study.report(Results([measured[0]], measured[1], [0], TINY, quick))
     verdicts = {c.statement: c.verdict for c in report.claims}
     assert len(verdicts) == 15
     undecided = [s for s, v in verdicts.items() if v == "not shown at this scale"]
@@ -42,7 +49,7 @@ def test_reproduction_runs(monkeypatch: pytest.MonkeyPatch, quick: bool) -> None
 def test_the_window_is_as_dense_and_as_good_as_it_can_be() -> None:
     mass = torch.rand(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))
     masks = block_masks(mass, density=0.3)
-    window = reproduction.window_masks(masks, mass)
+    window = window_masks(masks, mass)
     assert torch.equal(window.sum((2, 3)), masks.sum((2, 3)))
     assert bool(window.diagonal(dim1=-2, dim2=-1).all())
     place = torch.arange(9)

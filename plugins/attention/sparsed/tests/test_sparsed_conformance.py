@@ -1,8 +1,6 @@
 """SparseD passes the conformance kit, which takes it through whole denoising runs."""
 
-from looseleaf.testing import check_attention_backend
+from looseleaf.testing import conformance_tests
 from looseleaf_sparsed import SparseD
 
-
-def test_conformance() -> None:
-    check_attention_backend(SparseD)
+test_conformance = conformance_tests(SparseD)

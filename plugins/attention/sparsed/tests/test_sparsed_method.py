@@ -30,8 +30,8 @@ def tiny(seed: int) -> Any:
 
 
 def call_of(x: tuple[Tensor, Tensor, Tensor], step: int | None, steps: int | None = T, **given: Any) -> AttentionCall:
-    given = {"state": SimpleNamespace(), **given}
-    return AttentionCall(*x, x[0].shape[-1] ** -0.5, is_causal=False, phase="encode", step=step, steps=steps, **given)
+    given = {"state": SimpleNamespace(), "phase": "bidirectional", **given}
+    return AttentionCall(*x, x[0].shape[-1] ** -0.5, is_causal=False, step=step, steps=steps, **given)
 
 
 def run(plugin: SparseD, state: SimpleNamespace, inputs: dict[int, Tensor] | Any, steps: int = T,
@@ -71,7 +71,7 @@ def test_all_blocks_or_all_steps_are_exact(given: dict[str, float]) -> None:
         torch.testing.assert_close(out, exact, atol=2e-5, rtol=1e-4)
 
 
-def test_skip_is_a_share_of_the_steps() -> None:
+def test_skip_is_a_fraction_of_the_steps() -> None:
     counted = {(skip, n): SparseD(skip=skip).full_steps(n) for skip, n in (
         (0.2, 10), (0.2, 9), (0.29, 100), (0.0, 7), (1.0, 7), (0.2, 4))}
     assert list(counted.values()) == [2, 1, 29, 0, 7, 0]
@@ -184,7 +184,7 @@ def test_where_the_method_does_not_apply() -> None:
 
 @pytest.mark.parametrize(("step", "steps"), [(None, None), (None, 10), (3, None), (10, 10), (-1, 10)])
 def test_missing_or_wrong_steps(step: int | None, steps: int | None) -> None:
-    message = (rf"step={step} of steps={steps} was given, allowed is step from 0 to steps - 1\. Pass the number of "
+    message = (rf"expected a denoising step from 0 to steps - 1, got step={step} of steps={steps}\. Pass the number of "
                r"steps as looseleaf\.attach\(model, SparseD\(\), steps=T\) and set attached\.step = t before each step")
     with pytest.raises(ValueError, match=message):
         SparseD(**SMALL).attend(call_of(tensors(100), step, steps))

@@ -14,7 +14,7 @@ from looseleaf_sparsed import SparseD, blocks_kept, prompt_blocks, select_blocks
 
 
 def call_of(q: Tensor, k: Tensor, v: Tensor, **given: object) -> AttentionCall:
-    return AttentionCall(q, k, v, q.shape[-1] ** -0.5, is_causal=False, phase="encode", **given)
+    return AttentionCall(q, k, v, q.shape[-1] ** -0.5, is_causal=False, phase="bidirectional", **given)
 
 
 def materialised(q: Tensor, k: Tensor, block: int) -> Tensor:
@@ -49,7 +49,7 @@ def written_out(importance: Tensor, length: int, prompt: int, block: int, select
 
 @pytest.mark.parametrize(("blocks", "select", "kept"), [
     (16, 0.3, 5), (10, 0.3, 4), (10, 0.5, 6), (2, 0.3, 1), (1, 0.3, 1), (0, 0.3, 0), (7, 1.0, 7), (100, 0.29, 30)])
-def test_one_block_more_than_the_share(blocks: int, select: float, kept: int) -> None:
+def test_one_block_more_than_the_fraction(blocks: int, select: float, kept: int) -> None:
     assert blocks_kept(blocks, select) == kept
 
 
@@ -114,7 +114,7 @@ def test_prompts_for_each_item() -> None:
     assert SparseD().prompts([9, 5]) == [0, 0] and SparseD(prompt_tokens=5).prompts([9, 5]) == [5, 5]
     assert SparseD(prompt_tokens=(3, 4)).prompts([9, 5]) == [3, 4]
     for given in (10, [3], [3, 4, 5], [1, 10]):
-        with pytest.raises(ValueError, match=r"SparseD\.prompt_tokens=.* for a batch of 2 with 9, 5 tokens: allowed"):
+        with pytest.raises(ValueError, match=r"SparseD\.prompt_tokens: expected .* of 2 items, .* 9, 5 tokens .*, got"):
             SparseD(prompt_tokens=given).prompts([9, 5])
 
 
@@ -122,5 +122,5 @@ def test_prompts_for_each_item() -> None:
     ("skip", -0.1), ("skip", 1.1), ("select", 0.0), ("select", 1.5), ("block_size", 48), ("min_length", 0),
     ("min_length", 1.5), ("prompt_tokens", -1), ("prompt_tokens", 2.5), ("prompt_tokens", [3, -1])])
 def test_bad_parameters(field: str, value: object) -> None:
-    with pytest.raises(ValueError, match=rf"SparseD\.{field}=.*: allowed is"):
+    with pytest.raises(ValueError, match=rf"SparseD\.{field}: expected .*, got "):
         SparseD(**{field: value})

@@ -10,24 +10,33 @@ from torch import Tensor
 
 from looseleaf import AttentionCall
 from looseleaf.testing.attention import tensors
-from looseleaf_sparsed import reproduction
 
 pytest.importorskip("looseleaf_lab")
-SMALL = {"PROMPT": 64, "LENGTH": 64, "STEPS": 8, "EACH": 2, "SELECTIONS": (0.6,), "SPEED_LENGTHS": (128, 256, 384),
-         "SPEED_STEPS": 5, "MEMORY_LENGTH": 2048}
+from looseleaf.resume import as_plain
+from looseleaf_lab.attention import BlockWindow
+from looseleaf_lab.study import Results
+from looseleaf_sparsed.reproduction import Scale, study
+
+TINY = Scale(prompt=64, response=64, steps=8, texts=2, selections=(0.6,), lengths=(128, 256, 384), timed_steps=5,
+             memory_length=2048)
+
+
+@pytest.fixture(scope="module")
+def measured() -> Any:
+    """Rows of two seeds, and what is measured once."""
+    from looseleaf_lab import masked_diffusion as md
+
+    def untrained(**given: Any) -> tuple[Any, Any]:
+        return md.new_model(97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                            num_key_value_heads=2, initializer_range=0.3), md.Characters()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(md, "small_model", untrained)
+        return as_plain([study.measure(seed, TINY) for seed in range(2)]), as_plain(study.once(TINY))
 
 
 @pytest.mark.parametrize("quick", [True, False])
-def test_reproduction_runs(monkeypatch: pytest.MonkeyPatch, quick: bool) -> None:
-    from looseleaf_lab import masked_diffusion as md
-
-    def untrained(steps: int = 0, progress: bool | None = None) -> tuple[Any, Any]:
-        return md.new_model(97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                            num_key_value_heads=2, initializer_range=0.3), md.Characters()
-    monkeypatch.setattr(md, "small_model", untrained)
-    for name, value in SMALL.items():
-        monkeypatch.setattr(reproduction, name, value)
-    report = reproduction.reproduce(seeds=2, quick=quick, progress=False)
+def test_the_report_has_all_claims(measured: Any, quick: bool) -> None:
+    report = study.report(Results(measured[0], measured[1], [0, 1], TINY, quick))
     verdicts = {c.statement: c.verdict for c in report.claims}
     assert len(verdicts) == 11
     undecided = [s for s, v in verdicts.items() if v == "not shown at this scale"]
@@ -53,10 +62,8 @@ def test_reproduction_runs(monkeypatch: pytest.MonkeyPatch, quick: bool) -> None
 
 @pytest.mark.parametrize("kept", [1, 4, 5, 16])
 def test_the_window_is_the_nearest_blocks(kept: int) -> None:
-    from looseleaf_lab.window import BlockWindow
-
     x: tuple[Tensor, Tensor, Tensor] = tensors(250)
-    call = AttentionCall(*x, 0.2, is_causal=False, phase="encode", step=0)
+    call = AttentionCall(*x, 0.2, is_causal=False, phase="bidirectional", step=0)
     found: dict[str, Any] = {}
     call.record = found.update
     out = BlockWindow(kept / 16, 16).attend(call)

@@ -1,22 +1,20 @@
-"""What calibration finds, and the folder it is kept in: ``plan.json`` for people, ``masks.safetensors`` for blocks."""
+"""What calibration finds, and the file it is kept in."""
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from looseleaf.files import replacing, write_text
-from looseleaf.fingerprint import fingerprint
-from looseleaf_paroattention.permutations import PERMUTATIONS
+from looseleaf.files import load_tensors, save_tensors
+from looseleaf_paroattention.grid import PERMUTATIONS
 
-SCHEMA = "looseleaf.paroattention/1"
-PLAN, MASKS = "plan.json", "masks.safetensors"
+FORMAT = "looseleaf.paroattention/2"
+SETTINGS = ("grid", "text_tokens", "text_first", "block", "step_groups")
 
 
 @dataclass
@@ -48,61 +46,47 @@ class Plan:
     settings: dict[str, Any]
     layers: dict[int, LayerPlan]
 
-    def density(self) -> float:
-        """Blocks that are computed over all blocks, over all layers, heads and step groups."""
-        kept = sum(int(layer.masks.sum()) for layer in self.layers.values())
-        return kept / max(1, sum(layer.masks.numel() for layer in self.layers.values()))
+    def check_settings(self, settings: dict[str, Any]) -> None:
+        """Raise ValueError that names what differs between ``settings`` and those of the plan."""
+        wrong = [name for name in SETTINGS if settings[name] != self.settings[name]]
+        if wrong:
+            ours, theirs = (", ".join(f"{name}={values[name]}" for name in wrong) for values in
+                            (settings, self.settings))
+            raise ValueError(f"plan: expected one for {ours}, got one for {theirs}. Make PAROAttention with the values "
+                             "of the plan, or run calibrate() again")
 
-    def save(self, folder: str | Path) -> None:
-        """Write the two files to a folder, which is made if need be."""
-        from safetensors.torch import save_file
-
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file: masks of 8 blocks a byte, all else as JSON in its metadata."""
         packed = {f"layer.{n}": torch.from_numpy(np.packbits(layer.masks.cpu().numpy(), axis=-1))
                   for n, layer in self.layers.items()}
-        with replacing(Path(folder) / MASKS) as part:
-            save_file(packed, part, metadata={"schema": SCHEMA})
-        content = {"schema": SCHEMA, **self.settings, "masks": fingerprint(packed), "layers": {
-            str(n): {"permutations": list(layer.permutations), "blocks": layer.masks.shape[-1],
-                     "density": float(layer.masks.float().mean()), "sparsity": layer.sparsity,
-                     "incoherence": layer.incoherence} for n, layer in self.layers.items()}}
-        write_text(Path(folder) / PLAN, json.dumps(content, indent=1) + "\n")
+        layers = {str(n): {"permutations": list(layer.permutations), "blocks": layer.masks.shape[-1],
+                           "density": float(layer.masks.float().mean()), "sparsity": layer.sparsity,
+                           "incoherence": layer.incoherence} for n, layer in self.layers.items()}
+        save_tensors(path, packed, {**self.settings, "layers": layers}, format=FORMAT)
 
     @classmethod
-    def load(cls, folder: str | Path) -> Plan:
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: there is no such plan, it cannot be read, or the two files are not of one plan.
+            FileNotFoundError: no such file.
+            ValueError: it cannot be read, or is no whole plan.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        where = Path(folder)
+        packed, info = load_tensors(path, format=FORMAT)
         try:
-            content = json.loads((where / PLAN).read_text(encoding="utf-8"))
-            packed = load_file(where / MASKS)
-        except FileNotFoundError as error:
-            raise ValueError(f"{where} has no {Path(str(error.filename or where / MASKS)).name}: allowed is a folder "
-                             f"with {PLAN} and {MASKS}. Make one with calibrate() and save()") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, NotADirectoryError) as error:
-            raise ValueError(f"{where} cannot be read ({error}): allowed is a folder that save() wrote") from None
-        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-            raise ValueError(f"{where / PLAN} is of another kind: allowed is schema {SCHEMA!r}")
-        if content.get("masks") != fingerprint(packed):
-            raise ValueError(f"{where / MASKS} is not the file that {PLAN} was written with: save() the plan again")
-        try:
-            settings = {name: content[name] for name in ("grid", "text_tokens", "text_first", "block", "step_groups")}
+            settings = {name: info[name] for name in SETTINGS}
             settings["grid"] = tuple(settings["grid"])
-            layers = {int(n): _layer(layer, packed[f"layer.{n}"]) for n, layer in content["layers"].items()}
+            layers = {int(n): _layer(layer, packed[f"layer.{n}"]) for n, layer in info["layers"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{where / PLAN} is not complete ({error}): save() the plan again") from None
+            raise ValueError(f"{path}: expected a whole plan, got one without {error}. Run calibrate() and save() "
+                             "again") from None
         return cls(settings, layers)
 
 
-def _layer(content: dict[str, Any], packed: Tensor) -> LayerPlan:
-    masks = torch.from_numpy(np.unpackbits(packed.numpy(), axis=-1, count=content["blocks"])).bool()
-    names = tuple(content["permutations"])
+def _layer(info: dict[str, Any], packed: Tensor) -> LayerPlan:
+    masks = torch.from_numpy(np.unpackbits(packed.numpy(), axis=-1, count=info["blocks"])).bool()
+    names = tuple(info["permutations"])
     unknown = [name for name in names if name not in PERMUTATIONS]
     if unknown or len(names) != masks.shape[1]:
-        raise ValueError(f"permutations {unknown or names} for {masks.shape[1]} heads")
-    return LayerPlan(names, masks, content["sparsity"], content["incoherence"])
+        raise ValueError(f"known permutations for {masks.shape[1]} heads: {unknown or names}")
+    return LayerPlan(names, masks, info["sparsity"], info["incoherence"])

@@ -3,340 +3,93 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from looseleaf import AttentionCall, Claim, Report, Series, attach
-from looseleaf_paroattention import synthetic
+from looseleaf import AttentionCall, Report, Series, attach
+from looseleaf.statistics import Interval, bootstrap
+from looseleaf_lab import video
+from looseleaf_lab.attention import SideBySide
+from looseleaf_lab.study import Decision, Results, Study, StudyClaim
+from looseleaf_lab.timing import interleave
 from looseleaf_paroattention.backend import PAROAttention
-from looseleaf_paroattention.calibration import LayerStatistics, Observer, make_plan, observe
-from looseleaf_paroattention.masks import block_masks
-from looseleaf_paroattention.permutations import PERMUTATIONS, inverse, permute
+from looseleaf_paroattention.calibration import (
+    LayerStatistics,
+    Observer,
+    block_masks,
+    density_for,
+    expected_mass,
+    observe,
+    planted,
+)
+from looseleaf_paroattention.grid import PERMUTATIONS, inverse, permute
 from looseleaf_paroattention.plan import LayerPlan, Plan
 
-PLANTED_GRID, PLANTED_BLOCK, SHARE, FACTOR_MARGIN = (8, 16, 16), 64, 0.99, 0.25
-TRAINING_STEPS, SAMPLER_STEPS = 2400, 20
-CALIBRATION_VIDEOS, ERROR_VIDEOS, VIDEOS = 4, 4, 64
-ERROR_STEPS = 10
+SHARE, FACTOR_MARGIN, HALF, INT8_LIMIT, OVERHEAD_LIMIT = 0.99, 0.25, 0.5, 2e-2, 0.01
 DENSITIES, DENSITY = (0.2, 0.3, 0.5), 0.3
-SMALL_BLOCK = 16
+BLOCK, SMALL_BLOCK = 64, 16
 """A block of 64 tokens is a whole plane of this model's grid, so that the order inside of planes does not count."""
-HALF = 0.5
-INT8_LIMIT = 2e-2
-SPEED_GRID, SPEED_HEADS, SPEED_WIDTH = (8, 32, 32), 4, 64
-OVERHEAD_LIMIT = 0.01
-WAYS = ("reordered", "as they come", "window")
-
-Errors = dict[str, list[float]]
+AS_IS = PERMUTATIONS[0]
+WAYS = {"reordered": "", "as they come": "with the tokens as they come", "window": "by a window of equal density"}
+"""Ways to choose blocks, and how a claim names them."""
+BITS = {(8, 16): "INT8 QK, float PV", (8, 8): "INT8 QK, INT8 PV", (8, 4): "INT8 QK, INT4 PV", (16, 16): "float"}
 
 
-def reproduce(*, seeds: int = 5, quick: bool = False, progress: bool | None = None) -> Report:
-    """Measure what the paper claims, at the scale of a video model of 0.4 million weights and one CPU core.
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """Grid and block of the planted heads; training steps of the video model and steps of its sampler; videos of
+    calibration, of the errors and of the comparison, and sampler steps of the first two; what is timed how often."""
 
-    Args:
-        seeds: sets of planted heads, and sets of noise and captions for the errors of the video model.
-        quick: one of each, a model that is hardly trained, shorter inputs; what that cannot show is said so.
-        progress: show progress bars; None: only on a terminal.
-    """
-    from looseleaf_lab import video
+    planted_grid: tuple[int, int, int] = (8, 16, 16)
+    planted_block: int = 64
+    training: int = 2400
+    sampler: int = 20
+    calibration_videos: int = 4
+    error_videos: int = 4
+    videos: int = 64
+    error_steps: int = 10
+    speed_grid: tuple[int, int, int] = (8, 32, 32)
+    speed_heads: int = 4
+    speed_head_dim: int = 64
+    rounds: int = 5
 
-    count = 1 if quick else seeds
-    steps = TRAINING_STEPS // 40 if quick else TRAINING_STEPS
-    report = Report("PAROAttention on planted heads and on a small video model")
-    report.facts = {"model": f"CogVideoX transformer, 4 layers of 4 heads of 16, trained for {steps} steps of 2 videos",
-                    "tokens": "8 x 8 x 8 and 3 of text, blocks of 64", "seeds": count,
-                    "threads": torch.get_num_threads(), "torch": torch.__version__}
-    _planted(report, count)
-    model = video.trained(steps, progress=progress)
+
+QUICK = Scale(training=60, sampler=5, videos=32, speed_grid=(8, 16, 16), rounds=2)
+
+
+@functools.lru_cache(maxsize=1)
+def ready(scale: Scale) -> tuple[Any, PAROAttention, dict[int, dict[int, LayerStatistics]]]:
+    """The video model, a backend of floats for it, and by block size what calibration observes."""
+    model = video.trained(scale.training, progress=False)
     base = PAROAttention(grid=video.grid(model), text_tokens=video.WORDS, qk_bits=16, pv_bits=16, density=DENSITY)
-    small = dataclasses.replace(base, block=SMALL_BLOCK)
-    statistics, in_small = (observe(plugin, model, lambda _: _videos(model, CALIBRATION_VIDEOS, 1000, ERROR_STEPS),
-                                    steps=ERROR_STEPS, progress=progress) for plugin in (base, small))
-    _maps(report, base, statistics)
-    for plugin, of in ((base, statistics), (small, in_small)):
-        _kept(report, plugin, of)
-    rivals = {f"{way}, density {DENSITY}, blocks of {SMALL_BLOCK}": _made(small, in_small, way, DENSITY)
-              for way in WAYS}
-    _errors(report, model, base, statistics, rivals, count, quick, progress)
-    _quality(report, model, base, statistics, quick, progress)
-    _speed(report, quick)
-    _elsewhere(report)
-    return report
+
+    def run(_: Any) -> Tensor:
+        return sample(model, scale.calibration_videos, 1000, scale.error_steps)
+
+    return model, base, {block: observe(model, run, base.token_grid, block=block, steps=scale.error_steps,
+                                        progress=False) for block in (BLOCK, SMALL_BLOCK)}
 
 
-def _planted(report: Report, seeds: int) -> None:
-    """Heads whose right order is known."""
-    plugin = PAROAttention(grid=PLANTED_GRID, block=PLANTED_BLOCK, density=1.0)
-    chosen: dict[float, list[bool]] = {alpha: [] for alpha in (0.0, 0.5, 1.0)}
-    factors: dict[str, list[tuple[float, float]]] = {name: [] for name in PERMUTATIONS}
-    density: dict[str, list[float]] = {name: [] for name in PERMUTATIONS}
-    integers: dict[int, list[float]] = {8: [], 4: []}
-    for seed in range(seeds):
-        call = AttentionCall(*synthetic.planted(PLANTED_GRID, seed), 1.0, False, phase="encode")
-        observer = Observer(plugin)
-        exact = observer.attend(call)
-        layer = observer.found[0]
-        for alpha, hits in chosen.items():
-            found = make_plan(dataclasses.replace(plugin, alpha=alpha), observer.found).layers[0].permutations
-            hits += [one == two for one, two in zip(found, PERMUTATIONS, strict=True)]
-        for h, name in enumerate(PERMUTATIONS):
-            needed = [float(synthetic.density_for(layer.mass[0, layer.names.index(order), h], SHARE))
-                      for order in (PERMUTATIONS[0], name)]
-            predicted = [float(synthetic.density_for(synthetic.expected_mass(name, order, PLANTED_GRID, plugin.block),
-                                                     SHARE)) for order in (PERMUTATIONS[0], name)]
-            factors[name].append((predicted[0] / predicted[1], needed[0] / needed[1]))
-            density[name].append(needed[1])
-        for bits in integers:
-            pair = [_relative(dataclasses.replace(plugin, pv_bits=bits, permutations=names).attend(call), exact)
-                    for names in ({0: PERMUTATIONS}, PERMUTATIONS[0])]
-            integers[bits].append(pair[0] / pair[1])
-    table = report.table("Planted heads", ["head", "density for 99 %", "factor expected", "factor measured"],
-                         note="factor: share of the blocks that hold 99 % of the attention, as the tokens come over in "
-                              "the head's order; means over the seeds")
-    for name in PERMUTATIONS:
-        table.add(name, _mean(density[name]), *(_mean([f[i] for f in factors[name]]) for i in (0, 1)))
-    report.table("Orders found for planted heads", ["alpha", "heads", "right"],
-                 [[alpha, len(hits), sum(hits)] for alpha, hits in chosen.items()],
-                 note="alpha 0: by empty blocks alone; 1: by uniform blocks alone")
-    hits = chosen[PAROAttention.alpha]
-    report.claims.append(Claim.decide(
-        all(hits), statement="Calibration finds the order of each head that has one",
-        source="paper, token reordering; here: heads made to have one", paper="-",
-        measured=f"{sum(hits)} of {len(hits)} heads", rule="all heads of all seeds, alpha 0.5"))
-    ratios = [two / one for of in factors.values() for one, two in of]
-    report.claims.append(Claim.decide(
-        all(1 - FACTOR_MARGIN <= r <= 1 + FACTOR_MARGIN for r in ratios),
-        statement="In its order a head needs as many fewer blocks as the geometry of its pattern says",
-        source="this project's rule", paper="-",
-        measured=f"measured over expected factor {min(ratios):.2f} to {max(ratios):.2f}; the largest factor is "
-                 f"{max(two for of in factors.values() for _, two in of):.1f}",
-        rule="within 25 % of the expected factor for each head of each seed"))
-    report.table("Integers on planted heads", ["bits of P and V", "error ratio"],
-                 [[bits, _mean(r)] for bits, r in integers.items()],
-                 note="relative error of the output in each head's order over that of the tokens as they come, all "
-                      "blocks computed")
-
-
-def _videos(model: Any, count: int, seed: int, steps: int) -> Tensor:
+def sample(model: Any, count: int, seed: int, steps: int) -> Tensor:
     """Videos to the captions of the test digits."""
-    from looseleaf_lab import video
-
     return video.sample(model, video.moving_digits(count, seed, "test").captions, seed, steps=steps, progress=False)
 
 
-def _maps(report: Report, base: PAROAttention, statistics: Mapping[int, LayerStatistics]) -> None:
-    """Orders that were chosen, what the metrics say of them, and the map of the head that gains most."""
-    plan = make_plan(base, statistics)
-    table = report.table("Orders found in the video model", ["layer", "orders of the heads", "empty blocks",
-                                                              "as they come", "incoherence", "as they come "])
-    gains, falls = {}, []
-    for number, layer in plan.layers.items():
-        pairs = {}
-        for what, metric in (("sparse", layer.sparsity), ("incoherent", layer.incoherence)):
-            own = [metric[name][h] for h, name in enumerate(layer.permutations)]
-            pairs[what] = own, metric[PERMUTATIONS[0]]
-        table.add(number, ", ".join(layer.permutations), *(_mean(x) for pair in pairs.values() for x in pair))
-        falls += [own / plain for own, plain in zip(*pairs["incoherent"], strict=True)]
-        of = statistics[number]
-        for h, name in enumerate(layer.permutations):
-            maps = [of.mass[0, of.names.index(order), h] / of.samples[0] for order in (PERMUTATIONS[0], name)]
-            needed = synthetic.density_for(torch.stack(maps), 0.9)
-            gains[number, h] = float(needed[0] / needed[1]), maps, name
-    (number, h), (gain, maps, name) = max(gains.items(), key=lambda item: item[1][0])
-    for order, mass in zip((PERMUTATIONS[0], name), maps, strict=True):
-        report.figure(f"Block map of layer {number}, head {h}, in the order {order}", x_label="key block",
-                      y_label="query block", image=mass.tolist(),
-                      note=f"share of a query's attention; 90 % needs {gain:.1f} times fewer blocks in {name}")
-    changed = [name != PERMUTATIONS[0] for layer in plan.layers.values() for name in layer.permutations]
-    report.facts["heads reordered"] = f"{sum(changed)} of {len(changed)}"
-    report.facts["incoherence, reordered over as they come"] = f"{_mean(falls):.3f} (mean over heads)"
-
-
-def _kept(report: Report, plugin: PAROAttention, statistics: Mapping[int, LayerStatistics]) -> None:
-    """How much of the attention the blocks of each order hold."""
-    table = report.table(f"Attention in {DENSITY:.0%} of the blocks of {plugin.block}", [
-        "layer", "reordered", "as they come", "best order"],
-        note="share of the calibration's attention that the heaviest blocks hold, means over heads; best: the order of "
-             "each head that holds most")
-    for number, layer in make_plan(plugin, statistics).layers.items():
-        of = statistics[number]
-        mass = of.mass[0] / of.samples[0]
-        held = (mass * block_masks(mass, density=DENSITY)).sum((2, 3)) / mass.shape[-1]
-        chosen = [float(held[of.names.index(name), h]) for h, name in enumerate(layer.permutations)]
-        table.add(number, _mean(chosen), float(held[of.names.index(PERMUTATIONS[0])].mean()),
-                  float(held.amax(0).mean()))
-
-
-def _errors(report: Report, model: Any, base: PAROAttention, statistics: Mapping[int, LayerStatistics],
-            others: Mapping[str, PAROAttention], seeds: int, quick: bool, progress: bool | None) -> None:
-    """Errors of each layer's attention on exact inputs: density, orders and bits side by side."""
-    from looseleaf.progress import track
-    from looseleaf_lab.compare.attention import SideBySide
-    from looseleaf.statistics import bootstrap
-
-    rivals = {f"{way}, density {density}": _made(base, statistics, way, density)
-              for density in DENSITIES for way in WAYS}
-    for bits in ((8, 16), (8, 8), (8, 4)):
-        for way in WAYS[:2]:
-            rivals[f"{way}, {_bits(bits)}"] = _made(
-                dataclasses.replace(base, qk_bits=bits[0], pv_bits=bits[1]), statistics, way, 1.0)
-    rivals[f"reordered, density {DENSITY}, {_bits((8, 8))}"] = _made(
-        dataclasses.replace(base, qk_bits=8, pv_bits=8), statistics, "reordered", DENSITY)
-    rivals.update(others)
-    errors: Errors = {name: [] for name in rivals}
-    for seed in track(range(seeds), "errors of attention", show=progress):
-        together = SideBySide(rivals)
-        with torch.no_grad(), attach(model, together, steps=ERROR_STEPS):
-            _videos(model, ERROR_VIDEOS, seed, ERROR_STEPS)
-        if together.failed:
-            raise RuntimeError(f"a rival failed: {together.failed}")
-        for name, found in together.found.items():
-            errors[name].append(_mean([f["error"] for f in found]))
-    density = {name: _mean([f["density"] for f in found]) for name, found in together.found.items()}
-    report.table("Relative error of the attention output", ["what", "density", "error", "low", "high"],
-                 [[name, density[name], *bootstrap(values)] for name, values in errors.items()],
-                 note=f"mean over layers and {ERROR_STEPS} denoising steps, inputs of exact attention; intervals: 95 % "
-                      f"bootstrap over {seeds} sets of {ERROR_VIDEOS} videos; floats, blocks of {base.block} "
-                      "unless said")
-    figure = report.figure("Error of the attention output by density", x_label="density", y_label="relative error",
-                           y_log=True)
-    for way in WAYS:
-        spans = [bootstrap(errors[f"{way}, density {d}"]) for d in DENSITIES]
-        figure.series.append(Series(way, [density[f"{way}, density {d}"] for d in DENSITIES], [s[0] for s in spans],
-                                    [s[1] for s in spans], [s[2] for s in spans]))
-    for rival in WAYS[1:]:
-        ratio = _ratio(errors, f"reordered, density {DENSITY}", f"{rival}, density {DENSITY}")
-        report.claims.append(Claim.decide(
-            None if quick else ratio[2] <= HALF,
-            statement=f"At density {DENSITY} the error of the attention is much lower reordered than "
-                      f"{_against(rival)}",
-            source="paper, sparse attention; here: a small video model", paper="qualitative",
-            measured=f"ratio of errors {_span(ratio)}: {_mean(errors[f'reordered, density {DENSITY}']):.3f} against "
-                     f"{_mean(errors[f'{rival}, density {DENSITY}']):.3f}",
-            rule="at most half, with its 95 % interval"))
-    int8, int4 = errors[f"reordered, {_bits((8, 8))}"], errors[f"reordered, {_bits((8, 4))}"]
-    report.claims.append(Claim.decide(
-        None if quick else bootstrap(int8)[2] < INT8_LIMIT, statement="Eight bits for Q, K, P and V cost little",
-        source="paper, quantised attention", paper="lossless metrics",
-        measured=f"relative error {_span(bootstrap(int8), 4)}; with 4 bits for P and V {_span(bootstrap(int4), 4)}",
-        rule="below 2e-2 with its 95 % interval, all blocks computed"))
-    for bits in ((8, 8), (8, 4)):
-        ratio = _ratio(errors, f"reordered, {_bits(bits)}", f"as they come, {_bits(bits)}")
-        report.claims.append(Claim.decide(
-            None if quick else ratio[2] < 1,
-            statement=f"Reordering makes the error of the integers smaller, {_bits(bits)}",
-            source="paper, quantised attention", paper="qualitative",
-            measured=f"ratio of errors {_span(ratio)}", rule="below 1 with its 95 % interval, all blocks computed"))
-
-
-def _quality(report: Report, model: Any, base: PAROAttention, statistics: Mapping[int, LayerStatistics], quick: bool,
-             progress: bool | None) -> None:
-    """Videos from the same noise, by exact attention and by each rival."""
-    from looseleaf.progress import track
-    from looseleaf_lab import video
-    from looseleaf.statistics import bootstrap
-
-    count, steps = (32, 5) if quick else (VIDEOS, SAMPLER_STEPS)
-    real = video.moving_digits(4 * count, 77, "test").frames
-    dense = _videos(model, count, 500, steps)
-    integers = {bits: dataclasses.replace(base, qk_bits=8, pv_bits=bits) for bits in (8, 4)}
-    rivals = {**{way: _made(base, statistics, way, DENSITY) for way in WAYS},
-              **{f"reordered, {_bits((8, bits))}": _made(p, statistics, "reordered", DENSITY)
-                 for bits, p in integers.items()}}
-    table = report.table(f"{count} videos at density {DENSITY}", [
-        "attention", "distance to exact", "low", "high", "PSNR, dB", "Fréchet distance to real"],
-        note=f"{steps} steps from the same noise; distance: mean squared difference of pixels in [-1, 1] to the video "
-             "that exact attention makes, 95 % bootstrap over videos; Fréchet distance in 16 principal components to "
-             f"{len(real)} real videos")
-    table.add("exact", 0.0, 0.0, 0.0, None, video.frechet_distance(dense, real))
-    distances: Errors = {}
-    for name in track(rivals, "making videos", show=progress):
-        with attach(model, rivals[name], steps=steps):
-            made = _videos(model, count, 500, steps)
-        distances[name] = (made - dense).square().flatten(1).mean(1).tolist()
-        mean = bootstrap(distances[name])
-        psnr = 10 * torch.tensor(4 / max(mean[0], 1e-12)).log10().item()
-        table.add(name, *mean, psnr, video.frechet_distance(made, real))
-    others = video.moving_digits(count, 78, "test").frames
-    table.add("other real videos", None, None, None, None, video.frechet_distance(others, real))
-    for rival in WAYS[1:]:
-        ratio = _ratio(distances, "reordered", rival)
-        report.claims.append(Claim.decide(
-            None if quick else ratio[2] <= HALF,
-            statement=f"At density {DENSITY} videos stay much nearer to those of exact attention reordered than "
-                      f"{_against(rival)}",
-            source="paper, tables of CogVideoX and Flux; here: a small video model", paper="lossless metrics",
-            measured=f"ratio of squared distances {_span(ratio)} over {count} videos",
-            rule="at most half, with its 95 % interval"))
-
-
-def _speed(report: Report, quick: bool) -> None:
-    """One layer's attention against torch's, reordering included; the time does not depend on the numbers."""
-    from looseleaf_lab.timing import interleave
-
-    grid = (SPEED_GRID[0], SPEED_GRID[1] // 2, SPEED_GRID[2] // 2) if quick else SPEED_GRID
-    tokens = grid[0] * grid[1] * grid[2]
-    g = torch.Generator().manual_seed(0)
-    query, key, value = torch.randn(3, 1, SPEED_HEADS, tokens, SPEED_WIDTH, generator=g)
-    call = AttentionCall(query, key, value, SPEED_WIDTH ** -0.5, False, phase="encode")
-    names = (PERMUTATIONS * SPEED_HEADS)[1:SPEED_HEADS + 1]
-    mass = torch.rand(1, SPEED_HEADS, tokens // 64, tokens // 64, generator=g)
-    functions: dict[str, Callable[[], Any]] = {
-        "exact": lambda: F.scaled_dot_product_attention(query, key, value)}
-    for density in DENSITIES:
-        for bits in ((16, 16), (8, 8)):
-            plugin = PAROAttention(grid=grid, density=density, qk_bits=bits[0], pv_bits=bits[1])
-            plugin.plan = Plan(plugin.settings(), {0: LayerPlan(names, block_masks(mass, density=density))})
-            functions[f"{density}, {_bits(bits)}"] = lambda p=plugin: p.attend(call)  # type: ignore[misc]
-    order = plugin.orders(names, tokens, None)
-    back = inverse(order)
-    functions["reordering"] = lambda: [permute(x, o) for x, o in ((query, order), (key, order), (value, order),
-                                                                  (query, back))]
-    with torch.inference_mode():
-        timing = interleave(functions, rounds=2 if quick else 5)
-    table = report.table(f"Seconds of one layer's attention, {tokens} tokens, {SPEED_HEADS} heads of {SPEED_WIDTH}", [
-        "what", "seconds", "faster than exact", "low", "high"],
-        note="reordering of queries, keys, values and outputs included; medians of interleaved rounds; random blocks")
-    for name in functions:
-        table.add(name, timing.median(name), *(timing.ratio(name, "exact") if name != "exact" else (1.0, 1.0, 1.0)))
-    for bits in ((16, 16), (8, 8)):
-        ratios = {density: timing.ratio(f"{density}, {_bits(bits)}", "exact") for density in DENSITIES}
-        report.claims.append(Claim.decide(
-            None if quick else all(r[0] >= HALF / d for d, r in ratios.items()),
-            statement=f"Attention is faster by near 1/density, {_bits(bits)}",
-            source="paper, kernel benchmark; here: CPU", paper="close to 1/density at 0.2 to 0.5",
-            measured=", ".join(f"{r[0]:.2f}x ({r[1]:.2f} to {r[2]:.2f}) at {d}" for d, r in ratios.items()),
-            rule="median of paired ratios at least half of 1/density at each density, float32 against torch's kernel"))
-    share = timing.median("reordering") / timing.median(f"{DENSITY}, {_bits((16, 16))}")
-    report.claims.append(Claim.decide(
-        None if quick else share < OVERHEAD_LIMIT, statement="Reordering costs next to nothing",
-        source="paper, overheads", paper="below 1 %, fused into other kernels",
-        measured=f"{share:.1%} of the attention at density {DENSITY}, not fused", rule="below 1 %"))
-
-
-def _elsewhere(report: Report) -> None:
-    for statement, source, paper, rule in (
-            ("Metrics of CogVideoX and Flux are lossless at 20 to 30 % density and INT8 or INT4", "abstract",
-             "nearly identical to full precision", "metrics within the noise of exact attention"),
-            ("Images and videos are made faster end to end", "abstract", "1.9x to 2.7x", "ratio above 1.5 on a GPU"),
-            ("At equal quality it is faster than SpargeAttn and SparseVideoGen", "paper, kernel benchmark",
-             "as said", "ratio above 1 on a GPU")):
-        report.claims.append(Claim.decide(None, statement=statement, source=source, paper=paper, rule=rule,
-                                          measured="not measured: needs a GPU and those models"))
-
-
-def _made(base: PAROAttention, statistics: Mapping[int, LayerStatistics], way: str, density: float) -> PAROAttention:
+def planned(scale: Scale, way: str, density: float = DENSITY, block: int = BLOCK, **fields: Any) -> PAROAttention:
     """A backend with a plan: in the order of each head, as the tokens come, or a window of equal density."""
-    plugin = dataclasses.replace(base, density=density, permutations="auto" if way == "reordered" else PERMUTATIONS[0])
-    plugin.plan = make_plan(plugin, statistics)
-    if way == "window":
+    _, base, statistics = ready(scale)
+    plugin = dataclasses.replace(base, density=density, block=block, **fields,
+                                 permutations="auto" if way == "reordered" else AS_IS)
+    plugin.fit(statistics[block])
+    if way == "window" and plugin.plan is not None:
         for number, layer in plugin.plan.layers.items():
-            mass = statistics[number].mass[:, statistics[number].names.index(PERMUTATIONS[0])]
-            layer.masks = window_masks(layer.masks, mass / statistics[number].samples[:, None, None, None])
+            layer.masks = window_masks(layer.masks, statistics[block][number].mean_mass(AS_IS))
     return plugin
 
 
@@ -354,21 +107,144 @@ def window_masks(masks: Tensor, mass: Tensor) -> Tensor:
     return (rank < masks.flatten(2).sum(-1, keepdim=True)).view_as(masks)
 
 
-def _bits(bits: tuple[int, int]) -> str:
-    names = {8: "INT8", 4: "INT4", 16: "float"}
-    return "float" if bits == (16, 16) else f"{names[bits[0]]} QK, {names[bits[1]]} PV"
+def measure(seed: int, scale: Any) -> dict[str, Any]:
+    """One set of planted heads, and the errors of each layer's attention on exact inputs for one set of videos."""
+    model, _, _ = ready(scale)
+    backends = {f"{way}, density {density}": planned(scale, way, density) for density in DENSITIES for way in WAYS}
+    for qk, pv in ((8, 16), (8, 8), (8, 4)):
+        for way in ("reordered", "as they come"):
+            backends[f"{way}, {BITS[qk, pv]}"] = planned(scale, way, 1.0, qk_bits=qk, pv_bits=pv)
+    backends[f"reordered, density {DENSITY}, {BITS[8, 8]}"] = planned(scale, "reordered", qk_bits=8, pv_bits=8)
+    backends |= {f"{way}, density {DENSITY}, blocks of {SMALL_BLOCK}": planned(scale, way, block=SMALL_BLOCK)
+                 for way in WAYS}
+    beside = SideBySide(backends)
+    with torch.no_grad(), attach(model, beside, steps=scale.error_steps):
+        sample(model, scale.error_videos, seed, scale.error_steps)
+    if beside.failed:
+        raise RuntimeError(f"expected every backend to run, got {beside.failed}")
+    return {"planted": known_heads(seed, scale), **{
+        what: {name: _mean([call[what] for call in calls]) for name, calls in beside.found.items()}
+        for what in ("error", "density")}}
 
 
-def _against(rival: str) -> str:
-    return "with the tokens as they come" if rival == WAYS[1] else "by a window of equal density"
+def known_heads(seed: int, scale: Scale) -> dict[str, Any]:
+    """Orders found for heads whose right order is known, blocks needed in it, and what integers gain by it."""
+    grid, block = scale.planted_grid, scale.planted_block
+    plugin = PAROAttention(grid=grid, block=block, density=1.0)
+    call = AttentionCall(*planted(grid, seed), 1.0, False, phase="bidirectional")
+    observer = Observer(plugin.token_grid, block, plugin.eps)
+    exact = observer.attend(call)
+    layer = observer.layers[0]
+    right, heads, integers = {}, {}, {}
+    for alpha in (0.0, 0.5, 1.0):
+        weighted = dataclasses.replace(plugin, alpha=alpha)
+        weighted.fit(observer.layers)
+        assert weighted.plan is not None
+        right[str(alpha)] = [a == b for a, b in zip(weighted.plan.layers[0].permutations, PERMUTATIONS, strict=True)]
+    for h, name in enumerate(PERMUTATIONS):
+        needed = [float(density_for(layer.mass[0, layer.names.index(order), h], SHARE)) for order in (AS_IS, name)]
+        expected = [float(density_for(expected_mass(name, order, grid, block), SHARE)) for order in (AS_IS, name)]
+        heads[name] = {"density": needed[1], "expected": expected[0] / expected[1], "measured": needed[0] / needed[1]}
+    for bits in (8, 4):
+        own, plain = (dataclasses.replace(plugin, pv_bits=bits, permutations=names).attend(call) - exact
+                      for names in ({0: PERMUTATIONS}, AS_IS))
+        integers[str(bits)] = float(own.norm() / exact.norm()) / float(plain.norm() / exact.norm())
+    return {"right": right, "heads": heads, "integers": integers}
 
 
-def _ratio(values: Errors, one: str, two: str) -> tuple[float, float, float]:
+def once(scale: Any) -> dict[str, Any]:
+    """Orders and blocks of the video model, videos by each way of attention, and seconds of a layer."""
+    return {"orders": orders(scale), "kept": {str(block): kept(scale, block) for block in (BLOCK, SMALL_BLOCK)},
+            "videos": videos(scale), "seconds": seconds(scale)}
+
+
+def orders(scale: Scale) -> dict[str, Any]:
+    """Orders that were chosen, what the metrics say of them, and the map of the head that gains most."""
+    plan, statistics = planned(scale, "reordered").plan, ready(scale)[2][BLOCK]
+    assert plan is not None
+    rows: list[list[Any]] = []
+    falls: list[float] = []
+    best: dict[str, Any] = {"gain": 0.0}
+    for number, layer in plan.layers.items():
+        row: list[Any] = [number, ", ".join(layer.permutations)]
+        for metric in (layer.sparsity, layer.incoherence):
+            own = [metric[name][h] for h, name in enumerate(layer.permutations)]
+            row += [_mean(own), _mean(metric[AS_IS])]
+        rows.append(row)
+        falls += [a / b for a, b in zip(own, metric[AS_IS], strict=True)]  # of the incoherence, the second metric
+        for h, name in enumerate(layer.permutations):
+            maps = {order: statistics[number].mean_mass(order)[0, h] for order in (AS_IS, name)}
+            needed = density_for(torch.stack([maps[AS_IS], maps[name]]), 0.9)
+            if float(needed[0] / needed[1]) > best["gain"]:
+                best = {"gain": float(needed[0] / needed[1]), "layer": number, "head": h, "order": name,
+                        "maps": [[order, maps[order].tolist()] for order in (AS_IS, name)]}
+    names = [name for layer in plan.layers.values() for name in layer.permutations]
+    return {"rows": rows, "best": best, "changed": sum(name != AS_IS for name in names), "heads": len(names),
+            "incoherence": _mean(falls)}
+
+
+def kept(scale: Scale, block: int) -> list[list[float]]:
+    """By layer, how much of the attention the blocks hold: in the chosen order, as the tokens come, at best."""
+    plan, statistics, rows = planned(scale, "reordered", block=block).plan, ready(scale)[2][block], []
+    assert plan is not None
+    for number, layer in plan.layers.items():
+        names = statistics[number].names
+        mass = torch.stack([statistics[number].mean_mass(name)[0] for name in names])
+        held = (mass * block_masks(mass, density=DENSITY)).sum((2, 3)) / mass.shape[-1]
+        chosen = [float(held[names.index(name), h]) for h, name in enumerate(layer.permutations)]
+        rows.append([number, _mean(chosen), float(held[names.index(AS_IS)].mean()), float(held.amax(0).mean())])
+    return rows
+
+
+def videos(scale: Scale) -> dict[str, Any]:
+    """Videos from the same noise, by exact attention and by each way: distances to exact, Fréchet distances to real."""
+    model, _, _ = ready(scale)
+    real = video.moving_digits(4 * scale.videos, 77, "test").frames
+    exact = sample(model, scale.videos, 500, scale.sampler)
+    backends = {way: planned(scale, way) for way in WAYS}
+    backends |= {f"reordered, {BITS[8, pv]}": planned(scale, "reordered", qk_bits=8, pv_bits=pv) for pv in (8, 4)}
+    distances, frechet = {}, {"exact": video.frechet_distance(exact, real)}
+    for name, backend in backends.items():
+        with attach(model, backend, steps=scale.sampler):
+            frames = sample(model, scale.videos, 500, scale.sampler)
+        distances[name] = (frames - exact).square().flatten(1).mean(1).tolist()
+        frechet[name] = video.frechet_distance(frames, real)
+    others = video.moving_digits(scale.videos, 78, "test").frames
+    return {"distances": distances, "frechet": {**frechet, "other real videos": video.frechet_distance(others, real)}}
+
+
+def seconds(scale: Scale) -> dict[str, Any]:
+    """One layer's attention against torch's, reordering included; the time does not depend on the numbers."""
+    heads, grid = scale.speed_heads, scale.speed_grid
+    tokens = grid[0] * grid[1] * grid[2]
+    g = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 1, heads, tokens, scale.speed_head_dim, generator=g)
+    call = AttentionCall(query, key, value, scale.speed_head_dim ** -0.5, False, phase="bidirectional")
+    names = (PERMUTATIONS * heads)[1:heads + 1]
+    mass = torch.rand(1, heads, tokens // BLOCK, tokens // BLOCK, generator=g)
+    functions: dict[str, Callable[[], Any]] = {
+        "exact": lambda: F.scaled_dot_product_attention(query, key, value)}
+    for density in DENSITIES:
+        for bits in ((16, 16), (8, 8)):
+            plugin = PAROAttention(grid=grid, density=density, qk_bits=bits[0], pv_bits=bits[1])
+            plugin.plan = Plan(plugin.settings(), {0: LayerPlan(names, block_masks(mass, density=density))})
+            functions[f"{density}, {BITS[bits]}"] = functools.partial(plugin.attend, call)
+    order = plugin.token_grid.orders(names, tokens, None)
+    back = inverse(order)
+    functions["reordering"] = lambda: [permute(x, o) for x, o in ((query, order), (key, order), (value, order),
+                                                                  (query, back))]
+    with torch.inference_mode():
+        timing = interleave(functions, rounds=scale.rounds)
+    return {name: [timing.median(name), *(timing.ratio(name, "exact") if name != "exact" else (1.0, 1.0, 1.0))]
+            for name in functions}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _ratio(values: Mapping[str, Sequence[float]], one: str, two: str) -> Interval:
     """Sum of ``one`` over sum of ``two``, paired, with its 95 % bootstrap interval."""
-    import numpy as np
-
-    from looseleaf.statistics import bootstrap
-
     pairs = np.array([values[one], values[two]])
 
     def statistic(rows: Any) -> Any:
@@ -378,13 +254,165 @@ def _ratio(values: Errors, one: str, two: str) -> tuple[float, float, float]:
     return bootstrap(range(pairs.shape[1]), statistic=statistic)
 
 
-def _span(values: tuple[float, float, float], digits: int = 3) -> str:
-    return f"{values[0]:.{digits}f} ({values[1]:.{digits}f} to {values[2]:.{digits}f})"
+def _errors(results: Results) -> dict[str, list[float]]:
+    """The relative error of each way, by seed."""
+    return {name: results.values("error", name) for name in results.rows[0]["error"]}
 
 
-def _relative(out: Tensor, exact: Tensor) -> float:
-    return float((out - exact).norm() / exact.norm())
+def _orders_found(results: Results) -> Decision:
+    hits = [hit for row in results.values("planted", "right", str(PAROAttention.alpha)) for hit in row]
+    return all(hits), f"{sum(hits)} of {len(hits)} heads"
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def _factors(results: Results) -> Decision:
+    heads = [head for row in results.values("planted", "heads") for head in row.values()]
+    ratios = [head["measured"] / head["expected"] for head in heads]
+    return all(1 - FACTOR_MARGIN <= r <= 1 + FACTOR_MARGIN for r in ratios), (
+        f"measured over expected factor {min(ratios):.2f} to {max(ratios):.2f}; the largest factor is "
+        f"{max(head['measured'] for head in heads):.1f}")
+
+
+def _lower_error(other: str, results: Results) -> Decision:
+    errors, one, two = _errors(results), f"reordered, density {DENSITY}", f"{other}, density {DENSITY}"
+    ratio = _ratio(errors, one, two)
+    return None if results.quick else ratio.high <= HALF, (
+        f"ratio of errors {ratio:.3f}: {_mean(errors[one]):.3f} against {_mean(errors[two]):.3f}")
+
+
+def _int8(results: Results) -> Decision:
+    int8, int4 = (results.interval("error", f"reordered, {BITS[8, pv]}") for pv in (8, 4))
+    return None if results.quick else int8.high < INT8_LIMIT, (
+        f"relative error {int8:.4f}; with 4 bits for P and V {int4:.4f}")
+
+
+def _integers(bits: str, results: Results) -> Decision:
+    ratio = _ratio(_errors(results), f"reordered, {bits}", f"as they come, {bits}")
+    return None if results.quick else ratio.high < 1, f"ratio of errors {ratio:.3f}"
+
+
+def _nearer_videos(other: str, results: Results) -> Decision:
+    ratio = _ratio(results.once["videos"]["distances"], "reordered", other)
+    return None if results.quick else ratio.high <= HALF, (
+        f"ratio of squared distances {ratio:.3f} over {results.scale.videos} videos")
+
+
+def _faster(bits: str, results: Results) -> Decision:
+    ratios = {density: Interval(*results.once["seconds"][f"{density}, {bits}"][1:]) for density in DENSITIES}
+    return None if results.quick else all(r.value >= HALF / d for d, r in ratios.items()), ", ".join(
+        f"{r.value:.2f}x ({r.low:.2f} to {r.high:.2f}) at {d}" for d, r in ratios.items())
+
+
+def _overhead(results: Results) -> Decision:
+    times = results.once["seconds"]
+    fraction = times["reordering"][0] / times[f"{DENSITY}, {BITS[16, 16]}"][0]
+    return None if results.quick else fraction < OVERHEAD_LIMIT, (
+        f"{fraction:.1%} of the attention at density {DENSITY}, not fused")
+
+
+def _show(report: Report, results: Results) -> None:
+    scale, once = results.scale, results.once
+    measured = ("density", "expected", "measured")
+    report.table("Planted heads", ["head", "density for 99 %", "factor expected", "factor measured"], [
+        [name, *(results.interval("planted", "heads", name, what).value for what in measured)]
+        for name in PERMUTATIONS],
+        note="factor: fraction of the blocks that hold 99 % of the attention, as the tokens come over in the head's "
+             "order; means over the seeds")
+    right = {alpha: results.values("planted", "right", alpha) for alpha in results.rows[0]["planted"]["right"]}
+    report.table("Orders found for planted heads", ["alpha", "heads", "right"], [
+        [float(alpha), sum(map(len, hits)), sum(map(sum, hits))] for alpha, hits in right.items()],
+        note="alpha 0: by empty blocks alone; 1: by uniform blocks alone")
+    report.table("Integers on planted heads", ["bits of P and V", "error ratio"], [
+        [bits, results.interval("planted", "integers", bits).value] for bits in (8, 4)],
+        note="relative error of the output in each head's order over that of the tokens as they come, all blocks "
+             "computed")
+    report.table("Orders found in the video model", [
+        "layer", "orders of the heads", "empty blocks", "as they come", "incoherence", "as they come "],
+        once["orders"]["rows"])
+    best = once["orders"]["best"]
+    for order, mass in best["maps"]:
+        report.figure(f"Block map of layer {best['layer']}, head {best['head']}, in the order {order}",
+                      x_label="key block", y_label="query block", image=mass, note="fraction of a query's attention; "
+                      f"90 % needs {best['gain']:.1f} times fewer blocks in {best['order']}")
+    for block, rows in once["kept"].items():
+        report.table(f"Attention in {DENSITY:.0%} of the blocks of {block}", [
+            "layer", "reordered", "as they come", "best order"], rows,
+            note="fraction of the calibration's attention that the heaviest blocks hold, means over heads; best: the "
+                 "order of each head that holds most")
+    _show_errors(report, results)
+    table = report.table(f"{scale.videos} videos at density {DENSITY}", [
+        "attention", "distance to exact", "low", "high", "PSNR, dB", "Fréchet distance to real"],
+        note=f"{scale.sampler} steps from the same noise; distance: mean squared difference of pixels in [-1, 1] to "
+             "the video that exact attention makes, 95 % bootstrap over videos; Fréchet distance in 16 principal "
+             f"components to {4 * scale.videos} real videos")
+    for name, frechet in once["videos"]["frechet"].items():
+        distances = once["videos"]["distances"].get(name)
+        if distances is None:
+            table.add(name, *([0.0] * 3 if name == "exact" else [None] * 3), None, frechet)
+            continue
+        mean = bootstrap(distances)
+        table.add(name, *mean, 10 * torch.tensor(4 / max(mean.value, 1e-12)).log10().item(), frechet)
+    tokens = scale.speed_grid[0] * scale.speed_grid[1] * scale.speed_grid[2]
+    report.table(f"Seconds of one layer's attention, {tokens} tokens, {scale.speed_heads} heads of "
+                 f"{scale.speed_head_dim}", ["what", "seconds", "faster than exact", "low", "high"],
+                 [[name, *times] for name, times in once["seconds"].items()],
+                 note="reordering of queries, keys, values and outputs included; medians of interleaved rounds; random "
+                      "blocks")
+
+
+def _show_errors(report: Report, results: Results) -> None:
+    scale, densities = results.scale, results.rows[-1]["density"]
+    report.table("Relative error of the attention output", ["what", "density", "error", "low", "high"],
+                 [[name, densities[name], *bootstrap(values)] for name, values in _errors(results).items()],
+                 note=f"mean over layers and {scale.error_steps} denoising steps, inputs of exact attention; 95 % "
+                      f"bootstrap intervals over {len(results.seeds)} sets of {scale.error_videos} videos; floats, "
+                      f"blocks of {BLOCK} unless named")
+    figure = report.figure("Error of the attention output by density", x_label="density", y_label="relative error",
+                           y_log=True)
+    for way in WAYS:
+        names = [f"{way}, density {density}" for density in DENSITIES]
+        spans = [results.interval("error", name) for name in names]
+        figure.series.append(Series(way, [densities[name] for name in names], [s.value for s in spans],
+                                    [s.low for s in spans], [s.high for s in spans]))
+
+
+def _facts(results: Results) -> dict[str, Any]:
+    found = results.once["orders"]
+    return {"model": f"CogVideoX transformer, 4 layers of 4 heads of 16, trained for {results.scale.training} steps of "
+                     "2 videos",
+            "tokens": f"8 x 8 x 8 and 3 of text, blocks of {BLOCK}", "threads": torch.get_num_threads(),
+            "heads reordered": f"{found['changed']} of {found['heads']}",
+            "incoherence, reordered over as they come": f"{found['incoherence']:.3f} (mean over heads)"}
+
+
+HALF_RULE, VIDEO = "at most half, with its 95 % interval", "here: a small video model"
+study = Study("PAROAttention on planted heads and on a small video model", measure, [
+    StudyClaim("Calibration finds the order of each head that has one",
+               "paper, token reordering; here: heads made to have one", "-", "all heads of all seeds, alpha 0.5",
+               _orders_found),
+    StudyClaim("In its order a head needs as many fewer blocks as the geometry of its pattern says",
+               "this project's rule", "-", "within 25 % of the expected factor for each head of each seed", _factors),
+    *(StudyClaim(f"At density {DENSITY} the error of the attention is much lower reordered than {against}",
+                 f"paper, sparse attention; {VIDEO}", "qualitative", HALF_RULE, functools.partial(_lower_error, way))
+      for way, against in WAYS.items() if against),
+    StudyClaim("Eight bits for Q, K, P and V cost little", "paper, quantised attention", "lossless metrics",
+               "below 2e-2 with its 95 % interval, all blocks computed", _int8),
+    *(StudyClaim(f"Reordering makes the error of the integers smaller, {BITS[8, pv]}", "paper, quantised attention",
+                 "qualitative", "below 1 with its 95 % interval, all blocks computed",
+                 functools.partial(_integers, BITS[8, pv])) for pv in (8, 4)),
+    *(StudyClaim(f"At density {DENSITY} videos stay much nearer to those of exact attention reordered than {against}",
+                 f"paper, tables of CogVideoX and Flux; {VIDEO}", "lossless metrics", HALF_RULE,
+                 functools.partial(_nearer_videos, way)) for way, against in WAYS.items() if against),
+    *(StudyClaim(f"Attention is faster by near 1/density, {BITS[bits]}", "paper, kernel benchmark; here: CPU",
+                 "close to 1/density at 0.2 to 0.5", "median of paired ratios at least half of 1/density at each "
+                 "density, float32 against torch's kernel", functools.partial(_faster, BITS[bits]))
+      for bits in ((16, 16), (8, 8))),
+    StudyClaim("Reordering costs next to nothing", "paper, overheads", "below 1 %, fused into other kernels",
+               "below 1 %", _overhead),
+    *(StudyClaim(statement, source, paper, rule, unmeasured="not measured: needs a GPU and those models")
+      for statement, source, paper, rule in (
+          ("Metrics of CogVideoX and Flux are lossless at 20 to 30 % density and INT8 or INT4", "abstract",
+           "nearly identical to full precision", "metrics within the noise of exact attention"),
+          ("Images and videos are made faster end to end", "abstract", "1.9x to 2.7x", "ratio above 1.5 on a GPU"),
+          ("At equal quality it is faster than SpargeAttn and SparseVideoGen", "paper, kernel benchmark", "as stated",
+           "ratio above 1 on a GPU"))),
+], show=_show, once=once, full=Scale(), quick=QUICK, quick_seeds=1, facts=_facts)

@@ -11,7 +11,7 @@ from torch import Tensor
 def blocks_kept(blocks: int, select: float) -> int:
     """k, how many of ``blocks`` key blocks each query block keeps.
 
-    One more than the share says, also where the share is a whole number: so the authors' code counts. Never more than
+    One more than the fraction says, also where it gives a whole number: so the authors' code counts. Never more than
     there are.
     """
     # rounded first: 0.29 * 100 is 28.999... in floating point
@@ -35,14 +35,14 @@ def prompt_blocks(prompt: int, length: int, block: int) -> int:
 
 
 def select_blocks(importance: Tensor, lengths: list[int], prompts: list[int], block: int, select: float) -> Tensor:
-    """The most important key blocks of each query block; prompt and response have a share each.
+    """The most important key blocks of each query block, of the prompt and of the response apart.
 
     Args:
         importance: (B, H, Nq, Nk), larger is more important. Among equals the first are kept.
         lengths: keys of each batch item.
         prompts: tokens of the prompt of each item; 0: no parts.
         block: tokens of a block.
-        select: share of the blocks to keep, above 0 and up to 1; see :func:`blocks_kept`.
+        select: fraction of the blocks to keep, in (0, 1]; see :func:`blocks_kept`.
 
     Returns:
         (B, H, Nq, Nk) bool, nothing beyond the lengths.
