@@ -53,7 +53,6 @@ class Ranges(Plugin):
     block: Annotated[int, OneOf(16, 32)] = 16
     mode: Literal["a", "b"] = "a"
     exact: bool = False
-    name: str = "x"
     paper: ClassVar[Paper] = Method.paper
 
 
@@ -62,7 +61,7 @@ class Ranges(Plugin):
     ("rate", True, "a number > 0"), ("limit", 0, "a number > 0"), ("count", 0, "None or an integer >= 1"),
     ("count", 1.5, "None or an integer >= 1"), ("sizes", (0,), r"a sequence of integers in \[1, 9\]"),
     ("sizes", 3, r"a sequence of integers in \[1, 9\]"), ("block", 17, "16 or 32"), ("mode", "c", "'a' or 'b'"),
-    ("exact", 1, "True or False"), ("name", 3, "text")])
+    ("exact", 1, "True or False")])
 def test_declared_ranges_are_checked(field: str, value: object, expected: str) -> None:
     with pytest.raises(ValueError, match=rf"Ranges\.{field}: expected {expected}, got "):
         Ranges(**{field: value})  # type: ignore[arg-type]

@@ -5,10 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-import pytest
-
-from looseleaf_text import Example
-from looseleaf_ease.arms import draw, generator, in_turn
+from looseleaf_ease.search import draw, generator
 
 
 def test_arms_are_ordered_sets_drawn_evenly() -> None:
@@ -33,9 +30,3 @@ def test_small_domains_are_listed_whole_and_what_was_tried_is_left_out() -> None
 
 def test_drawing_more_begins_with_the_same_arms() -> None:
     assert draw(generator(4), 50, 5, 1, 200)[:20] == draw(generator(4), 50, 5, 1, 20)
-
-
-@pytest.mark.parametrize(("most", "expected"), [(4, "acbd"), (3, "acb"), (99, "acbde")])
-def test_labels_take_turns(most: int, expected: str) -> None:
-    examples = [Example("a", "x"), Example("b", "x"), Example("c", "y"), Example("d", "y"), Example("e", "y")]
-    assert "".join(str(e.text) for e in in_turn(examples, most)) == expected

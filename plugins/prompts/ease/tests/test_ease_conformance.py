@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
-import pytest
+import dataclasses
 
-from looseleaf.testing import check_prompt_optimizer
-from looseleaf_ease import EASE, Encoder
+import numpy as np
+
+from looseleaf.testing import conformance_tests
+from looseleaf_ease import EASE
 
 
 def letters(texts: list[str]) -> np.ndarray:
@@ -15,7 +16,6 @@ def letters(texts: list[str]) -> np.ndarray:
                      for t in texts], dtype=np.float32)
 
 
-@pytest.mark.parametrize("encoder", ["model", letters])
-def test_ease_conformance(encoder: str | Encoder) -> None:
-    check_prompt_optimizer(EASE, lambda: EASE(k=3, encoder=encoder, total_iterations=24, n_init=8, domain=300, keep=8,
-                                              hidden=16, train_steps=20))
+test_conformance = conformance_tests(EASE, {
+    "the model's own": {}, "a function": {"make": lambda: dataclasses.replace(EASE.conformance()["make"](),
+                                                                              encoder=letters)}})

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from looseleaf import EndpointError
-from looseleaf_text.testing import ToyLanguageModel, toy_task
 from looseleaf_ease import EASE, sentence_encoder
 from looseleaf_ease import encoder as module
 from looseleaf_ease.encoder import encode, resolve
+from looseleaf_text.testing import ToyLanguageModel, toy_task
 
 
 def numbers(texts: list[str]) -> list[list[float]]:
@@ -29,7 +29,7 @@ def test_functions_and_their_names() -> None:
 
 @pytest.mark.parametrize("made", [np.zeros(3), np.zeros((1, 3)), np.full((2, 3), np.inf)])
 def test_a_function_that_returns_something_else(made: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"of 2 texts: allowed are finite values of shape \(2, dimensions\)"):
+    with pytest.raises(ValueError, match=r"encoder: expected finite values of shape \(2, dimensions\), got an array"):
         encode(lambda texts: made, ["a", "b"])
 
 
@@ -80,7 +80,7 @@ def test_names_of_sentence_transformers(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "sentence_transformers", Module)
     name, function = resolve("good", ToyLanguageModel())
     assert name == "good" and encode(function, ["a"]).shape == (1, 2)
-    with pytest.raises(ValueError, match=r"encoder='modle'.*no modle here.*Allowed are.*Did you mean 'model'"):
+    with pytest.raises(ValueError, match=r"encoder='modle'.*no modle here.*Expected.*Did you mean 'model'"):
         resolve("modle", ToyLanguageModel())
 
 

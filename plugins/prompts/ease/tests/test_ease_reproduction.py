@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -10,9 +9,8 @@ import pytest
 
 from looseleaf import Report
 from looseleaf_ease import reproduction
-from looseleaf_ease.reproduction import PLAIN, REMAPPED, Seed, reproduce, summarise, task_of
-
-pytest.importorskip("looseleaf_lab")
+from looseleaf_ease.reproduction import PLAIN, REMAPPED, Scale, study, task_of
+from looseleaf_lab.study import Results
 
 
 def letters(texts: list[str]) -> np.ndarray:
@@ -20,14 +18,18 @@ def letters(texts: list[str]) -> np.ndarray:
                      for t in texts], dtype=np.float32)
 
 
-def made(ease: float, rival: float, correlation: float = 0.4, orders: float = 0.2) -> Seed:
-    return Seed({"EASE": (ease, ease), "Best-of-N": (rival, rival)}, {"EASE": [0.5, ease], "Best-of-N": [0.5, rival]},
-                {"EASE": [0.5, ease], "Best-of-N": [0.5, rival]}, correlation, [0.5, 0.5 + orders],
-                {"EASE": 2.0, "Best-of-N": 1.0}, "a prompt")
+def made(ease: float, other: float, correlation: float = 0.4, orders: float = 0.2) -> dict[str, Any]:
+    methods = {"EASE": ease, "Best-of-N": other}
+    task = {"found": {n: {"validation": v, "test": v} for n, v in methods.items()},
+            "curves": {n: [0.5, v] for n, v in methods.items()}, "scores": {n: [0.5, v] for n, v in methods.items()},
+            "correlation": correlation, "orders": [0.5, 0.5 + orders], "seconds": {"EASE": 2.0, "Best-of-N": 1.0},
+            "prompt": "a prompt"}
+    return {REMAPPED: task, PLAIN: task}
 
 
-def verdicts(seeds: list[Seed], parts: list[float] | None = None, quick: bool = False) -> list[str]:
-    report = summarise({REMAPPED: seeds, PLAIN: seeds}, parts or [0.1, 0.5, 0.1, 3.0], quick)
+def verdicts(rows: list[dict[str, Any]], parts: list[float] | None = None, quick: bool = False) -> list[str]:
+    once = {"parts": parts or [0.1, 0.5, 0.1, 3.0], "dtype": "float32", "threads": 1}
+    report = study.report(Results(rows, once, list(range(len(rows))), Scale(), quick))
     assert Report.from_dict(report.to_dict()).to_text() == report.to_text()
     assert all(c.rule and c.paper and c.source and c.measured for c in report.claims)
     return [c.verdict for c in report.claims]
@@ -39,7 +41,7 @@ def test_rules_decide() -> None:
     assert verdicts([made(0.7, 0.8), made(0.75, 0.8)])[:3] == [no, no, no]
     assert verdicts([made(0.9, 0.8), made(0.7, 0.79)])[:3] == [yes, open_, open_]  # the interval holds 0
     assert verdicts([made(0.9, 0.8, 0.3, 0.05)])[3:5] == [no, no]
-    assert verdicts([made(0.9, 0.8, math.nan)])[4] == no
+    assert verdicts([made(0.9, 0.8, 0.0)])[4] == no
     assert verdicts([made(0.9, 0.8)], [0.1, 0.8, 0.2, 0.0])[5] == no
     assert set(verdicts([made(0.9, 0.8)], quick=True)) == {open_}
 
@@ -52,7 +54,9 @@ def test_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(models, "load", lambda name, dtype: (tiny_text_llama(), tiny_tokenizer()))
     monkeypatch.setattr(reproduction, "sentence_encoder", lambda *given: letters)
-    report = reproduce(seeds=1, quick=True, progress=False)
+    reproduction._tools.cache_clear()
+    report = study(seeds=1, quick=True, progress=False)
+    reproduction._tools.cache_clear()
     assert len(report.claims) == 8 and report.facts["seeds"] == 1 and len(report.figures) == 2
     assert all(c.verdict == "not shown at this scale" for c in report.claims)
 
@@ -62,12 +66,12 @@ def test_tasks(name: str) -> None:
     pytest.importorskip("chatterbot_corpus")
     task = task_of(name, 3)
     assert len(task.train) == 60 and len(task.test) == 150 and 20 <= len(task.dev) <= 21
-    assert {e.label for e in task.train} == set(task.labels or ())
-    assert not {e.text for e in task.train} & {e.text for e in (*task.dev, *task.test)}
+    assert {e.target for e in task.train} == set(task.labels or ())
+    assert not {e.inputs["text"] for e in task.train} & {e.inputs["text"] for e in (*task.dev, *task.test)}
     task.validate()
 
 
 @pytest.mark.parametrize("seeds", [0, -1, 1.5])
 def test_bad_seeds(seeds: Any) -> None:
     with pytest.raises(ValueError, match="seeds"):
-        reproduce(seeds=seeds)
+        study(seeds=seeds)

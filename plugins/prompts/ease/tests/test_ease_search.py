@@ -19,19 +19,18 @@ import numpy as np
 import pytest
 import torch
 
-from looseleaf import Budget
-from looseleaf_text import Example, LanguageModel, Prompt, Task
-from looseleaf_text.testing import ToyLanguageModel, toy_task
+from looseleaf import Budget, Example
 from looseleaf_ease import EASE, NeuralUCB
-from looseleaf_ease.instructions import context
-from looseleaf_ease.search import Search
+from looseleaf_ease.search import context
+from looseleaf_text import ChatPrompt, LanguageModel, SoftPrompt, TextPrompt, TextTask
+from looseleaf_text.testing import ToyLanguageModel, toy_task
 
 SMALL: dict[str, Any] = {"k": 3, "encoder": "model", "total_iterations": 20, "n_init": 6, "domain": 200, "keep": 8,
                          "hidden": 16, "train_steps": 20}
 
 
-def run(optimizer: EASE | None = None, model: LanguageModel | None = None, task: Task | None = None,
-        **more: Any) -> Prompt:
+def run(optimizer: EASE | None = None, model: LanguageModel | None = None, task: TextTask | None = None,
+        **more: Any) -> TextPrompt:
     return (optimizer or EASE(**SMALL)).optimize(task or toy_task(), model or ToyLanguageModel(), progress=False,
                                                  **more)
 
@@ -66,7 +65,7 @@ def test_the_best_arm_is_returned_and_marked_as_the_task_marks_it() -> None:
     assert info["evaluations"] == 20 == len(info["tried"]) == len(info["history"]) and info["stopped"] == "done"
     assert info["encoder"] == "model" and info["n_init"] == 6
     assert info["fitness"] == max(t[0] for t in info["tried"]) == info["history"][-1][1]
-    assert task.evaluate(prompt, model, task.dev).score == info["fitness"]
+    assert task.evaluate(prompt.on(model), task.dev).score == info["fitness"]
     assert len(prompt.exemplars) == 3 and all(e in task.train for e in prompt.exemplars)
     arms = [(t[2], tuple(t[3])) for t in info["tried"]]
     assert len(set(arms)) == len(arms) and all(len(set(a)) == 3 for _, a in arms)
@@ -107,7 +106,7 @@ def test_embedded_is_the_whole_prompt_before_the_example_and_order_shows() -> No
     text = model.embedded[0][0]
     assert text.count("Sentiment:") == 3 and not text.endswith("Sentiment:")
     assert all(prefix.startswith(text + "\n\n") for prefix in model.scored[0])
-    search = Search(small(), toy_task(), ToyLanguageModel(), None, None, 0, None, False)
+    search = small().search(toy_task(), ToyLanguageModel(), progress=False)
     assert context(search.prompt((0, (0, 1, 2)))) != context(search.prompt((0, (1, 0, 2))))
     single = model.embedded[1]
     assert len(single) == 32 and all(t.count("Sentiment:") == 1 for t in single)
@@ -177,22 +176,22 @@ def test_generation_tasks_take_the_metric() -> None:
 
 def test_a_start_gives_the_instruction_and_the_first_arm() -> None:
     task = toy_task()
-    stranger = Example("a lovely film that felt warm and bright", "positive")
-    start = Prompt.for_task(task, "Judge the film.", [task.train[4], stranger])
+    stranger = Example({"text": "a lovely film that felt warm and bright"}, "positive")
+    start = TextPrompt.for_task(task, "Judge the film.", [task.train[4], stranger])
     model = Watching()
     prompt = run(small(target=2.0), model, task, start=start)
     assert set(model.scored[0]) == {start.render(e) for e in task.dev}
     assert prompt.info["examples"]["pool"] == 17 and prompt.info["tried"][0][3][1] == 16
     assert prompt.text == "Judge the film." and prompt.info["evaluations"] == 20
-    instruction_alone = run(small(total_iterations=6), start=Prompt.for_task(task, "Judge the film."))
+    instruction_alone = run(small(total_iterations=6), start=TextPrompt.for_task(task, "Judge the film."))
     assert instruction_alone.text == "Judge the film." and len(instruction_alone.exemplars) == 3
 
 
 @pytest.mark.parametrize(("start", "words"), [
-    (Prompt("The film {text} is"), "no place for exemplars"),
-    (Prompt(messages=[{"role": "user", "content": "{text}"}]), "without messages"),
-    (Prompt(soft=torch.zeros(1, 2)), "soft tokens")])
-def test_bad_starts(start: Prompt, words: str) -> None:
+    (TextPrompt("The film {text} is"), "no place for exemplars"),
+    (ChatPrompt([{"role": "user", "content": "{text}"}]), "expected a TextPrompt"),
+    (SoftPrompt(TextPrompt(), torch.zeros(1, 2)), "expected a TextPrompt")])
+def test_bad_starts(start: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         run(start=start)
 
@@ -240,18 +239,18 @@ def test_budgets_are_kept(calls: int) -> None:
     assert prompt.info["evaluations"] >= min(calls // 16, 6) and len(prompt.exemplars) == 3
 
 
-def test_the_paper_s_share_of_random_arms_where_the_budget_is_small() -> None:
+def test_the_paper_s_fraction_of_random_arms_where_the_budget_is_small() -> None:
     optimizer = EASE(encoder="model", train_steps=5)
     prompt = run(optimizer, budget=Budget(calls=600))
     assert prompt.info["n_init"] == round(40 / 165 * (600 // 16)) < prompt.info["evaluations"]
     assert prompt.info["embedded"] == 16  # each embedding is a call
-    assert optimizer._initial_count(Search(optimizer, toy_task(), ToyLanguageModel(), None, None, 0, None, False)) == 40
-    with pytest.raises(ValueError, match=r"n_init=30: allowed is None, or a whole number from 1 to total_iteration"):
+    assert optimizer._initial_count(optimizer.search(toy_task(), ToyLanguageModel(), progress=False)) == 40
+    with pytest.raises(ValueError, match=r"n_init: expected None or an integer in \[1, total_iterations=20\], got 30"):
         EASE(total_iterations=20, n_init=30)
 
 
 def test_no_budget_at_all() -> None:
-    with pytest.raises(ValueError, match=r"Budget\.calls=0"):
+    with pytest.raises(ValueError, match=r"Budget\.calls: expected"):
         run(budget=Budget(calls=0))
 
 
@@ -268,21 +267,21 @@ def test_a_limit_on_time_ends_between_rounds() -> None:
     ("hidden", 0), ("train_steps", 0), ("encoder", ""), ("encoder", 3), ("pool", 0), ("validation", 0),
     ("instructions", "one text"), ("propose", -1), ("target", 0.0), ("nu", float("nan"))])
 def test_bad_parameters(field: str, wrong: Any) -> None:
-    with pytest.raises(ValueError, match=rf"EASE\.{field}=.*allowed is"):
+    with pytest.raises(ValueError, match=rf"EASE\.{field}: expected .*, got"):
         EASE(**{field: wrong})
 
 
 def test_more_exemplars_than_there_are() -> None:
-    with pytest.raises(ValueError, match=r"EASE\.k=17: task 'toy' has 16 different examples"):
+    with pytest.raises(ValueError, match=r"EASE\.k: expected an integer in \[1, 16\], the different examples"):
         run(small(k=17))
-    with pytest.raises(ValueError, match=r"EASE\.k=5: .* has 4 different"):
+    with pytest.raises(ValueError, match=r"EASE\.k: expected an integer in \[1, 4\].*got 5"):
         run(small(k=5, pool=4))
     everyone = run(small(k=4, total_iterations=8, n_init=3), task=toy_task(size=4))
     assert len(everyone.exemplars) == 4  # only the order is left to choose
 
 
 def test_no_validation_examples() -> None:
-    with pytest.raises(ValueError, match="no dev examples: give some"):
+    with pytest.raises(ValueError, match="expected dev examples, got none: give some"):
         run(task=dataclasses.replace(toy_task(), dev=[]))
 
 
@@ -309,7 +308,7 @@ def test_killed_at_any_request_and_resumed(encoder: Any, tmp_path: Path) -> None
     class Kill(BaseException):
         pass
 
-    def outcome(prompt: Prompt) -> tuple[Any, ...]:
+    def outcome(prompt: TextPrompt) -> tuple[Any, ...]:
         return prompt.render(toy_task().dev[0]), prompt.info["tried"], prompt.info["history"]
 
     optimizer = small(encoder=encoder, target=2.0, total_iterations=14)

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from looseleaf import EndpointError
+from looseleaf_ease import EASE
 from looseleaf_text import EndpointModel, LocalModel
 from looseleaf_text.testing import ToyLanguageModel, toy_task
 from looseleaf_text.testing.servers import toy_server
-from looseleaf_ease import EASE
 
 SMALL: dict[str, Any] = {"k": 2, "total_iterations": 6, "n_init": 3, "domain": 50, "keep": 4, "hidden": 8,
                          "train_steps": 10, "target": 2.0}
@@ -22,7 +22,7 @@ def test_through_a_server_as_without_one() -> None:
     local = EASE(**SMALL, encoder="model").optimize(task, ToyLanguageModel(), progress=False)
     with toy_server() as url:
         remote = EASE(**SMALL, encoder="model").optimize(task, EndpointModel(url, "toy"), progress=False)
-    assert [e.text for e in remote.exemplars] == [e.text for e in local.exemplars]
+    assert remote.exemplars == local.exemplars
     for ours, theirs in zip(local.info["tried"], remote.info["tried"], strict=True):
         assert ours[2:] == theirs[2:] and ours[:2] == pytest.approx(theirs[:2])
     assert remote.info["fitness"] == local.info["fitness"]
@@ -56,5 +56,5 @@ def test_on_a_local_model_that_embeds() -> None:
     task.template = "{text}"
     model = LocalModel(tiny_text_llama().eval(), tiny_tokenizer())
     prompt = EASE(**SMALL, encoder="model").optimize(task, model, progress=False)
-    assert prompt.info["evaluations"] == 6 and task.evaluate(prompt, model, task.dev).score == prompt.info["fitness"]
+    assert prompt.info["evaluations"] == 6 and task.evaluate(prompt.on(model), task.dev).score == prompt.info["fitness"]
     assert model.forwarded < model.tokens  # the exemplars are forwarded once for all validation examples

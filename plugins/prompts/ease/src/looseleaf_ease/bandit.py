@@ -1,4 +1,4 @@
-"""NeuralUCB: a small network predicts the score of an arm, its gradients say how sure it is."""
+"""NeuralUCB: a small network predicts the score of an arm, its gradients say how certain it is."""
 
 from __future__ import annotations
 

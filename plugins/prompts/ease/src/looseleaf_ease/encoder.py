@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from looseleaf import EndpointError
-from looseleaf_text import LanguageModel
 from looseleaf.errors import did_you_mean
+from looseleaf_text import LanguageModel
 
 Vectors = NDArray[np.float32]
 Encoder = Callable[[list[str]], Any]
@@ -60,8 +60,8 @@ def encode(encoder: Encoder, texts: list[str]) -> Vectors:
     """
     made = np.asarray(encoder(texts), dtype=np.float32)
     if made.ndim != 2 or len(made) != len(texts) or not np.isfinite(made).all():
-        raise ValueError(f"the encoder made an array of shape {made.shape} of {len(texts)} texts: allowed are finite "
-                         f"values of shape ({len(texts)}, dimensions)")
+        raise ValueError(f"encoder: expected finite values of shape ({len(texts)}, dimensions), got an array of shape "
+                         f"{made.shape}")
     return made / np.maximum(np.linalg.norm(made, axis=1, keepdims=True), 1e-12)
 
 
@@ -139,7 +139,7 @@ def _sentence_transformer(name: str) -> Encoder:
         made = sentence_transformers.SentenceTransformer(name)
     except Exception as error:  # a wrong name fails in as many ways as there are places to look for it
         raise ValueError(f"encoder={name!r}: sentence-transformers cannot load it ({type(error).__name__}: "
-                         f"{str(error).splitlines()[0] if str(error) else ''}). Allowed are "
+                         f"{str(error).splitlines()[0] if str(error) else ''}). Expected "
                          f"{', '.join(map(repr, NAMES))}, a folder or name of sentence-transformers, or a function."
                          f"{hint}") from error
     return lambda texts: made.encode(texts, show_progress_bar=False)

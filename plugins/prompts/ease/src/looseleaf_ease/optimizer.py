@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 
-from looseleaf import Budget, BudgetExhausted, Paper, PromptOptimizer
-from looseleaf_text import LanguageModel, Prompt, Task
+from looseleaf import Budget, BudgetExhausted, Paper
 from looseleaf.budget import reason
-from looseleaf_ease.arms import Arm, draw, generator, sets_of
+from looseleaf.plugin import In
 from looseleaf_ease.bandit import NeuralUCB
 from looseleaf_ease.encoder import Choice
-from looseleaf_ease.search import Search
+from looseleaf_ease.search import Arm, Search, draw, generator, sets_of
 from looseleaf_ease.transport import closest
+from looseleaf_text import LanguageModel, TextOptimizer, TextPrompt, TextTask
 
 PAPER = Paper(
     title="Prompt Optimization with EASE? Efficient Ordering-aware Automated Selection of Exemplars",
@@ -25,7 +24,7 @@ PAPER = Paper(
     code="https://github.com/ZhaoxuanWu/EASE-Prompt-Optimization",
     summary="Finds which demonstrations, in which order, make the best prompt; nothing is retrieved at test time.")
 
-INITIAL_SHARE = 40 / 165
+INITIAL_FRACTION = 40 / 165
 """Of all evaluations, how many are random at first, in the paper's runs."""
 KEEP = 50
 """Arms embedded in each round: what one batch of the authors' code keeps. It takes 20 such batches a round; one lets
@@ -33,7 +32,7 @@ a round with MiniLM take seconds without a GPU."""
 
 
 @dataclasses.dataclass
-class EASE(PromptOptimizer):
+class EASE(TextOptimizer):
     """Chooses the demonstrations of a prompt, their order and, if wanted, its instruction with a neural bandit.
 
     An arm is an ordered set of ``k`` training examples (with an instruction). Random arms are scored first; then, in
@@ -50,7 +49,7 @@ class EASE(PromptOptimizer):
         k: exemplars in the prompt; from 1, at most as many as there are different training examples.
         total_iterations: the search ends after this many evaluations; from 1.
         n_init: random evaluations at the beginning, from 1 to ``total_iterations``, all of which is Best-of-N; None:
-            the paper's 40 of 165, or the same share of what ``total_iterations`` or the budget's calls allow.
+            the paper's 40 of 165, or the same fraction of what ``total_iterations`` or the budget's calls allow.
         nu: weight of exploration, inside the root of the bound; from 0, which is greedy.
         lam: regularisation of the network and of the bound; above 0.
         domain: arms drawn in each round; from 1.
@@ -69,46 +68,42 @@ class EASE(PromptOptimizer):
         target: the search ends when a score reaches it; above 0. For a metric of your own that goes beyond 1.
     """
 
-    k: int = 5
-    total_iterations: int = 165
-    n_init: int | None = None
-    nu: float = 0.01
-    lam: float = 0.1
-    domain: int = 10000
-    keep: int | None = None
+    k: Annotated[int, In(">= 1")] = 5
+    total_iterations: Annotated[int, In(">= 1")] = 165
+    n_init: Annotated[int | None, In(">= 1")] = None
+    nu: Annotated[float, In(">= 0")] = 0.01
+    lam: Annotated[float, In("> 0")] = 0.1
+    domain: Annotated[int, In(">= 1")] = 10000
+    keep: Annotated[int | None, In(">= 1")] = None
     ot: bool = True
-    hidden: int = 100
-    train_steps: int = 1000
+    hidden: Annotated[int, In(">= 1")] = 100
+    train_steps: Annotated[int, In(">= 1")] = 1000
     encoder: Choice = "auto"
-    pool: int = 100
-    validation: int = 20
+    pool: Annotated[int, In(">= 1")] = 100
+    validation: Annotated[int, In(">= 1")] = 20
     instructions: tuple[str, ...] = ()
-    propose: int = 0
-    target: float = 1.0
+    propose: Annotated[int, In(">= 0")] = 0
+    target: Annotated[float, In("> 0", infinite=True)] = 1.0
     paper: ClassVar[Paper] = PAPER
 
+    @classmethod
+    def conformance(cls) -> dict[str, Any]:
+        """See :meth:`looseleaf.Plugin.conformance`: a small network, and embeddings of the toy model itself."""
+        return {**super().conformance(), "make": lambda: cls(
+            k=3, encoder="model", total_iterations=24, n_init=8, domain=300, keep=8, hidden=16, train_steps=20)}
+
     def validate(self) -> None:
-        """Raise ValueError for a parameter out of range."""
-        for name in ("k", "total_iterations", "domain", "hidden", "train_steps", "pool", "validation"):
-            value = getattr(self, name)
-            self.check(name, isinstance(value, int) and value >= 1, "a whole number from 1")
-        self.check("n_init", self.n_init is None or (
-            isinstance(self.n_init, int) and 1 <= self.n_init <= self.total_iterations),
-            f"None, or a whole number from 1 to total_iterations={self.total_iterations}")
-        self.check("keep", self.keep is None or (isinstance(self.keep, int) and self.keep >= 1),
-                   "None, or a whole number from 1")
-        self.check("nu", self.nu >= 0 and math.isfinite(self.nu), "a finite number from 0")
-        self.check("lam", self.lam > 0 and math.isfinite(self.lam), "a finite number above 0")
-        self.check("propose", isinstance(self.propose, int) and self.propose >= 0, "a whole number from 0")
-        self.check("target", self.target > 0, "a number above 0 (math.inf never ends the search)")
+        """See :meth:`looseleaf.Plugin.validate`."""
+        self.check("n_init", self.n_init is None or self.n_init <= self.total_iterations,
+                   f"None or an integer in [1, total_iterations={self.total_iterations}]")
         self.check("encoder", callable(self.encoder) or (isinstance(self.encoder, str) and bool(self.encoder)),
                    "'auto', 'minilm', 'model', a name of sentence-transformers, or a function from texts to vectors")
         self.check("instructions", not isinstance(self.instructions, str) and all(
             isinstance(i, str) for i in self.instructions), "a sequence of texts")
 
-    def optimize(self, task: Task, model: LanguageModel, budget: Budget | None = None, *,
-                 start: Prompt | None = None, seed: int = 0,
-                 state_dir: str | Path | None = None, progress: bool | None = None) -> Prompt:
+    def optimize(self, task: TextTask, model: LanguageModel, *, budget: Budget | None = None,  # type: ignore[override]
+                 start: TextPrompt | None = None, seed: int = 0, state_dir: str | Path | None = None,
+                 progress: bool | None = None) -> TextPrompt:
         """See :meth:`looseleaf.PromptOptimizer.optimize`.
 
         Returns:
@@ -122,7 +117,7 @@ class EASE(PromptOptimizer):
             ModuleNotFoundError: the encoder's package is not installed.
             EndpointError: the server fails, gives no log-probabilities or, with ``encoder="model"``, no embeddings.
         """
-        search = Search(self, task, model, budget, start, seed, state_dir, progress)
+        search = self.search(task, model, budget=budget, start=start, seed=seed, state_dir=state_dir, progress=progress)
         initial = self._initial_count(search)
         keep = self._keep_count(search)
         stopped = "done"
@@ -134,13 +129,22 @@ class EASE(PromptOptimizer):
             stopped = reason(end)
         return search.finish(stopped, {"n_init": initial, "embedded": keep})
 
+    def search(self, task: TextTask, model: LanguageModel, *, start: TextPrompt | None = None, seed: int = 0,
+               **options: Any) -> Search:
+        """The search that :meth:`optimize` makes, before anything is tried; same arguments."""
+        self.check_model(model)
+        return Search(task, model, identity=self.identity(task, model, start, seed), k=self.k,
+                      total_iterations=self.total_iterations, pool=self.pool, validation=self.validation,
+                      encoder=self.encoder, instructions=self.instructions, propose=self.propose, target=self.target,
+                      start=start, seed=seed, name=type(self).__name__, **options)
+
     def _initial_count(self, search: Search) -> int:
         if self.n_init is not None:
             return self.n_init
         total = self.total_iterations
         if search.budget.calls is not None:
             total = min(total, search.budget.calls // len(search.validation))
-        return max(1, round(INITIAL_SHARE * total))
+        return max(1, round(INITIAL_FRACTION * total))
 
     def _keep_count(self, search: Search) -> int:
         if self.keep is not None:

@@ -1,13 +1,16 @@
-"""The state of one search: what was tried, what came out, what it cost, and how to go on from there."""
+"""One search: arms, instructions, what was tried, what came out, what it cost, and how to go on from there."""
 
 from __future__ import annotations
 
 import base64
 import dataclasses
+import itertools
+import math
+import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,18 +18,88 @@ from safetensors.torch import load as unpack
 from safetensors.torch import save as pack
 from torch import Tensor
 
-from looseleaf import Budget, BudgetExhausted
-from looseleaf_text import Example, LanguageModel, Prompt, Task
+from looseleaf import Budget, BudgetExhausted, Example
 from looseleaf.progress import bar
-from looseleaf_text.model import MeteredModel
 from looseleaf.resume import SearchState
-from looseleaf_text.task import slots
-from looseleaf_ease.arms import Arm, in_turn
-from looseleaf_ease.encoder import Vectors, encode, resolve
-from looseleaf_ease.instructions import context, propose
+from looseleaf_ease.encoder import Choice, Vectors, encode, resolve
+from looseleaf_text import LanguageModel, TextPrompt, TextTask
+from looseleaf_text.slots import slots
 
-if TYPE_CHECKING:
-    from looseleaf_ease.optimizer import EASE
+Arm = tuple[int, tuple[int, ...]]
+"""Place of the instruction among the candidates, and places of the exemplars in the pool, in their order."""
+
+
+def generator(*purpose: object) -> np.random.Generator:
+    """A generator of its own for each purpose, such as (seed, "round", 7): nothing random depends on what came
+    before, so that a search can be resumed anywhere."""
+    return np.random.default_rng(random.Random(repr(purpose)).getrandbits(128))
+
+
+def draw(rng: np.random.Generator, pool: int, k: int, instructions: int, count: int,
+         without: Collection[Arm] = ()) -> list[Arm]:
+    """Different arms drawn uniformly: ``count`` of them, fewer after those drawn twice or in ``without`` are left
+    out, and all there are where there are no more than ``count``.
+
+    Args:
+        rng: the source of randomness.
+        pool, k: exemplars to choose from, and how many are chosen, in order.
+        instructions: how many there are to choose from.
+        count: how many arms are drawn.
+        without: arms not wanted.
+    """
+    if math.perm(pool, k) * instructions <= count:
+        every = list(itertools.product(range(instructions), itertools.permutations(range(pool), k)))
+        arms = [every[n] for n in rng.permutation(len(every))]
+    else:
+        # The k least of random keys, in the order of their keys, are a uniformly drawn ordered set.
+        keys = rng.random((count, pool))
+        sets = np.argpartition(keys, k - 1, axis=1)[:, :k]
+        sets = np.take_along_axis(sets, np.take_along_axis(keys, sets, 1).argsort(1), 1)
+        chosen = rng.integers(instructions, size=count)
+        arms = [(int(i), tuple(s)) for i, s in zip(chosen, sets.tolist(), strict=True)]
+    return [arm for arm in dict.fromkeys(arms) if arm not in without]
+
+
+def sets_of(arms: Sequence[Arm]) -> np.ndarray:
+    """The exemplars of arms of like size, int64 of shape (arms, k)."""
+    return np.array([exemplars for _, exemplars in arms], dtype=np.int64)
+
+
+DEMONSTRATIONS = 10
+"""Shown for each proposal, as in the authors' code."""
+QUESTION = "The instruction was to"
+LONGEST = 40
+"""Tokens of a proposal at most."""
+
+
+def context(prompt: TextPrompt) -> str:
+    """What of a prompt stands before the example: instruction and exemplars."""
+    whole = prompt.as_template(())
+    asked = TextPrompt(template=prompt.template, answer_prefix=prompt.answer_prefix).as_template(())
+    return whole.removesuffix(asked).removesuffix(prompt.separator)
+
+
+def propose(model: LanguageModel, base: TextPrompt, pool: Sequence[Example], count: int, seed: int) -> list[str]:
+    """At most ``count`` instructions, each made from other demonstrations; empty and repeated ones are left out.
+
+    Greedy, so that a server's random numbers play no part; the demonstrations differ instead.
+
+    Args:
+        model: writes them; one call each.
+        base: how examples are shown.
+        pool: examples.
+        count: how many are asked for.
+        seed: decides which demonstrations are shown.
+    """
+    rng = generator(seed, "instructions")
+    asked = []
+    for _ in range(count):
+        chosen = rng.permutation(len(pool))[:DEMONSTRATIONS]
+        shown = TextPrompt(exemplars=[pool[n] for n in chosen], template=base.template, labels=base.labels,
+                       answer_prefix=base.answer_prefix, separator=base.separator)
+        asked.append(f"{context(shown)}{base.separator}{QUESTION}")
+    answers = [answer.strip() for answer in model.generate(asked, LONGEST, ["\n"])] if asked else []
+    return [a[0].upper() + a[1:] for a in dict.fromkeys(answers) if a]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +107,7 @@ class Result:
     """What an arm gave.
 
     Attributes:
-        score: mean mark on the validation examples.
+        score: mean score on the validation examples.
         likelihood: mean log-probability of the right labels, which breaks ties; None for generation tasks.
         calls: calls spent on the whole search by then.
     """
@@ -56,12 +129,21 @@ class Search:
     not been stopped.
 
     Args:
-        optimizer: whose search this is.
-        task, model, budget, start, seed, state_dir, progress: see :class:`looseleaf.PromptOptimizer`.
+        task, model, budget, seed, state_dir, progress: see :meth:`looseleaf.PromptOptimizer.optimize`.
+        identity: what makes two searches the same one; the encoder's name is added.
+        k: exemplars in a prompt.
+        total_iterations: evaluations after which the search ends.
+        pool, validation: at most so many examples are used.
+        encoder: what embeds prompts, see :func:`looseleaf_ease.encoder.resolve`.
+        instructions: candidates beside the start's own, or none.
+        propose: how many more the model writes.
+        target: a score that ends the search.
+        start: instruction, form and first exemplars; None: the task's.
+        name: of the progress bar.
 
     Attributes:
         pool: examples that exemplars are taken from.
-        validation: examples that arms are marked on.
+        validation: examples that arms are scored on.
         instructions: candidates; the start's own, or none, is the first.
         tried: arm -> result, in order.
         confidence: the bandit's, once it has pulled an arm.
@@ -71,39 +153,42 @@ class Search:
             start has no place for exemplars.
     """
 
-    def __init__(self, optimizer: EASE, task: Task, model: LanguageModel, budget: Budget | None,
-                 start: Prompt | None, seed: int, state_dir: str | Path | None, progress: bool | None) -> None:
+    def __init__(self, task: TextTask, model: LanguageModel, *, identity: Mapping[str, Any], k: int,
+                 total_iterations: int, pool: int, validation: int, encoder: Choice,
+                 instructions: Sequence[str] = (), propose: int = 0, target: float = 1.0, budget: Budget | None = None,
+                 start: TextPrompt | None = None, seed: int = 0, state_dir: str | Path | None = None,
+                 progress: bool | None = None, name: str = "EASE") -> None:
         task.validate(model)
         if not len(task.dev):
-            raise ValueError(f"task {task.name!r} has no dev examples: give some (the paper has 20), on which sets of "
-                             "exemplars are compared; the exemplars themselves come from train")
-        self.task, self.optimizer, self.seed = task, optimizer, seed
+            raise ValueError(f"task {task.name!r}: expected dev examples, got none: give some (the paper has 20), on "
+                             "which sets of exemplars are compared; the exemplars themselves come from train")
+        self.task, self.seed, self.k, self.total, self.target = task, seed, k, total_iterations, target
+        self.given, self.propose = tuple(instructions), propose
         self.budget = budget or Budget()
-        self.model = MeteredModel(model, self.budget)
+        self.model: Any = self.budget.meter(model)
         self.base = _base(task, start)
-        self.validation = in_turn(task.dev, optimizer.validation)
-        self.pool = _distinct(in_turn(task.train, optimizer.pool), task)
-        if optimizer.k > len(self.pool):
-            raise ValueError(f"EASE.k={optimizer.k}: task {task.name!r} has {len(self.pool)} different examples to "
-                             f"choose from; allowed is k up to that, or give more in train (EASE.pool="
-                             f"{optimizer.pool} at most are used)")
+        self.validation = task.in_turn(task.dev, validation)
+        self.pool = _distinct(task.in_turn(task.train, pool), task)
+        if k > len(self.pool):
+            raise ValueError(f"EASE.k: expected an integer in [1, {len(self.pool)}], the different examples that task "
+                             f"{task.name!r} has to choose from, got {k}: give more in train (EASE.pool={pool} at most "
+                             "are used)")
         self.first = self._first(start)
         self.warn_of_shared()
-        self.encoder_name, self.encoder = resolve(optimizer.encoder, self.model)
+        self.encoder_name, self.encoder = resolve(encoder, self.model)
         self.tried: dict[Arm, Result] = {}
         self.instructions: list[str] = []
         self.vectors: Vectors | None = None
         self.distances: np.ndarray | None = None
         self.confidence: Tensor | None = None
         # A function has no lasting name but its own.
-        same = optimizer.identity(task, model, start, seed)
-        same["parameters"]["encoder"] = self.encoder_name
-        self.state = SearchState(state_dir, same)
+        self.state = SearchState(state_dir, {**identity, "parameters": {
+            **identity["parameters"], "encoder": self.encoder_name}})
         self._load()
-        self.bar = bar(type(optimizer).__name__, optimizer.total_iterations, progress)
+        self.bar = bar(name, total_iterations, progress)
         self.bar.update(len(self.tried))
 
-    def _first(self, start: Prompt | None) -> Arm | None:
+    def _first(self, start: TextPrompt | None) -> Arm | None:
         """The start's own exemplars as an arm; those not in the pool join it."""
         if start is None or not start.exemplars:
             return None
@@ -133,12 +218,11 @@ class Search:
         """
         if self.instructions:
             return
-        wanted = self.optimizer.propose
-        found = propose(self.model, self.base, self.pool, wanted, self.seed) if wanted else []
-        self.instructions = list(dict.fromkeys([self.base.text, *self.optimizer.instructions, *found]))
+        found = propose(self.model, self.base, self.pool, self.propose, self.seed) if self.propose else []
+        self.instructions = list(dict.fromkeys([self.base.text, *self.given, *found]))
         self.save()
 
-    def prompt(self, arm: Arm) -> Prompt:
+    def prompt(self, arm: Arm) -> TextPrompt:
         """The prompt of an arm."""
         instruction, exemplars = arm
         text = self.instructions[instruction] if self.instructions else self.base.text
@@ -180,7 +264,7 @@ class Search:
             raise BudgetExhausted(over)
 
     def evaluate(self, arm: Arm, vector: np.ndarray | None = None) -> None:
-        """Mark ``arm`` on the validation examples; one that was tried costs nothing.
+        """Score ``arm`` on the validation examples; one that was tried costs nothing.
 
         Args:
             arm: what to try.
@@ -191,11 +275,12 @@ class Search:
         """
         if arm in self.tried:
             return
-        found = self.task.evaluate(self.prompt(arm), self.model, self.validation)
+        found = self.task.evaluate(self.prompt(arm).on(self.model), self.validation)
         likelihood = None
-        if found.log_probs is not None:
+        if found.class_scores is not None:
             names = list(self.task.labels or ())
-            right = [row[names.index(str(e.label))] for row, e in zip(found.log_probs, self.validation, strict=True)]
+            right = [row[names.index(str(e.target))]
+                     for row, e in zip(found.class_scores, self.validation, strict=True)]
             likelihood = sum(right) / len(right)
         self.tried[arm] = Result(found.score, likelihood, int(self.budget.used["calls"]))
         if vector is not None:
@@ -208,13 +293,13 @@ class Search:
 
     def done(self) -> bool:
         """Whether as many arms as wanted were tried, or one reached the target."""
-        reached = any(r.score >= self.optimizer.target for r in self.tried.values())
-        return reached or len(self.tried) >= self.optimizer.total_iterations
+        reached = any(r.score >= self.target for r in self.tried.values())
+        return reached or len(self.tried) >= self.total
 
     # -- on disk --------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write everything, whole or not at all."""
+        """Write everything, atomically."""
         if self.state.path is None:
             return
         tensors = {name: torch.as_tensor(value).contiguous() for name, value in (
@@ -241,11 +326,11 @@ class Search:
                                             for n in ("vectors", "distances"))
             self.confidence = tensors.get("confidence")
 
-    def finish(self, stopped: str, extra: dict[str, Any]) -> Prompt:
-        """The best prompt, with what the search has to say."""
+    def finish(self, stopped: str, extra: dict[str, Any]) -> TextPrompt:
+        """The best prompt, with the metadata of the search."""
         best = self.best()
         result = self.tried[best] if best is not None else None
-        made = self.prompt(best if best is not None else (0, tuple(range(self.optimizer.k))))
+        made = self.prompt(best if best is not None else (0, tuple(range(self.k))))
         history: list[list[float]] = []
         for r in self.tried.values():
             history.append([r.calls, max(r.score, history[-1][1] if history else r.score)])
@@ -261,17 +346,17 @@ class Search:
         return made
 
 
-def _base(task: Task, start: Prompt | None) -> Prompt:
+def _base(task: TextTask, start: TextPrompt | None) -> TextPrompt:
     if start is None:
-        return Prompt.for_task(task)
-    if start.messages is not None or start.soft is not None:
-        raise ValueError("EASE chooses exemplars of a text prompt: give a start without messages and soft tokens")
+        return TextPrompt.for_task(task)
+    if not isinstance(start, TextPrompt):
+        raise ValueError(f"start: expected a TextPrompt, whose exemplars are chosen, got a {type(start).__name__}")
     if set(slots(start.text)) & set(slots(start.template)):
         raise ValueError(f"the start's text {start.text!r:.80} says itself where the example goes and has no place for "
                          "exemplars: give its instruction alone as text, and the rest as template and answer_prefix")
     return start
 
 
-def _distinct(examples: Sequence[Example], task: Task) -> list[Example]:
+def _distinct(examples: Sequence[Example], task: TextTask) -> list[Example]:
     """Without examples that look the same: two arms that make one prompt would be evaluated twice."""
     return list({task.demonstration(e): e for e in reversed(examples)}.values())[::-1]

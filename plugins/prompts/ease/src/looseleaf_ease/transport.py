@@ -34,8 +34,8 @@ def earth_movers_distance(cost: Floats) -> Floats:
     """
     cost = np.asarray(cost, dtype=np.float64)
     if cost.ndim != 3 or 0 in cost.shape[1:] or not np.isfinite(cost).all():
-        raise ValueError(f"cost of shape {cost.shape}: allowed are finite values of shape (problems, k, m), "
-                         "k and m from 1")
+        raise ValueError("cost: expected finite values of shape (problems, k, m) with k, m >= 1, got the shape "
+                         f"{cost.shape}")
     out = np.empty(len(cost))
     for start in range(0, len(cost), BLOCK):
         out[start:start + BLOCK] = _solve(cost[start:start + BLOCK])
@@ -122,9 +122,9 @@ def lower_bound(cost: Floats, exemplars: Ints, sets: Ints) -> Floats:
         sets: (problems, k) rows of ``cost``.
     """
     k, m = sets.shape[1], cost.shape[1]
-    share = np.clip(m / k - np.arange(m), 0, 1)  # how much of its nearest, second nearest ... it fills
+    fraction = np.clip(m / k - np.arange(m), 0, 1)  # how much of its nearest, second nearest ... it fills
     nearest = np.zeros(len(cost))
-    nearest[exemplars] = (np.sort(cost[exemplars], 1) * share).sum(1) / (m / k)
+    nearest[exemplars] = (np.sort(cost[exemplars], 1) * fraction).sum(1) / (m / k)
     takers = np.concatenate([cost[sets[at:at + BLOCK]].min(1).mean(1) for at in range(0, len(sets), BLOCK)])
     return np.maximum(takers, nearest[sets].mean(1))
 
