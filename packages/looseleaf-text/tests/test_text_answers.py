@@ -8,12 +8,23 @@ from typing import Any
 
 import pytest
 
-from looseleaf import Budget
-from looseleaf_text import Example, Prompt, Task, Template, Verbalizer, calibrate
+from looseleaf import Budget, Example
 from looseleaf.errors import UnsupportedModelError
-from looseleaf_text.answers import answer_log_probs, combine, most_voted
+from looseleaf_text import (
+    CalibratedPrompt,
+    ClozePrompt,
+    EnsemblePrompt,
+    RetrievedPrompt,
+    SoftPrompt,
+    Template,
+    TextPrompt,
+    TextTask,
+    Verbalizer,
+    calibrate,
+)
 from looseleaf_text.calibration import content_free, offsets, subtract
-from looseleaf_text.model import MeteredModel
+from looseleaf_text.ensemble import combine, most_voted
+from looseleaf_text.soft import keys_and_values, soft_prefix
 from looseleaf_text.testing import ToyLanguageModel, toy_task
 
 ANSWERS = {"good": [" fine", " lovely"], "bad": [" awful"]}
@@ -26,7 +37,6 @@ def test_answers_are_mapped_to_labels() -> None:
     assert verbalizer.space == [" fine", " lovely", " awful"] and verbalizer.label_of(" lovely") == "good"
     with pytest.raises(ValueError, match="not in the answer space"):
         verbalizer.label_of("fine")
-    assert Verbalizer.from_dict(verbalizer.to_dict()) == verbalizer
 
 
 @pytest.mark.parametrize(("aggregation", "good", "bad"), [
@@ -45,8 +55,8 @@ def test_probabilities_sum_to_one(aggregation: Any) -> None:
 
 
 @pytest.mark.parametrize(("answers", "message"), [
-    ({"good": [" a"]}, "two labels or more"),
-    ({"good": [], "bad": [" b"]}, "'good' has the answers"),
+    ({"good": [" a"]}, "expected two labels or more"),
+    ({"good": [], "bad": [" b"]}, "'good': expected a list of one answer or more"),
     ({"good": " a", "bad": " b"}, "Verbalizer.of takes single texts"),
     ({"good": ["  "], "bad": [" b"]}, "has no tokens"),
     ({"good": [" a"], "bad": [" b", " a"]}, "stands for 'good' and for 'bad'"),
@@ -58,10 +68,10 @@ def test_verbalizers_nobody_can_use(answers: Any, message: str) -> None:
 
 
 def test_bad_aggregation_and_scores() -> None:
-    with pytest.raises(ValueError, match="allowed is 'sum', 'mean' or 'max'"):
+    with pytest.raises(ValueError, match="expected 'sum', 'mean' or 'max', got 'median'"):
         Verbalizer.of(ANSWERS, "median")  # type: ignore[arg-type]
     for row in ([-1.0] * 2, [-1.0] * 4):
-        with pytest.raises(ValueError, match=f"{len(row)} scores for 3 answers"):
+        with pytest.raises(ValueError, match=f"expected one score for each of the answers .*, got {len(row)}"):
             Verbalizer.of(ANSWERS).log_probs([row])
 
 
@@ -75,16 +85,21 @@ def test_answers_without_tokens_under_this_model() -> None:
         Verbalizer.of(ANSWERS).validate(Mute())
 
 
-def test_a_prompts_verbalizer_overrides_the_tasks() -> None:
+def test_a_prompt_may_have_a_verbalizer_of_its_own() -> None:
     task, model = toy_task(), ToyLanguageModel()
-    plain = Prompt.for_task(task)
-    single = dataclasses.replace(plain, verbalizer=Verbalizer.of({k: (task.labels or {})[k] for k in
-                                                                  ("positive", "negative")}))
-    assert task.evaluate(single, model, task.dev).predictions == task.evaluate(plain, model, task.dev).predictions
-    row = task.log_probs(single, model, task.dev[:1])[0]
+    plain = TextPrompt.for_task(task)
+    single = dataclasses.replace(plain, labels=Verbalizer.of({k: (task.labels or {})[k] for k in
+                                                              ("negative", "positive")}))
+    assert task.evaluate(single.on(model), "dev").predictions == task.evaluate(plain.on(model), "dev").predictions
+    row = task.class_scores(single.on(model), task.dev[:1])[0]
     assert sum(map(math.exp, row)) == pytest.approx(1.0)
-    with pytest.raises(ValueError, match="exactly the labels of the task"):
-        task.log_probs(dataclasses.replace(plain, verbalizer=Verbalizer.of(ANSWERS)), model, task.dev)
+    # its labels come in another order, which the task puts right
+    assert single.on(model).scores(task.dev[:1])[0] == row[::-1]
+    for labels in (Verbalizer.of(ANSWERS), None):
+        with pytest.raises(ValueError, match=r"exactly the classes \['positive', 'negative'\]"):
+            task.class_scores(dataclasses.replace(plain, labels=labels).on(model), task.dev)
+    with pytest.raises(ValueError, match=r"TextPrompt\.labels: expected label -> answer, got None"):
+        dataclasses.replace(plain, labels=None).on(model).scores(task.dev)
 
 
 # -- calibration --------------------------------------------------------------------------------------------------
@@ -94,22 +109,33 @@ def test_offsets_by_hand() -> None:
     rows = [[math.log(0.2), math.log(0.6)], [math.log(0.9), math.log(0.1)]]
     assert [math.exp(v) for v in offsets(rows)] == pytest.approx([(0.25 + 0.9) / 2, (0.75 + 0.1) / 2])
     assert subtract([[1.0, 2.0]], [0.5, -1.0]) == [[0.5, 3.0]]
-    assert [e.fields for e in content_free(["a", "b"], ["N/A", ""])] == [{"a": "N/A", "b": "N/A"}, {"a": "", "b": ""}]
+    assert [e.inputs for e in content_free(["a", "b"], ["N/A", ""])] == [{"a": "N/A", "b": "N/A"}, {"a": "", "b": ""}]
     for bad in ("N/A", []):
-        with pytest.raises(ValueError, match="a list of one text or more"):
+        with pytest.raises(ValueError, match="inputs: expected a list of one text or more, got"):
             content_free(["a"], bad)
 
 
 def test_calibrated_prompts_are_neutral_without_content() -> None:
     task, model = toy_task(), ToyLanguageModel()
-    prompt = calibrate(Prompt.for_task(task), task, model, ["N/A"])
-    row = task.log_probs(prompt, model, [Example("N/A")])[0]
+    prompt = calibrate(TextPrompt.for_task(task), task, model, ["N/A"])
+    row = task.class_scores(prompt.on(model), [Example({"text": "N/A"})])[0]
     assert row[0] == pytest.approx(row[1])
     assert calibrate(prompt, task, model, ["N/A"]) == prompt  # not on top of itself
-    both = Prompt(members=[Prompt.for_task(task), Prompt.for_task(task, "Well.")])
-    assert [len(m.info["calibration"]) for m in calibrate(both, task, model).members] == [2, 2]
-    with pytest.raises(ValueError, match="no labels"):
+    both: Any = calibrate(EnsemblePrompt([TextPrompt.for_task(task), TextPrompt.for_task(task, "Well.")]), task, model)
+    assert [len(m.offsets) for m in both.members] == [2, 2]
+    assert prompt.render(task.dev[0]) == TextPrompt.for_task(task).render(task.dev[0])  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="expected labels"):
         calibrate(prompt, toy_task(generation=True), model)
+    with pytest.raises(ValueError, match="expected one for each of the classes"):
+        CalibratedPrompt(TextPrompt.for_task(task), [0.5]).on(model)
+
+
+def test_offsets_follow_the_labels_of_the_prompt() -> None:
+    task, model = toy_task(), ToyLanguageModel()
+    prompt = TextPrompt.for_task(task)
+    turned = dataclasses.replace(prompt, labels=dict(reversed((task.labels or {}).items())))
+    one, other = (task.class_scores(calibrate(p, task, model).on(model), task.dev) for p in (prompt, turned))
+    assert one == other
 
 
 # -- ensembles ----------------------------------------------------------------------------------------------------
@@ -137,38 +163,60 @@ def test_generated_texts_are_voted_on() -> None:
     assert most_voted(["Rome", "Paris"]) == "Rome"
     assert most_voted(["Rome", "Paris"], [1, 2]) == "Paris"
     task, model = toy_task(generation=True), ToyLanguageModel()
-    members = [Prompt.for_task(task, text) for text in ("One.", "Other words.", "Third one here.")]
-    said = [task.predict(m, model, task.dev) for m in members]
-    whole = task.evaluate(Prompt(members=members), model, task.dev)
+    members = [TextPrompt.for_task(task, text) for text in ("One.", "Other words.", "Third one here.")]
+    said = [m.on(model).predict(task.dev) for m in members]
+    whole = task.evaluate(EnsemblePrompt(members=members).on(model), "dev")
     assert whole.predictions == [most_voted(texts) for texts in zip(*said, strict=True)]
 
 
 def test_an_ensemble_of_one_is_that_one() -> None:
     task, model = toy_task(), ToyLanguageModel()
-    prompt = Prompt.for_task(task, "Judge it.")
-    one = task.evaluate(prompt, model, task.dev)
-    assert task.evaluate(Prompt(members=[prompt]), model, task.dev).predictions == one.predictions
-    two = Prompt(members=[Prompt.for_task(task), prompt], weights=[0, 1])
-    assert task.evaluate(two, model, task.dev).predictions == one.predictions
+    prompt = TextPrompt.for_task(task, "Judge it.")
+    one = task.evaluate(prompt.on(model), "dev")
+    assert task.evaluate(EnsemblePrompt(members=[prompt]).on(model), "dev").predictions == one.predictions
+    two = EnsemblePrompt(members=[TextPrompt.for_task(task), prompt], weights=[0, 1])
+    assert task.evaluate(two.on(model), "dev").predictions == one.predictions
     assert two.render(task.dev[0]) == prompt.render(task.dev[0])
-    assert two.render_messages(task.dev[0]) == prompt.render_messages(task.dev[0])
-    with pytest.raises(ValueError, match="no single text"):
-        two.as_template()
-
-
+    orders = EnsemblePrompt([prompt, dataclasses.replace(prompt, labels=dict(reversed((task.labels or {}).items())))])
+    assert task.evaluate(orders.on(model), "dev").predictions == one.predictions
 
 
 @pytest.mark.parametrize(("fields", "message"), [
-    ({"combine": "sum"}, "allowed is 'average' or 'vote'"),
-    ({"weights": [1.0]}, "without members"),
-    ({"members": [Prompt()], "weights": [1.0, 1.0]}, "for 1 prompts"),
-    ({"members": [Prompt()], "weights": [-1.0]}, "number from 0"),
-    ({"members": [Prompt()], "weights": [0.0]}, "not all of them 0"),
-    ({"members": [Prompt()], "weights": [math.nan]}, "number from 0"),
+    ({"combine": "sum"}, "expected 'average' or 'vote', got 'sum'"),
+    ({"members": []}, "expected one prompt or more, got none"),
+    ({"weights": [1.0, 1.0]}, "expected one number >= 0 for each of 1 prompts"),
+    ({"weights": [-1.0]}, "expected one number >= 0"),
+    ({"weights": [0.0]}, "not all of them 0"),
+    ({"weights": [math.nan]}, "expected one number >= 0"),
 ])
 def test_ensembles_that_cannot_be(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Prompt(**fields)
+        EnsemblePrompt(**{"members": [TextPrompt()], **fields})
+    other = TextPrompt(labels={"x": "x", "y": "y"})
+    with pytest.raises(ValueError, match="expected prompts of the same classes"):
+        EnsemblePrompt([TextPrompt.for_task(toy_task()), other]).on(ToyLanguageModel())
+
+
+# -- exemplars for each example -----------------------------------------------------------------------------------
+
+def test_the_nearest_examples_are_shown_the_nearest_last() -> None:
+    task, model = toy_task(), ToyLanguageModel()
+    pool = [Example({"text": text}, "positive") for text in ("a a", "a b", "b b", "c")]
+    shown = TextPrompt.for_task(dataclasses.replace(task, template="{text}", answer_prefix="="))
+    budget = Budget()
+    predictor = RetrievedPrompt(shown, pool, shots=2).on(budget.meter(model))
+    one, other = predictor.resolve([Example({"text": "b b b a"}), Example({"text": "a a"})])
+    assert [e.inputs["text"] for e in one.exemplars] == ["a b", "b b"]
+    assert [e.inputs["text"] for e in other.exemplars] == ["b b", "a b"]  # never itself
+    assert budget.used["calls"] == len(pool) + 2
+    predictor.scores(task.dev[:3])
+    assert budget.used["calls"] == len(pool) + 2 + 3 + 3  # the pool is embedded once
+    assert set(predictor.predict(task.dev)) <= {"positive", "negative"}
+    free = dataclasses.replace(shown, labels=None)
+    assert len(RetrievedPrompt(free, pool, shots=1).on(model).predict(task.dev)) == len(task.dev)
+    for shots in (0, 5, 1.5):
+        with pytest.raises(ValueError, match=r"RetrievedPrompt\.shots: expected an integer in \[1, 4\]"):
+            RetrievedPrompt(shown, pool, shots)  # type: ignore[arg-type]
 
 
 # -- cloze --------------------------------------------------------------------------------------------------------
@@ -177,7 +225,7 @@ def test_a_causal_model_scores_the_answer_and_what_follows() -> None:
     model = ToyLanguageModel()
     assert model.score_cloze(["a b"], [[" c", " d"]], [" e"]) == model.score(["a b"], [[" c e", " d e"]])
     budget = Budget(calls=2, tokens=6)
-    MeteredModel(model, budget).score_cloze(["a b"], [[" c", " d"]], [" e"])
+    budget.meter(model).score_cloze(["a b"], [[" c", " d"]], [" e"])
     assert budget.used["calls"] == 1 and budget.used["tokens"] == 4
 
 
@@ -236,41 +284,42 @@ def test_batches_and_padding_change_nothing() -> None:
 
 
 def test_a_cloze_task_on_a_masked_model() -> None:
-    task = Task("films", [Example("i love it", "good"), Example("i hate it", "bad")],
-                test=[Example("i love the film", "good"), Example("i hate the movie", "bad")],
-                labels={"good": "great", "bad": "bad"})
+    task = TextTask("films", [Example({"text": "i love it"}, "good"), Example({"text": "i hate it"}, "bad")],
+                    test=[Example({"text": "i love the film"}, "good"), Example({"text": "i hate the movie"}, "bad")],
+                    labels={"good": "great", "bad": "bad"})
     model = masked_model()
     task.validate(model)
     prompt = Template("[X] . it was a [Z] film .").to_prompt({"good": ["great", "very lovely"], "bad": "bad"})
-    rows = task.log_probs(calibrate(prompt, task, model), model, task.test)
+    rows = task.class_scores(calibrate(prompt, task, model).on(model), task.test)
     assert len(rows) == 2 and all(math.isfinite(v) for row in rows for v in row)
-    plain = task.log_probs(prompt, model, task.test)
+    plain = task.class_scores(prompt.on(model), task.test)
     assert sum(map(math.exp, plain[0])) == pytest.approx(1.0)
     # what follows the answer is seen: other words there, other scores
+    assert isinstance(prompt, ClozePrompt)
     other = dataclasses.replace(prompt, suffix=" movie , lovely .")
-    assert task.log_probs(other, model, task.test) != plain
+    assert task.class_scores(other.on(model), task.test) != plain
     assert model.embed(["i love it", "film"]).shape == (2, 16)
     budget = Budget(calls=100, tokens=100)
-    task.log_probs(prompt, MeteredModel(model, budget), task.test)
+    task.class_scores(prompt.on(budget.meter(model)), task.test)
     assert budget.used["calls"] == 2
 
 
 def test_what_a_masked_model_refuses() -> None:
-    from looseleaf_text import MaskedModel
     from looseleaf.testing.models import tiny_text_llama, tiny_tokenizer
+    from looseleaf_text import MaskedModel
 
     model = masked_model()
     with pytest.raises(UnsupportedModelError, match="does not continue"):
         model.generate(["a"], 3)
     with pytest.raises(ValueError, match="has no tokens"):
         model.score(["it was"], [[" "]])
-    with pytest.raises(ValueError, match="allowed are 40"):
+    with pytest.raises(ValueError, match="at most 40 positions"):
         model.score(["very " * 50], [["bad"]])
-    with pytest.raises(ValueError, match="1 texts before, 2 lists"):
+    with pytest.raises(ValueError, match="got 1, 2 and 1"):
         model.score_cloze(["a"], [["b"], ["c"]], [""])
-    with pytest.raises(ValueError, match="has none: a causal"):
+    with pytest.raises(ValueError, match="without: a causal"):
         MaskedModel(tiny_text_llama(), tiny_tokenizer())
-    with pytest.raises(ValueError, match="batch_tokens=0"):
+    with pytest.raises(ValueError, match="batch_tokens: expected an integer >= 1, got 0"):
         MaskedModel(model.model, model.tokenizer, 0)
     with pytest.raises(ValueError, match="training mode"):
         model.model.train()
@@ -284,8 +333,8 @@ def test_the_likelihood_of_an_answer_is_the_sum_over_its_tokens(text: str) -> No
     model = local()
     template, answers = Template(text), ["rather good", "bad"]
     prompt = template.to_prompt({"good": answers[0], "bad": answers[1]})
-    examples = [Example("a fine day"), Example("no")]
-    rows = answer_log_probs(prompt, model, examples, prompt.verbalizer.space)  # type: ignore[union-attr]
+    examples = [Example({"text": "a fine day"}), Example({"text": "no"})]
+    rows = prompt.on(model).answer_scores(examples, prompt.labels.space)  # type: ignore[union-attr]
     for example, row in zip(examples, rows, strict=True):
         before = template.around(example)[0].rstrip(" ")
         for answer, value in zip(answers, row, strict=True):
@@ -301,8 +350,8 @@ def test_the_likelihood_of_an_answer_is_the_sum_over_its_tokens(text: str) -> No
 # -- soft prompts -------------------------------------------------------------------------------------------------
 
 def local() -> Any:
-    from looseleaf_text import LocalModel
     from looseleaf.testing.models import tiny_text_llama, tiny_tokenizer
+    from looseleaf_text import LocalModel
 
     return LocalModel(tiny_text_llama(), tiny_tokenizer())
 
@@ -313,32 +362,30 @@ def test_soft_prompts_stand_before_everything() -> None:
     said = "Be kind. "
     ids = torch.tensor(model.tokenize(said))
     soft = model.model.get_input_embeddings().weight[ids].detach()
-    task = Task("t", [Example("fine day", "good"), Example("awful", "bad")], labels={"good": " great", "bad": " no"},
-                template="Text: {text}", answer_prefix="Label:")
-    examples = [Example("fine day"), Example("x"), Example("a longer text than the others")]
-    hard = task.log_probs(Prompt.for_task(task, said.strip(), separator=" "), model, examples)
+    task = TextTask("t", [Example({"text": "fine day"}, "good"), Example({"text": "awful"}, "bad")],
+                    labels={"good": " great", "bad": " no"}, template="Text: {text}", answer_prefix="Label:")
+    examples = [Example({"text": text}) for text in ("fine day", "x", "a longer text than the others")]
+    hard = task.class_scores(TextPrompt.for_task(task, said.strip(), separator=" ").on(model), examples)
     for share in (True, False):
         model.share_prefixes = share
-        found = task.log_probs(Prompt.for_task(task, soft=soft), model, examples)
+        found = task.class_scores(SoftPrompt(TextPrompt.for_task(task), soft).on(model), examples)
         for one, other in zip(found, hard, strict=True):
             assert one == pytest.approx(other, abs=1e-4)
-    plain = task.log_probs(Prompt.for_task(task), model, examples)
+    plain = task.class_scores(TextPrompt.for_task(task).on(model), examples)
     assert max(abs(a - b) for a, b in zip(plain[0], hard[0], strict=True)) > 1e-3
     assert type(model.model).__name__ == "LlamaForCausalLM"  # taken off again
 
 
 def test_keys_and_values_are_a_soft_prompt_too() -> None:
-    from looseleaf_text.soft import keys_and_values
-
     model = local()
     soft = torch.randn(3, model.model.config.hidden_size)
     prefix = torch.stack([torch.stack([k[0], v[0]]) for k, v in keys_and_values(model.model, soft)])
     task = toy_task()
-    one = task.log_probs(Prompt.for_task(task, soft=soft), model, task.dev[:3])
-    other = task.log_probs(Prompt.for_task(task, soft=prefix), model, task.dev[:3])
+    one = task.class_scores(SoftPrompt(TextPrompt.for_task(task), soft).on(model), task.dev[:3])
+    other = task.class_scores(SoftPrompt(TextPrompt.for_task(task), prefix).on(model), task.dev[:3])
     assert one[0] == pytest.approx(other[0], abs=1e-4)
     made = dataclasses.replace(toy_task(generation=True), max_tokens=4)
-    assert made.predict(Prompt.for_task(made, soft=soft), MeteredModel(model, Budget()), made.dev[:2])
+    assert SoftPrompt(TextPrompt.for_task(made), soft).on(Budget().meter(model)).predict(made.dev[:2])
 
 
 def test_soft_prompts_that_do_not_fit() -> None:
@@ -346,13 +393,25 @@ def test_soft_prompts_that_do_not_fit() -> None:
     hidden = model.model.config.hidden_size
     for shape in ((3, hidden + 1), (3,), (1, 2, 1, 3, 8)):
         with pytest.raises(ValueError, match="does not fit"):
-            task.log_probs(Prompt.for_task(task, soft=torch.zeros(shape)), model, task.dev)
+            task.class_scores(SoftPrompt(TextPrompt.for_task(task), torch.zeros(shape)).on(model), task.dev)
     with pytest.raises(UnsupportedModelError, match="takes text only"):
-        task.log_probs(Prompt.for_task(task, soft=torch.zeros(3, hidden)), ToyLanguageModel(), task.dev)
+        SoftPrompt(TextPrompt.for_task(task), torch.zeros(3, hidden)).on(ToyLanguageModel()).scores(task.dev)
     before = model.model
-    with pytest.raises(KeyboardInterrupt):
-        from looseleaf_text.soft import soft_prefix
-
-        with soft_prefix(model, torch.zeros(3, hidden)):
-            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), soft_prefix(model, torch.zeros(3, hidden)):
+        raise KeyboardInterrupt
     assert model.model is before
+
+
+def test_modes_of_a_model_in_parts_come_back() -> None:
+    """Embeddings are read in evaluation mode, and every submodule has its own mode again."""
+    from looseleaf.testing.common import assert_unchanged, mixed_modes, snapshot
+
+    model, task = local(), toy_task()
+    mixed_modes(model.model).training = False
+    before = snapshot(model.model)
+    prompt = SoftPrompt(TextPrompt.for_task(task), torch.zeros(2, model.model.config.hidden_size))
+    task.class_scores(prompt.on(model), task.dev[:2])
+    assert_unchanged(before, model.model)
+    with pytest.raises(ZeroDivisionError), soft_prefix(model, prompt.soft):
+        raise ZeroDivisionError
+    assert_unchanged(before, model.model)

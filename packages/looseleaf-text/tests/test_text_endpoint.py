@@ -15,7 +15,6 @@ import pytest
 from looseleaf import Budget, EndpointError
 from looseleaf_text import EndpointModel
 from looseleaf_text.endpoint import first_token, span_log_prob
-from looseleaf_text.model import MeteredModel
 from looseleaf_text.testing import ToyLanguageModel, toy_task
 
 Answer = tuple[int, Any, dict[str, str]]
@@ -251,7 +250,7 @@ def test_tokens_by_the_server_or_words(server: Server) -> None:
     with pytest.raises(EndpointError, match=r"tokenizer="):
         model.tokenize("a")
     budget = Budget(tokens=50)
-    MeteredModel(model, budget).generate(["some prompt"], 5)
+    budget.meter(model).generate(["some prompt"], 5)
     assert 0 < budget.used["tokens"] <= 50
 
 
@@ -265,11 +264,11 @@ def test_stop_texts_beyond_the_protocols_four(server: Server) -> None:
 
 
 def test_a_task_is_evaluated_through_a_server(server: Server) -> None:
-    from looseleaf_text import Prompt
+    from looseleaf_text import TextPrompt
 
     task = toy_task()
-    prompt = Prompt.for_task(task, "Say what it is.")
-    assert task.evaluate(prompt, connect(server)).marks == task.evaluate(prompt, ToyLanguageModel()).marks
+    prompt = TextPrompt.for_task(task, "Say what it is.")
+    assert task.evaluate(prompt.on(connect(server))).scores == task.evaluate(prompt.on(ToyLanguageModel())).scores
 
 
 def test_spans() -> None:
@@ -282,7 +281,7 @@ def test_spans() -> None:
 @pytest.mark.parametrize("wrong", [
     {"timeout": 0}, {"retries": -1}, {"concurrency": 0}, {"api": "rest"}, {"scoring": "guess"}, {"backoff": -1}])
 def test_bad_arguments(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"EndpointModel.{next(iter(wrong))}=.*allowed"):
+    with pytest.raises(ValueError, match=f"EndpointModel.{next(iter(wrong))}: expected .*, got"):
         EndpointModel("http://x/v1", "m", **wrong)
     with pytest.raises(ValueError, match="base_url"):
         EndpointModel("localhost:8000", "m")

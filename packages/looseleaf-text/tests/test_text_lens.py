@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-import looseleaf
 import looseleaf_text
-from looseleaf_text import LogitLens, decoder_layers
 from looseleaf.errors import UnsupportedModelError
 from looseleaf.testing.models import tiny_llama
+from looseleaf_text import LogitLens, decoder_layers
 
 IDS = torch.arange(12).view(2, 6)
 SIZES: dict[str, Any] = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -92,11 +91,11 @@ def test_by_name() -> None:
     lens = LogitLens(model, norm="model.norm", head="lm_head", layers="model.layers")
     assert lens.head is model.lm_head
     assert list(decoder_layers(model)) == ["model.layers.0", "model.layers.1"]
-    with pytest.raises(ValueError, match=r"norm='model\.nrom'.*Did you mean 'model\.norm'"):
+    with pytest.raises(ValueError, match=r"norm: expected .*got 'model\.nrom'.*Did you mean 'model\.norm'"):
         LogitLens(model, norm="model.nrom")
-    with pytest.raises(ValueError, match=r"head='lm_heads'.*Did you mean 'lm_head'"):
+    with pytest.raises(ValueError, match=r"head: expected .*got 'lm_heads'.*Did you mean 'lm_head'"):
         LogitLens(model, head="lm_heads")
-    with pytest.raises(ValueError, match=r"layers='model\.layer'.*Did you mean 'model\.layers'"):
+    with pytest.raises(ValueError, match=r"layers: expected .*got 'model\.layer'.*Did you mean 'model\.layers'"):
         LogitLens(model, layers="model.layer")
 
 
@@ -124,11 +123,11 @@ def test_a_lens_that_is_not_the_model_is_refused() -> None:
 def test_bad_input() -> None:
     model = tiny_llama()
     lens = LogitLens(model)
-    with pytest.raises(ValueError, match="positions of shape"):
+    with pytest.raises(ValueError, match="positions: expected the shape"):
         lens.log_probs({"input_ids": IDS}, torch.tensor([1, 2]))
-    with pytest.raises(ValueError, match="places from -6 to 5"):
+    with pytest.raises(ValueError, match=r"places in \[-6, 5\]"):
         lens.log_probs({"input_ids": IDS}, torch.tensor([[6], [0]]))
-    with pytest.raises(ValueError, match="tokens of shape"):
+    with pytest.raises(ValueError, match="tokens: expected the shape"):
         lens.log_probs({"input_ids": IDS}, torch.tensor([[1], [0]]), torch.tensor([1]))
     with pytest.raises(ValueError, match="has no output embeddings"):
         LogitLens(model.model)

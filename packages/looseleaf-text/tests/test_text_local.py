@@ -202,16 +202,16 @@ def test_token_texts_join_to_the_text() -> None:
 
 def test_errors_say_what_to_do() -> None:
     model = llama()
-    with pytest.raises(ValueError, match="batch_tokens=0: allowed"):
+    with pytest.raises(ValueError, match="batch_tokens: expected an integer >= 1, got 0"):
         LocalModel(model, tokenizer(), batch_tokens=0)
-    with pytest.raises(ValueError, match="needs the model's tokenizer"):
+    with pytest.raises(ValueError, match="expected the model's tokenizer"):
         LocalModel(model, None)
     made = LocalModel(model, tokenizer())
     with pytest.raises(ValueError, match="has no tokens"):
         made.score(["a"], [[""]])
-    with pytest.raises(ValueError, match="2 prefixes but 1"):
+    with pytest.raises(ValueError, match="for each of 2 prefixes, got 1"):
         made.score(["a", "b"], [["c"]])
-    with pytest.raises(ValueError, match=r"allowed are 256 .*shorten"):
+    with pytest.raises(ValueError, match=r"at most 256 positions .*shorten"):
         made.score(["a" * 300], [["c"]])
     with pytest.raises(ValueError, match="max_tokens=0"):
         made.generate(["a"], 0)

@@ -63,11 +63,12 @@ def test_half_of_a_contribution_by_hand() -> None:
 
 def test_bad_scaling() -> None:
     model = tiny_llama()
-    for alphas, words in (({2: 0.5}, "layer 2: allowed is -2 to 1"), ({0: float("nan")}, "alpha=nan for layer 0"),
-                          ({1: 0.5, -1: 0.5}, "named twice")):
+    for alphas, words in (({2: 0.5}, r"layer: expected an integer in \[-2, 1\], .*got 2"),
+                          ({0: float("nan")}, "alphas: expected a finite number .*got nan for layer 0"),
+                          ({1: 0.5, -1: 0.5}, "expected one factor for each layer, got two for layer")):
         with pytest.raises(ValueError, match=words), scale_layers(model, alphas):
             pass
-    with pytest.raises(ValueError, match="part='attn': allowed are"), \
+    with pytest.raises(ValueError, match="part: expected 'attention' or 'mlp', got 'attn'"), \
             scale_layers(model, {0: 0.5}, "attn"):  # type: ignore[arg-type]
         pass
     with pytest.raises(UnsupportedModelError, match="adds the residual stream itself"), \

@@ -12,8 +12,7 @@ import httpx
 import pytest
 
 from looseleaf import Budget, EndpointError
-from looseleaf_text import EndpointModel, LocalModel, Prompt
-from looseleaf_text.model import MeteredModel
+from looseleaf_text import EndpointModel, LocalModel, TextPrompt
 from looseleaf_text.testing import toy_task
 from looseleaf_text.testing.servers import TransformersServer, letters_model
 
@@ -70,10 +69,10 @@ def test_a_real_server_without_log_probabilities(remote: EndpointModel) -> None:
 @pytest.mark.slow
 def test_a_task_through_a_real_server(served: tuple[str, str, LocalModel], remote: EndpointModel) -> None:
     task = toy_task(size=4, generation=True)
-    prompt = Prompt.for_task(task)
+    prompt = TextPrompt.for_task(task)
     budget = Budget(calls=4)
-    marks = task.evaluate(prompt, MeteredModel(remote, budget)).marks
-    assert marks == task.evaluate(prompt, served[2]).marks and budget.used["calls"] == 4
+    scores = task.evaluate(prompt.on(budget.meter(remote))).scores
+    assert scores == task.evaluate(prompt.on(served[2])).scores and budget.used["calls"] == 4
     by_text = EndpointModel(served[0], served[1], scoring="generate")
     assert task.labels is None and by_text.score(["good film"], [[" x", " y"]]) == [[-30.0, -30.0]]
 

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 
-from looseleaf_text import Example, Prompt, Template, Verbalizer
+from looseleaf import Example, Prompt
+from looseleaf_text import (
+    CalibratedPrompt,
+    ClozePrompt,
+    EnsemblePrompt,
+    SoftPrompt,
+    Template,
+    TextPrompt,
+    Verbalizer,
+)
 from looseleaf_text.template import Slot, spaced
 from looseleaf_text.testing import ToyLanguageModel, toy_task
 
@@ -60,13 +69,13 @@ def test_what_is_filled_in_is_never_a_slot() -> None:
 
 def test_prompt_addition_then_answer() -> None:
     template = Template("[X] Overall, it was a [Z] film.")
-    prompt = template.fill(Example("I love it."))
+    prompt = template.fill(Example({"text": "I love it."}))
     assert str(prompt) == "I love it. Overall, it was a [Z] film."
     assert prompt.fill(answers=" great").filled == "I love it. Overall, it was a great film."
     assert Template("Label:[Z]").fill(answers=" good").filled == "Label: good"
-    with pytest.raises(ValueError, match=r"wants \['text'\]; the example has \['premise'\]"):
+    with pytest.raises(ValueError, match=r"expected the inputs \['text'\], got \['premise'\]"):
         template.fill({"premise": "x"})
-    with pytest.raises(ValueError, match=r"no answer slot \['label'\]"):
+    with pytest.raises(ValueError, match=r"expected answers for \['Z'\], got \['label'\] too"):
         template.fill(answers={"label": "x"})
     with pytest.raises(ValueError, match=r"open slots \[X\], \[Z\]"):
         _ = template.filled
@@ -78,7 +87,7 @@ def test_around_an_answer() -> None:
     assert template.around({"text": "Rome"}, "place", {"kind": "city"}) == ("Rome is a city in ", "!")
     with pytest.raises(ValueError, match="open slots"):
         template.around({"text": "Rome"}, "place")
-    with pytest.raises(ValueError, match="2 answer slots, one is needed"):
+    with pytest.raises(ValueError, match="expected one answer slot here, got 2"):
         template.around({"text": "Rome"})
 
 
@@ -109,8 +118,8 @@ def test_a_tasks_own_template_renders_the_same() -> None:
         example = task.dev[0]
         made = Template.of_task(task)
         if prefix != "{text} is":
-            assert made.to_prompt().render(example) == Prompt.for_task(task).render(example)
-            assert made.to_prompt().as_template() == Prompt.for_task(task).as_template()
+            assert made.to_prompt().render(example) == TextPrompt.for_task(task).render(example)
+            assert made.to_prompt().as_template() == TextPrompt.for_task(task).as_template()
         answer = task.answer(example)
         assert made.fill(example, answer).filled == task.demonstration(example)
 
@@ -127,8 +136,8 @@ def test_prompts_of_a_template_score_what_is_written() -> None:
     labels = {"positive": "great", "negative": "bad"}
     cloze = Template("[X] It was [Z], I think about [X].")
     prompt = cloze.to_prompt(labels)
-    task.evaluate(prompt, Watched(), task.dev[:1])
-    text = task.dev[0].text
+    task.evaluate(prompt.on(Watched()), task.dev[:1])
+    text = task.dev[0].inputs["text"]
     before, answers = seen[0]
     expected = [cloze.fill(task.dev[0], a).filled for a in (labels[name] for name in task.labels or {})]
     assert [before + a for a in answers] == expected and not before.endswith(" ")
@@ -138,34 +147,36 @@ def test_prompts_of_a_template_score_what_is_written() -> None:
 
 
 def test_exemplars_are_shown_through_the_template() -> None:
-    shots = [Example("fine {text}", "positive"), Example("awful", "negative")]
+    shots = [Example({"text": "fine {text}"}, "positive"), Example({"text": "awful"}, "negative")]
     prompt = Template("[X] It was [Z].").to_prompt({"positive": "great", "negative": "bad"}, text="Judge.",
                                                    exemplars=shots)
-    assert prompt.render(Example("so so")) == "Judge.\n\nfine {text} It was great.\n\nawful It was bad.\n\nso so It was"
+    assert prompt.render(Example({"text": "so so"})) == (
+        "Judge.\n\nfine {text} It was great.\n\nawful It was bad.\n\nso so It was")
 
 
 def test_an_answer_may_come_first() -> None:
-    prompt = Template("[Z] is what is felt in: [X]").to_prompt()
-    assert (prompt.render(Example("x")), prompt.render_suffix(Example("x"))) == ("", " is what is felt in: x")
+    prompt, example = Template("[Z] is what is felt in: [X]").to_prompt(), Example({"text": "x"})
+    assert isinstance(prompt, ClozePrompt)
+    assert (prompt.render(example), prompt.render_suffix(example)) == ("", " is what is felt in: x")
 
 
 def test_escaped_braces_cannot_become_a_prompt() -> None:
     with pytest.raises(ValueError, match=r"escaped text \{label\}"):
         Template(r"[X] \{label} [Z]").to_prompt()
-    assert Template(r"[X] \[X] [Z]").to_prompt().render(Example("a")) == "a [X]"
+    assert Template(r"[X] \[X] [Z]").to_prompt().render(Example({"text": "a"})) == "a [X]"
 
 
 def test_prompts_with_everything_are_saved(tmp_path: Any) -> None:
     torch = pytest.importorskip("torch")
     verbalizer = Verbalizer.of({"positive": [" good", " fine"], "negative": " bad"}, "mean")
-    members = [Template("[X] so [Z].").to_prompt(verbalizer, exemplars=[],
-                                                    info={"calibration": [0.5, -0.5]}),
-               Prompt("{text} so", soft=torch.ones(2, 3))]
-    prompt = Prompt(members=members, weights=[0.25, 0.75], combine="vote")
+    cloze = Template("[X] so [Z].").to_prompt(verbalizer, exemplars=[Example({"text": "a"}, "positive")])
+    members = [CalibratedPrompt(cloze, [0.5, -0.5]), SoftPrompt(TextPrompt("{text} so"), torch.ones(2, 3))]
+    prompt = EnsemblePrompt(members, weights=[0.25, 0.75], combine="vote", info={"fitness": 1.5})
     prompt.save(tmp_path / "p.json")
-    again = Prompt.load(tmp_path / "p.json")
+    again: Any = Prompt.load(tmp_path / "p.json")
     assert again.members[0] == members[0] and again.weights == [0.25, 0.75] and again.combine == "vote"
-    assert torch.equal(again.members[1].soft, torch.ones(2, 3)) and again.render(Example("x")) == "x so"
+    assert again.fingerprint() == prompt.fingerprint() and again.info == prompt.info
+    assert torch.equal(again.members[1].soft, torch.ones(2, 3)) and again.render(Example({"text": "x"})) == "x so"
 
 
 # -- chat ---------------------------------------------------------------------------------------------------------
@@ -210,7 +221,7 @@ def test_a_chat_of_transformers_says_what_it_would_have_said_of_the_filled_text(
     tokenizer.chat_template = (
         "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}</s>{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}")
-    plain, example = Template("Judge: [X]. Well?[Z]"), Example("so {text} [X] so")
+    plain, example = Template("Judge: [X]. Well?[Z]"), Example({"text": "so {text} [X] so"})
     messages = [{"role": "user", "content": "Judge: so {text} [X] so. Well?"}]
     whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert plain.with_chat(tokenizer).to_prompt().render(example) == whole

@@ -23,14 +23,14 @@ MISSING = -30.0
 _NO_LOG_PROBS = (
     "the server {url} returns no log-probabilities, which scoring needs. Use a server that gives those of the prompt "
     "(vLLM; llama-cpp-python with --logits_all true) or at least the likeliest next tokens (logprobs), score with a "
-    "LocalModel, or give EndpointModel(..., scoring=\"generate\"), which marks the text generated and nothing else")
+    "LocalModel, or give EndpointModel(..., scoring=\"generate\"), which scores the text generated and nothing else")
 
 
 class EndpointModel(LanguageModel):
     """A model behind a server that speaks the OpenAI protocol: vLLM, ``transformers serve``, llama.cpp and others.
 
     Requests go out side by side, one prompt each. A request that times out, cannot connect, is refused with 429 or
-    fails with 5xx is repeated after growing pauses (a ``Retry-After`` of the server is heeded); other refusals are
+    fails with 5xx is repeated after growing pauses (a ``Retry-After`` of the server is respected); other refusals are
     reported at once. Safe to use from several threads.
 
     Should the server die half-way through a call, :class:`looseleaf.EndpointError` is raised; its ``partial``
@@ -50,11 +50,11 @@ class EndpointModel(LanguageModel):
         base_url: URL up to and including the version, such as ``"http://localhost:8000/v1"``.
         model: name of the model at the server.
         api_key: key sent as bearer token; None: the environment variable OPENAI_API_KEY when set.
-        timeout: seconds until a request is given up; above 0.
-        retries: how often a request is repeated; from 0.
+        timeout: seconds until a request is given up; > 0.
+        retries: how often a request is repeated; >= 0.
         api: ``"completions"`` continues a text; ``"chat"`` sends the prompt as a user message.
         scoring: see above.
-        concurrency: requests under way at once; from 1.
+        concurrency: requests under way at once; >= 1.
         backoff: seconds before the first repetition; doubled each time.
         tokenizer: the model's tokenizer, for servers that do not tokenize.
     """
@@ -62,18 +62,18 @@ class EndpointModel(LanguageModel):
     def __init__(self, base_url: str, model: str, api_key: str | None = None, timeout: float = 60, retries: int = 3, *,
                  api: Literal["completions", "chat"] = "completions", scoring: Scoring = "auto",
                  concurrency: int = 8, backoff: float = 0.5, tokenizer: Any = None) -> None:
-        for name, value, ok, allowed in (
+        for name, value, ok, expected in (
                 ("base_url", base_url, str(base_url).startswith(("http://", "https://")),
                  "a URL such as 'http://localhost:8000/v1'"),
-                ("timeout", timeout, timeout > 0, "seconds above 0"),
-                ("retries", retries, retries >= 0, "a whole number from 0"),
+                ("timeout", timeout, timeout > 0, "seconds > 0"),
+                ("retries", retries, retries >= 0, "an integer >= 0"),
                 ("api", api, api in ("completions", "chat"), "'completions' or 'chat'"),
                 ("scoring", scoring, scoring in ("auto", "echo", "top", "generate"),
                  "'auto', 'echo', 'top' or 'generate'"),
-                ("concurrency", concurrency, concurrency >= 1, "a whole number from 1"),
-                ("backoff", backoff, backoff >= 0, "seconds from 0")):
+                ("concurrency", concurrency, concurrency >= 1, "an integer >= 1"),
+                ("backoff", backoff, backoff >= 0, "seconds >= 0")):
             if not ok:
-                raise ValueError(f"EndpointModel.{name}={value!r}: allowed is {allowed}")
+                raise ValueError(f"EndpointModel.{name}: expected {expected}, got {value!r}")
         self.base_url = base_url.rstrip("/")
         self.model = self.name = model
         self.retries, self.api, self.concurrency, self.backoff = retries, api, concurrency, backoff
@@ -119,7 +119,7 @@ class EndpointModel(LanguageModel):
                 last = f"{type(error).__name__}: {error}"
             else:
                 if response.status_code == 429 or response.status_code >= 500:
-                    last = f"status {response.status_code}: {_said(response)}"
+                    last = f"status {response.status_code}: {_server_message(response)}"
                     asked_pause = _seconds(response.headers.get("retry-after"))
                 elif response.status_code >= 400:
                     raise self._refused(url, response)
@@ -146,7 +146,7 @@ class EndpointModel(LanguageModel):
             404: f"not found: check base_url (it usually ends with /v1) and model={self.model!r}"
                  + ("; a server without text completions needs api=\"chat\"" if self.api == "completions" else ""),
         }.get(code, "the server does not take this request")
-        error = EndpointError(f"{url}: status {code}, {advice}. The server said: {_said(response)}")
+        error = EndpointError(f"{url}: status {code}, {advice}. The server said: {_server_message(response)}")
         error.status = code  # type: ignore[attr-defined]
         return error
 
@@ -186,11 +186,11 @@ class EndpointModel(LanguageModel):
             self._kept.update({(kind, jobs[n]): out[n] for n in done})
         if not isinstance(failed, EndpointError):
             raise failed
-        made = EndpointError(f"{failed} ({len(done)} of {len(jobs)} requests of this call were answered and are kept: "
-                             "the same call asks only for the rest)")
-        made.partial = out  # type: ignore[attr-defined]
-        made.status = getattr(failed, "status", None)  # type: ignore[attr-defined]
-        raise made from failed
+        partial = EndpointError(f"{failed} ({len(done)} of {len(jobs)} requests of this call were answered and are "
+                                "kept: the same call asks only for the rest)")
+        partial.partial = out  # type: ignore[attr-defined]
+        partial.status = getattr(failed, "status", None)  # type: ignore[attr-defined]
+        raise partial from failed
 
     def _count(self, calls: int, tokens: int) -> None:
         with self._lock:
@@ -206,10 +206,11 @@ class EndpointModel(LanguageModel):
             EndpointError: the server cannot be reached, refuses, or gives no log-probabilities.
         """
         if len(prefixes) != len(continuations):
-            raise ValueError(f"{len(prefixes)} prefixes but {len(continuations)} lists of continuations: "
-                             "give one list per prefix")
+            raise ValueError(f"expected one list of continuations for each of {len(prefixes)} prefixes, got "
+                             f"{len(continuations)}")
         if any(not row or not all(row) for row in continuations):
-            raise ValueError("give at least one continuation per prefix, none of them empty")
+            raise ValueError("expected one continuation or more for each prefix, none of them empty, got "
+                             f"{continuations}")
         if not prefixes:
             return []
         if self.scoring == "auto":
@@ -238,17 +239,17 @@ class EndpointModel(LanguageModel):
         jobs = [(p, c) for p, row in zip(prefixes, continuations, strict=True) for c in row]
 
         def one(job: tuple[str, str], stop: threading.Event) -> tuple[float, int]:
-            found = self._echo(job, stop)
-            if found is None:
+            scored = self._echo(job, stop)
+            if scored is None:
                 raise EndpointError(_NO_LOG_PROBS.format(url=self.base_url))
-            return found
+            return scored
 
-        found = iter(self._all("echo", jobs, one))
+        results = iter(self._all("echo", jobs, one))
         out = []
         for row in continuations:
-            mine = [next(found) for _ in row]
-            out.append([value for value, _ in mine])
-            self._count(1, max(tokens for _, tokens in mine))
+            own = [next(results) for _ in row]
+            out.append([value for value, _ in own])
+            self._count(1, max(tokens for _, tokens in own))
         return out
 
     def _echo(self, job: tuple[str, str], stop: threading.Event) -> tuple[float, int] | None:
@@ -266,10 +267,10 @@ class EndpointModel(LanguageModel):
 
     def _score_top(self, prefixes: list[str], continuations: list[list[str]]) -> list[list[float]]:
         def one(prefix: str, stop: threading.Event) -> tuple[dict[str, float], int]:
-            found = self._top(prefix, stop)
-            if found is None:
+            listed = self._top(prefix, stop)
+            if listed is None:
                 raise EndpointError(_NO_LOG_PROBS.format(url=self.base_url))
-            return found
+            return listed
 
         out = []
         for (table, tokens), row in zip(self._all("top", prefixes, one), continuations, strict=True):
@@ -309,8 +310,8 @@ class EndpointModel(LanguageModel):
         texts = self.generate(prefixes, max(4, longest // 2), stop=["\n\n"])
         out = []
         for text, row in zip(texts, continuations, strict=True):
-            said = text.strip().casefold()
-            hits = [c for c in row if said.startswith(c.strip().casefold())]
+            answer = text.strip().casefold()
+            hits = [c for c in row if answer.startswith(c.strip().casefold())]
             best = max(hits, key=len) if hits else None
             out.append([0.0 if c == best else MISSING for c in row])
         return out
@@ -319,12 +320,12 @@ class EndpointModel(LanguageModel):
 
     def generate(self, prompts: list[str], max_tokens: int, stop: list[str] | None = None,
                  temperature: float = 0.0, seed: int = 0) -> list[str]:
-        """See :meth:`LanguageModel.generate`; whether ``seed`` is heeded is the server's affair."""
+        """See :meth:`LanguageModel.generate`; whether ``seed`` is respected is up to the server."""
         from looseleaf_text.local import cut
 
         if max_tokens < 1 or temperature < 0:
-            raise ValueError(f"generate(max_tokens={max_tokens!r}, temperature={temperature!r}): allowed are "
-                             "max_tokens from 1 and temperature from 0")
+            raise ValueError("generate: expected max_tokens >= 1 and temperature >= 0, got "
+                             f"max_tokens={max_tokens!r}, temperature={temperature!r}")
         common: dict[str, Any] = {"model": self.model, "max_tokens": max_tokens, "temperature": temperature,
                                   "seed": seed}
         if stop:
@@ -438,14 +439,14 @@ def span_log_prob(tokens: Sequence[str], log_probs: Sequence[float | None], pref
         return None
     # White space at the end of the prefix is part of the continuation's first token.
     begin, end = start + len(prefix.rstrip(" ")), start + len(prefix) + len(continuation)
-    total, at, found = 0.0, 0, False
+    total, at, any_token = 0.0, 0, False
     for token, value in zip(tokens, log_probs, strict=False):
         if at < end and at + len(token) > begin and token:
             if value is None:
                 return None
-            total, found = total + float(value), True
+            total, any_token = total + float(value), True
         at += len(token)
-    return total if found else None
+    return total if any_token else None
 
 
 def first_token(continuation: str, table: dict[str, float], strip: bool = False) -> str | None:
@@ -471,7 +472,7 @@ def _choice(answer: dict[str, Any]) -> dict[str, Any]:
     return choices[0]
 
 
-def _said(response: httpx.Response) -> str:
+def _server_message(response: httpx.Response) -> str:
     try:
         data = response.json()
         error = data.get("error", data.get("detail", data))

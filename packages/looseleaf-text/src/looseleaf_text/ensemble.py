@@ -59,8 +59,8 @@ class EnsemblePredictor(Predictor):
         self.classes = self.members[0].classes
         for n, member in enumerate(self.members):
             if set(member.classes or ()) != set(self.classes or ()):
-                raise ValueError(f"EnsemblePrompt.members: expected prompts of the same classes, got {self.classes} and, "
-                                 f"for member {n}, {member.classes}")
+                raise ValueError("EnsemblePrompt.members: expected prompts of the same classes, got "
+                                 f"{self.classes} and, for member {n}, {member.classes}")
 
     def scores(self, examples: Sequence[Example]) -> list[list[float]]:
         """Natural-log probabilities (examples, classes); each row's probabilities sum to one."""

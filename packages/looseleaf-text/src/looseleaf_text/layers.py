@@ -35,8 +35,9 @@ def decoder_layers(model: nn.Module, layers: str | None = None) -> dict[str, nn.
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module}
     if layers is not None:
         if layers not in lists:
-            raise ValueError(f"layers={layers!r}: allowed are the module lists of {type(model).__name__}, "
-                             f"{', '.join(list(lists)[:5]) or 'of which it has none'}.{did_you_mean(layers, lists)}")
+            raise ValueError(f"layers: expected a module list of {type(model).__name__}, such as "
+                             f"{', '.join(list(lists)[:5]) or '(it has none)'}, got {layers!r}."
+                             f"{did_you_mean(layers, lists)}")
         return {f"{layers}.{i}": layer for i, layer in enumerate(lists[layers])}
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
@@ -44,13 +45,13 @@ def decoder_layers(model: nn.Module, layers: str | None = None) -> dict[str, nn.
                                     "stack: name the list of layers, such as layers='model.decoder.layers'")
     text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
     count = getattr(text, "num_hidden_layers", None)
-    found = [name for name, module in lists.items() if len(module) == count]
-    if not found:
+    candidates = [name for name, module in lists.items() if len(module) == count]
+    if not candidates:
         raise UnsupportedModelError(
             f"no module list of {type(model).__name__} has {count} entries (the configuration's num_hidden_layers): "
             f"name the list of layers, layers=...; there are {', '.join(list(lists)[:5]) or 'none'}")
     # a list inside the layers (experts) can be as long by chance, but lies deeper
-    name = min(found, key=lambda n: n.count("."))
+    name = min(candidates, key=lambda n: n.count("."))
     return {f"{name}.{i}": layer for i, layer in enumerate(lists[name])}
 
 
@@ -67,7 +68,8 @@ def contribution(name: str, layer: nn.Module, part: Part) -> str:
         UnsupportedModelError: no such module; or its output already has the residual stream in it.
     """
     if part not in PARTS:
-        raise ValueError(f"part={part!r}: allowed are {', '.join(map(repr, PARTS))}.{did_you_mean(str(part), PARTS)}")
+        raise ValueError(f"part: expected {' or '.join(map(repr, PARTS))}, got {part!r}."
+                         f"{did_you_mean(str(part), PARTS)}")
     children: dict[str, Any] = dict(layer.named_children())
     # "post_attention_layernorm" stands before the MLP in Llama, and behind the attention only where the MLP has a
     # norm behind it too

@@ -41,8 +41,7 @@ class LogitLens:
     def __init__(self, model: nn.Module, *, norm: str | None = None, head: str | None = None,
                  layers: str | None = None) -> None:
         self.model = model
-        found = decoder_layers(model, layers)
-        self.names = list(found)
+        self.names = list(decoder_layers(model, layers))
         modules = dict(model.named_modules())
         self.norm = _final_norm(model, modules, self.names[0].rpartition(".")[0], norm)
         self.head = _head(model, modules, head)
@@ -81,11 +80,11 @@ class LogitLens:
         batch, length = next(iter(inputs.values())).shape[:2]
         if positions.dim() != 2 or len(positions) != batch or int(positions.min()) < -length or \
                 int(positions.max()) >= length:
-            raise ValueError(f"positions of shape {tuple(positions.shape)}: allowed is ({batch}, P) with places from "
-                             f"{-length} to {length - 1}")
+            raise ValueError(f"positions: expected the shape ({batch}, P) and places in [{-length}, {length - 1}], got "
+                             f"the shape {tuple(positions.shape)} and {positions.tolist()!r:.80}")
         if tokens is not None and tokens.shape != positions.shape:
-            raise ValueError(f"tokens of shape {tuple(tokens.shape)}: allowed is that of positions, "
-                             f"{tuple(positions.shape)}")
+            raise ValueError(f"tokens: expected the shape of positions, {tuple(positions.shape)}, got "
+                             f"{tuple(tokens.shape)}")
         rows = torch.arange(batch)[:, None]
 
         def at(stream: Tensor) -> Tensor:
@@ -115,12 +114,12 @@ class LogitLens:
     def _compare(self, logits: Tensor, own: Tensor) -> None:
         gap = float((logits.float() - own.float()).abs().max())
         # matrix products of other shapes may round otherwise
-        allowed = 64 * torch.finfo(own.dtype).eps * max(1.0, float(own.abs().max()))
-        if not gap <= allowed:
+        tolerance = 64 * torch.finfo(own.dtype).eps * max(1.0, float(own.abs().max()))
+        if not gap <= tolerance:
             raise UnsupportedModelError(
                 f"at the last layer the lens differs from the output of {type(self.model).__name__} by {gap:.3g} "
-                f"(allowed is {allowed:.3g}): the model does more behind its layers than a norm and a head. Check "
-                "norm=... and head=..., or subclass LogitLens and say in __call__ what the model does")
+                f"(expected at most {tolerance:.3g}): the model does more behind its layers than a norm and a head. "
+                "Check norm=... and head=..., or subclass LogitLens and say in __call__ what the model does")
 
 
 def _final_norm(model: nn.Module, modules: dict[str, nn.Module], layers: str, norm: str | None) -> nn.Module:
@@ -130,8 +129,8 @@ def _final_norm(model: nn.Module, modules: dict[str, nn.Module], layers: str, no
     norms = [name for name in outside if "norm" in type(modules[name]).__name__.lower()]
     if norm is not None:
         if norm not in modules:
-            raise ValueError(f"norm={norm!r}: allowed is a module of {type(model).__name__}, such as "
-                             f"{', '.join(norms[:3]) or ', '.join(outside[:3])}, or 'none'."
+            raise ValueError(f"norm: expected 'none' or a module of {type(model).__name__}, such as "
+                             f"{', '.join(norms[:3]) or ', '.join(outside[:3])}, got {norm!r}."
                              f"{did_you_mean(norm, outside)}")
         return modules[norm]
     parent = layers.rpartition(".")[0]
@@ -150,7 +149,7 @@ def _final_norm(model: nn.Module, modules: dict[str, nn.Module], layers: str, no
 def _head(model: nn.Module, modules: dict[str, nn.Module], head: str | None) -> nn.Module:
     if head is not None:
         if head not in modules:
-            raise ValueError(f"head={head!r}: allowed is a module of {type(model).__name__}."
+            raise ValueError(f"head: expected a module of {type(model).__name__}, got {head!r}."
                              f"{did_you_mean(head, modules)}")
         return modules[head]
     ask = getattr(model, "get_output_embeddings", None)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from looseleaf.budget import costs
 from looseleaf.fingerprint import fingerprint
 from looseleaf_text.model import LanguageModel
 
@@ -43,11 +44,11 @@ class LocalModel(LanguageModel):
 
     def __init__(self, model: Any, tokenizer: Any, batch_tokens: int = 8192, *, share_prefixes: bool = True) -> None:
         if not isinstance(batch_tokens, int) or batch_tokens < 1:
-            raise ValueError(f"LocalModel.batch_tokens={batch_tokens!r}: allowed is a whole number from 1")
+            raise ValueError(f"LocalModel.batch_tokens: expected an integer >= 1, got {batch_tokens!r}")
         if not callable(model) or not hasattr(model, "config"):
-            raise ValueError(f"LocalModel needs a transformers causal language model, got {type(model).__name__}")
+            raise ValueError(f"LocalModel: expected a transformers causal language model, got {type(model).__name__}")
         if not callable(tokenizer):
-            raise ValueError(f"LocalModel needs the model's tokenizer, got {type(tokenizer).__name__}")
+            raise ValueError(f"LocalModel: expected the model's tokenizer, got {type(tokenizer).__name__}")
         self.model = model
         self.tokenizer = tokenizer
         self.batch_tokens = batch_tokens
@@ -131,6 +132,9 @@ class LocalModel(LanguageModel):
         _same_length(prefixes, continuations)
         return self.score_ids(*self.encode_pairs(prefixes, continuations))
 
+    @costs(calls=lambda model, prefix_ids, continuation_ids: len(prefix_ids),
+           tokens=lambda model, prefix_ids, continuation_ids: sum(map(len, prefix_ids)) + sum(
+               max(map(len, row)) for row in continuation_ids))
     @torch.inference_mode()
     def score_ids(self, prefix_ids: Sequence[Ids], continuation_ids: Sequence[Sequence[Ids]]) -> list[list[float]]:
         """As :meth:`score`, of token ids.
@@ -143,8 +147,8 @@ class LocalModel(LanguageModel):
         heads = [list(p) or [self._begin()] for p in prefix_ids]
         for n, row in enumerate(continuation_ids):
             if not row or not all(len(c) for c in row):
-                raise ValueError(f"continuations of prefix {n} are {list(row)!r}: give at least one, each with at "
-                                 "least one token")
+                raise ValueError(f"continuations of prefix {n}: expected one or more, each with one token or more, got "
+                                 f"{list(row)!r}")
         self._check_length(max((len(h) + max(map(len, row)) - 1
                                 for h, row in zip(heads, continuation_ids, strict=True)), default=0))
         self.calls += len(heads)
@@ -157,8 +161,8 @@ class LocalModel(LanguageModel):
 
     def _check_length(self, positions: int) -> None:
         if self._longest is not None and positions > self._longest:
-            raise ValueError(f"a prompt needs {positions} positions, allowed are {self._longest} (the model's "
-                             "max_position_embeddings): shorten it")
+            raise ValueError(f"expected prompts of at most {self._longest} positions (the model's "
+                             f"max_position_embeddings), got one of {positions}: shorten it")
 
     def _begin(self) -> int:
         for name in ("bos_token_id", "eos_token_id"):
@@ -344,8 +348,8 @@ class LocalModel(LanguageModel):
             ValueError: ``max_tokens`` below 1 or a negative temperature.
         """
         if max_tokens < 1 or temperature < 0:
-            raise ValueError(f"generate(max_tokens={max_tokens!r}, temperature={temperature!r}): allowed are "
-                             "max_tokens from 1 and temperature from 0")
+            raise ValueError("generate: expected max_tokens >= 1 and temperature >= 0, got "
+                             f"max_tokens={max_tokens!r}, temperature={temperature!r}")
         heads = [ids or [self._begin()] for ids in self._encode(prompts)]
         self._check_length(max(map(len, heads), default=0) + max_tokens)
         generator = torch.Generator().manual_seed(seed)
@@ -371,23 +375,23 @@ class LocalModel(LanguageModel):
     def _generate(self, heads: list[list[int]], max_tokens: int, stop: list[str] | None, temperature: float,
                   generator: torch.Generator) -> list[list[int]]:
         ends = self._ends()
-        made: list[list[int]] = [[] for _ in heads]
+        generated: list[list[int]] = [[] for _ in heads]
         live = [True] * len(heads)
         rows, cache, mask = heads, None, None
         for _ in range(max_tokens):
             logits, cache, mask = self._forward(rows, cache, mask, keep=1)
             last = logits[:, -1].float()
             if temperature > 0:
-                chances = torch.softmax(last / temperature, dim=-1).cpu()
-                picked = torch.multinomial(chances, 1, generator=generator)[:, 0].tolist()
+                probabilities = torch.softmax(last / temperature, dim=-1).cpu()
+                picked = torch.multinomial(probabilities, 1, generator=generator)[:, 0].tolist()
             else:
                 picked = last.argmax(-1).tolist()
             for r, token in enumerate(picked):
                 if live[r] and token in ends:
                     live[r] = False
                 elif live[r]:
-                    made[r].append(token)
-                    text = self._text(made[r]) if stop else ""
+                    generated[r].append(token)
+                    text = self._text(generated[r]) if stop else ""
                     live[r] = not any(s in text for s in stop or ())
             if not any(live):
                 break
@@ -395,14 +399,14 @@ class LocalModel(LanguageModel):
             if cache is None:  # a model without a cache starts over each time
                 heads = [[*head, token] for head, token in zip(heads, picked, strict=True)]
                 rows, mask = heads, None
-        return made
+        return generated
 
     def _ends(self) -> set[int]:
-        found: set[int] = set()
+        ends: set[int] = set()
         for value in (getattr(getattr(self.model, "generation_config", None), "eos_token_id", None),
                       getattr(self.tokenizer, "eos_token_id", None)):
-            found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
-        return found
+            ends.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
+        return ends
 
     @torch.inference_mode()
     def embed(self, texts: list[str]) -> np.ndarray:
@@ -499,11 +503,11 @@ def _selectable(cache: Any) -> bool:
 
 def _select(cache: Any, index: Tensor) -> Any:
     """A cache of the rows ``index`` of ``cache``, which stays as it is."""
-    made = copy.copy(cache)
-    made.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in made.layers:
+    selected = copy.copy(cache)
+    selected.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in selected.layers:
         layer.batch_select_indices(index)
-    return made
+    return selected
 
 
 def cut(text: str, stop: Sequence[str] | None) -> str:
@@ -514,5 +518,5 @@ def cut(text: str, stop: Sequence[str] | None) -> str:
 
 def _same_length(prefixes: Sequence[Any], continuations: Sequence[Any]) -> None:
     if len(prefixes) != len(continuations):
-        raise ValueError(f"{len(prefixes)} prefixes but {len(continuations)} lists of continuations: "
-                         "give one list per prefix")
+        raise ValueError(f"expected one list of continuations for each of {len(prefixes)} prefixes, got "
+                         f"{len(continuations)}")

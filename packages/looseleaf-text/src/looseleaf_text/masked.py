@@ -38,12 +38,12 @@ class MaskedModel(LanguageModel):
 
     def __init__(self, model: Any, tokenizer: Any, batch_tokens: int = 8192) -> None:
         if not isinstance(batch_tokens, int) or batch_tokens < 1:
-            raise ValueError(f"MaskedModel.batch_tokens={batch_tokens!r}: allowed is a whole number from 1")
+            raise ValueError(f"MaskedModel.batch_tokens: expected an integer >= 1, got {batch_tokens!r}")
         if not callable(model) or not hasattr(model, "config"):
-            raise ValueError(f"MaskedModel needs a transformers masked language model, got {type(model).__name__}")
+            raise ValueError(f"MaskedModel: expected a transformers masked language model, got {type(model).__name__}")
         if getattr(tokenizer, "mask_token_id", None) is None:
-            raise ValueError(f"MaskedModel needs a tokenizer with a mask token; {type(tokenizer).__name__} has none: "
-                             "a causal language model goes into LocalModel")
+            raise ValueError("MaskedModel: expected a tokenizer with a mask token, got a "
+                             f"{type(tokenizer).__name__} without: a causal language model goes into LocalModel")
         self.model = model
         self.tokenizer = tokenizer
         self.batch_tokens = batch_tokens
@@ -84,8 +84,8 @@ class MaskedModel(LanguageModel):
             ValueError: not equally many, an answer without tokens, or a text longer than the model takes.
         """
         if not len(befores) == len(answers) == len(afters):
-            raise ValueError(f"{len(befores)} texts before, {len(answers)} lists of answers and {len(afters)} texts "
-                             "after: give one of each for every prompt")
+            raise ValueError("score_cloze: expected one text before, one list of answers and one text after for every "
+                             f"prompt, got {len(befores)}, {len(answers)} and {len(afters)}")
         rows: dict[tuple[int, ...], list[Asked]] = {}
         out = [[0.0] * len(row) for row in answers]
         for n, (before, row, after) in enumerate(zip(befores, answers, afters, strict=True)):
@@ -112,8 +112,8 @@ class MaskedModel(LanguageModel):
         """What is asked of each row and its log-probabilities (length, vocabulary), in batches."""
         order = sorted(rows, key=len)
         if order and self._longest is not None and len(order[-1]) > self._longest:
-            raise ValueError(f"a prompt needs {len(order[-1])} positions, allowed are {self._longest} (the model's "
-                             "max_position_embeddings): shorten it")
+            raise ValueError(f"expected prompts of at most {self._longest} positions (the model's "
+                             f"max_position_embeddings), got one of {len(order[-1])}: shorten it")
         at = 0
         while at < len(order):
             end = at + 1

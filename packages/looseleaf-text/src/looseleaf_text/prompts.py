@@ -52,8 +52,8 @@ class TextPredictor(Predictor):
         """Log-probability of each label, (examples, labels), in the order of the prompt's labels."""
         labels = self.prompt.labels
         if labels is None:
-            raise ValueError(f"{type(self.prompt).__name__}.labels: expected label -> answer, got None: make the prompt "
-                             "for a task with labels")
+            raise ValueError(f"{type(self.prompt).__name__}.labels: expected label -> answer, got None: make the "
+                             "prompt for a task with labels")
         if isinstance(labels, Verbalizer):
             return labels.log_probs(self.answer_scores(examples, labels.space))
         return self.answer_scores(examples, list(labels.values()))

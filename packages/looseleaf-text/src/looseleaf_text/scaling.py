@@ -29,20 +29,20 @@ def scale_layers(model: nn.Module, alphas: Mapping[int, float], part: Literal["a
         ValueError: a layer that does not exist, a factor that is not finite, or an unknown part.
         UnsupportedModelError: the model's layers or their parts could not be found.
     """
-    found = list(decoder_layers(model, layers).items())
+    stack = list(decoder_layers(model, layers).items())
     wanted = PARTS if part == "both" else (part,)
     changes: dict[str, Callable[[Tensor], Tensor]] = {}
     for layer, alpha in alphas.items():
-        if not isinstance(layer, int) or not -len(found) <= layer < len(found):
-            raise ValueError(f"layer {layer!r}: allowed is {-len(found)} to {len(found) - 1}, "
-                             f"{type(model).__name__} has {len(found)} layers")
+        if not isinstance(layer, int) or not -len(stack) <= layer < len(stack):
+            raise ValueError(f"layer: expected an integer in [{-len(stack)}, {len(stack) - 1}], for {len(stack)} "
+                             f"layers of {type(model).__name__}, got {layer!r}")
         if not math.isfinite(alpha):
-            raise ValueError(f"alpha={alpha!r} for layer {layer}: allowed is a number, 0 (nothing is added) to 1 (as "
-                             "it is)")
-        for name in (contribution(*found[layer], p) for p in wanted):
+            raise ValueError("alphas: expected a finite number such as 0 (nothing is added) or 1 (as it is), got "
+                             f"{alpha!r} for layer {layer}")
+        for name in (contribution(*stack[layer], p) for p in wanted):
             if name in changes:
-                raise ValueError(f"layer {layer} is named twice, from the start and from the end: allowed is one "
-                                 "factor for each layer")
+                raise ValueError(f"alphas: expected one factor for each layer, got two for layer {layer}, which is "
+                                 "named from the start and from the end")
             changes[name] = _times(alpha)
     with intervene(model, changes):
         yield

@@ -158,16 +158,18 @@ class Template:
         if missing:
             raise ValueError(f"the template {self.text!r}: expected the inputs {list(self.inputs)}, got "
                              f"{sorted(fields or {})}")
-        said = {"Z": answers} if isinstance(answers, str) else dict(answers or {})
-        unknown = sorted(set(said) - set(self.answers))
+        texts = {"Z": answers} if isinstance(answers, str) else dict(answers or {})
+        unknown = sorted(set(texts) - set(self.answers))
         if unknown:
-            raise ValueError(f"the template {self.text!r} has no answer slot {unknown}; it has {list(self.answers)}")
+            raise ValueError(f"the template {self.text!r}: expected answers for {list(self.answers)}, got {unknown} "
+                             "too")
         out: list[str | Slot] = []
         for part in self.parts:
-            if isinstance(part, Slot) and part.answer and part.name in said:
+            if isinstance(part, Slot) and part.answer and part.name in texts:
                 before = out[-1] if out else ""
-                taken = isinstance(before, str) and before[-1:].isspace()
-                out.append(said[part.name].lstrip() if taken else said[part.name])
+                spaced_before = isinstance(before, str) and before[-1:].isspace()
+                text = texts[part.name]
+                out.append(text.lstrip() if spaced_before else text)
             elif isinstance(part, Slot) and not part.answer and fields is not None:
                 out.append(fields[part.name])
             else:
@@ -211,7 +213,7 @@ class Template:
     def single(self) -> str:
         """The name of the only answer slot; ValueError where there is none or there are several."""
         if len(self.answers) != 1:
-            raise ValueError(f"the template {self.text!r} has {len(self.answers)} answer slots, one is needed here: "
+            raise ValueError(f"the template {self.text!r}: expected one answer slot here, got {len(self.answers)}: "
                              "write [Z] once")
         return self.answers[0]
 
@@ -271,8 +273,8 @@ class Template:
             text = text[len(first):]
         parts: list[str | Slot] = []
         for mark, slot in zip(marks, open_slots, strict=True):
-            literal, found, text = text.partition(mark)
-            if not found:
+            literal, kept, text = text.partition(mark)
+            if not kept:
                 raise ValueError(f"the chat template of {type(tokenizer).__name__} does not keep the user's text")
             parts += [literal, slot]
         return Template.of([*parts, text, answer], chat=True)

@@ -64,11 +64,11 @@ class ToyLanguageModel(LanguageModel):
         return out
 
     def _margin(self, prefix: str) -> float:
-        said = prefix.split()
-        context, given = said[:-8], said[-8:]
+        every = prefix.split()
+        context, shown = every[:-8], every[-8:]
         hears = 0.5 + math.tanh(sum(_weight(w) for w in context) / 2)
         leans = sum(_weight(w + "!") for w in context) / 4
-        felt = sum((w in GOOD) - (w in BAD) for w in given)
+        felt = sum((w in GOOD) - (w in BAD) for w in shown)
         return hears * felt + leans + 0.3 * _weight(prefix)
 
     def generate(self, prompts: list[str], max_tokens: int, stop: list[str] | None = None,
@@ -141,8 +141,8 @@ def _weight(word: str) -> float:
 
 
 def _side(continuation: str) -> float:
-    said = continuation.strip()
-    return {"positive": 1.0, "negative": -1.0}.get(said, _weight(said))
+    word = continuation.strip()
+    return {"positive": 1.0, "negative": -1.0}.get(word, _weight(word))
 
 
 def _log_sigmoid(x: float) -> float:
