@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import looseleaf
 from looseleaf import AttentionBackend, AttentionCall
 from looseleaf_flexprefill import FlexPrefill
-from looseleaf_lab.activations import KeepAttention
+from looseleaf_lab.attention import KeepAttention, calibrate
 from looseleaf_minference import MInference, synthetic
 from looseleaf_paroattention import PAROAttention
 from looseleaf_paroattention.plan import LayerPlan, Plan
@@ -66,11 +66,10 @@ Setting = tuple[str, Inputs, dict[str, AttentionBackend]]
 def smollm2(tokens: int, options: argparse.Namespace) -> Iterator[Setting]:
     """Real layers, and MInference calibrated on another text."""
     from looseleaf_lab import data, models
-    from looseleaf_lab.compare import attention
 
     model, tokenizer = models.load("smollm2", device=options.device)
     calibrated = MInference()
-    attention.calibrate(calibrated, model, tokenizer)
+    calibrate(calibrated, model, tokenizer)
     ids = data.prose_ids(tokenizer, min(tokens, SMOLLM2_TOKENS)).to(options.device)
     taken = KeepAttention(layers=SMOLLM2_LAYERS)
     with looseleaf.attach(model, taken):

@@ -9,8 +9,8 @@ import torch
 
 import looseleaf
 from looseleaf.testing.models import tiny_text_llama, tiny_tokenizer
-from looseleaf_lab import compare, models
-from looseleaf_lab.compare import llm_compressor
+from looseleaf_lab import models
+from looseleaf_lab.benches import compare_pruners, llm_compressor
 
 pytest.importorskip("llmcompressor", reason="llm-compressor is not installed: nox -s rivals")
 
@@ -46,7 +46,7 @@ def test_a_pruned_copy(model: Any, name: str, sparsity: float, structure: str) -
 
 
 def test_in_the_comparison(model: Any) -> None:
-    report = compare.compare_pruners(model, tiny_tokenizer(), {}, [0.25, 0.5], context=32, windows=2,
+    report = compare_pruners(model, tiny_tokenizer(), {}, [0.25, 0.5], context=32, windows=2,
                                      batches=batches())
     table = next(t for t in report.tables if t.title == "Pruning without retraining")
     found = [row[:2] for row in table.rows]

@@ -33,7 +33,7 @@ def test_parts_share_no_paragraph() -> None:
 
 
 def test_prose_refuses() -> None:
-    with pytest.raises(ValueError, match="part: expected .* got 'test'"):
+    with pytest.raises(ValueError, match=r"part: expected .* got 'test'"):
         data.prose(10, "test")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="min_chars: expected an integer >= 1, got 0"):
         data.prose(0)
@@ -66,7 +66,7 @@ def test_default_sizes_fit_or_say_why(name: str) -> None:
         assert len(data.classification_task(name, train=48, dev=48, test=96).test) == 96
     with pytest.raises(ValueError, match="at most"):
         data.classification_task(name, train=10**6)
-    with pytest.raises(ValueError, match="dev: expected one example or more .* got 1"):
+    with pytest.raises(ValueError, match=r"dev: expected one example or more .* got 1"):
         data.classification_task(name, dev=1)
 
 
@@ -142,7 +142,7 @@ def test_a_task_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "nothing = str\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert data.task("my_tasks:make", 3).name == "mine 3"
-    with pytest.raises(TypeError, match="my_tasks:nothing: expected a looseleaf.Task, got str"):
+    with pytest.raises(TypeError, match=r"my_tasks:nothing: expected a looseleaf.Task, got str"):
         data.task("my_tasks:nothing")
     for name in ("my_tasks:absent", "absent_module:make"):
         with pytest.raises(ValueError, match=f"expected a function that can be imported, got '{name}'"):

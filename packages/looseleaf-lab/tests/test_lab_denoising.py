@@ -14,27 +14,27 @@ from looseleaf import AttentionBackend, AttentionCall
 from looseleaf.attention.call import Phase
 from looseleaf.errors import LooseleafError
 from looseleaf_lab import masked_diffusion
-from looseleaf_lab.compare import compare_denoising, denoising
-from looseleaf_lab.window import BlockWindow
+from looseleaf_lab.attention import BlockWindow
+from looseleaf_lab.benches import Denoising, compare_denoising, denoising
 
 
 @dataclasses.dataclass
 class Learner(AttentionBackend):
-    """Exact from what it was told and taught; counts.
+    """Exact, given the prompt and calibrated; counts.
 
     Args:
-        prompt_tokens: told.
+        prompt_tokens: given by the bench.
     """
 
     prompt_tokens: int | None = None
-    changes: ClassVar[Phase] = "encode"
+    phases: ClassVar[frozenset[Phase]] = frozenset({"bidirectional"})
     paper = looseleaf.SlidingWindow.paper
-    learnt: ClassVar[list[tuple[int | None, int]]] = []
+    calibrations: ClassVar[list[tuple[int | None, int]]] = []
 
     def calibrate(self, model: torch.nn.Module, batches: Any) -> None:
         with looseleaf.attach(model, BlockWindow(density=1.0, block=16), steps=4) as attached:
             batches(attached)
-        self.learnt.append((self.prompt_tokens, len(attached.records)))
+        self.calibrations.append((self.prompt_tokens, len(attached.records)))
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         call.record(density=1.0)
@@ -45,7 +45,7 @@ class Learner(AttentionBackend):
 class Broken(AttentionBackend):
     """Fails."""
 
-    changes: ClassVar[Phase] = "encode"
+    phases: ClassVar[frozenset[Phase]] = frozenset({"bidirectional"})
     paper = looseleaf.SlidingWindow.paper
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
@@ -63,18 +63,18 @@ def small(*, progress: bool | None = None) -> denoising.Denoiser:
 
     return denoising.Denoiser("tiny", model, {"prompt_tokens": 32}, 4, run,
                               lambda one, two: float((one != two).double().mean()), lambda found: 1.5,
-                              ("share", "nothing"))
+                              ("fraction", "nothing"))
 
 
 def test_compare_denoising(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(denoising.MODELS, "text", small)
-    Learner.learnt.clear()
+    Learner.calibrations.clear()
     backends = {"learner": Learner(), "broken": Broken(), "causal": looseleaf.SlidingWindow()}
     report = compare_denoising(backends, ["text"], rounds=1, state=tmp_path)
     table = next(t for t in report.tables if t.title == "Denoising")
     rows = {r[0]: dict(zip(table.columns, r, strict=True)) for r in table.rows}
     assert set(rows) == {"(exact)", "learner", "causal", "(window)"}
-    assert Learner.learnt == [(32, 12)], "told the prompt, and taught on one run of 4 steps in 3 layers"
+    assert Learner.calibrations == [(32, 12)], "given the prompt, and calibrated on one run of 4 steps in 3 layers"
     assert rows["learner"]["output differs"] == rows["(exact)"]["output differs"] == 0
     assert rows["learner"]["attention error"] == 0 < rows["(window)"]["attention error"]
     assert rows["causal"]["fallbacks"] == 12 and rows["(window)"]["density"] == pytest.approx(0.5)
@@ -102,22 +102,13 @@ def test_a_model_that_cannot_be_made_is_named(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_unknown_model() -> None:
-    with pytest.raises(ValueError, match=r"models=\['song'\], rounds=3: allowed are text, video"):
+    with pytest.raises(ValueError, match=r"expected models among text, video .* got models=\['song'\], rounds=3"):
         compare_denoising({}, ["song"])
 
 
-def test_window_sees_the_nearest_blocks() -> None:
-    g = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(2, h, 70, 16, generator=g) for h in (4, 2, 2))
-    call = AttentionCall(query, key, value, 0.25, False, phase="encode", step=0)
-    blocks = torch.arange(70) // 16
-    first = (torch.arange(5) - 1).clamp(0, 3)[blocks][:, None]
-    mask = (blocks >= first) & (blocks < first + 2)
-    exact = dataclasses.replace(call, mask=mask[None, None]).dense()
-    said: dict[str, Any] = {}
-    call.record = said.update
-    torch.testing.assert_close(BlockWindow(density=0.4, block=16).attend(call), exact, atol=1e-5, rtol=1e-4)
-    assert said == {"density": 0.4}
-    assert torch.equal(BlockWindow(full_steps=1).attend(call), call.dense()) and said == {"density": 1.0}
-    with pytest.raises(ValueError, match="density=0"):
-        BlockWindow(density=0.0)
+def test_the_bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(denoising.MODELS, "text", small)
+    report = Denoising(denoising=("text",), rounds=1).run({"learner": Learner, "broken": Broken})
+    assert [r[0] for t in report.tables if t.title == "Denoising" for r in t.rows] == ["(exact)", "learner", "(window)"]
+    with pytest.raises(ValueError, match="rounds: expected an integer >= 1, got 0"):
+        Denoising(rounds=0)

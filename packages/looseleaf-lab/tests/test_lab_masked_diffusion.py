@@ -165,7 +165,8 @@ def test_left_padding_of_prompts() -> None:
     ({"length": 0}, "length: expected an integer >= 1 and a multiple of block_length=None, got 0"),
     ({"length": 10, "block_length": 4}, "length: expected an integer >= 1 and a multiple of block_length=4, got 10"),
     ({"steps": 3, "block_length": 8}, "steps: expected a multiple of 2 blocks of 8 tokens, at most 16, .*got 3"),
-    ({"steps": 17}, "steps: expected a multiple of 1 blocks .*got 17"), ({"temperature": -1.0}, r"temperature: expected a number >= 0, got -1\.0"),
+    ({"steps": 17}, "steps: expected a multiple of 1 blocks .*got 17"),
+    ({"temperature": -1.0}, r"temperature: expected a number >= 0, got -1\.0"),
     ({"remasking": "best"}, "remasking: expected 'low_confidence' or 'random', got 'best'")])
 def test_what_cannot_be_generated(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

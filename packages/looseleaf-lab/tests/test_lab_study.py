@@ -121,7 +121,7 @@ def test_a_process_that_dies_is_reported_and_costs_only_its_seed(tmp_path: Path)
     marks = tmp_path / "marks"
     marks.mkdir()
     mortal = Study("s", die, [], full=Scale(0.0, str(marks)))
-    with pytest.raises(RuntimeError, match="died.*--jobs.*kept"):
+    with pytest.raises(RuntimeError, match=r"died.*--jobs.*kept"):
         mortal(seeds=2, jobs=2, state=tmp_path / "state")
     assert len(list((tmp_path / "state").glob("*.json"))) == 1
     assert mortal(seeds=2, jobs=2, state=tmp_path / "state").facts["seeds"] == 2
@@ -169,7 +169,8 @@ def test_what_was_measured_by_other_code_is_not_taken(tmp_path: Path) -> None:
     found = []
     for value in (1, 2, 2):
         (tmp_path / "changing.py").write_text(code.replace("VALUE", str(value)) + f"# {value}\n")
-        done = subprocess.run([sys.executable, "-B", "-c", run], cwd=tmp_path, capture_output=True, text=True, check=True)
+        done = subprocess.run([sys.executable, "-B", "-c", run], cwd=tmp_path, capture_output=True, text=True,
+                              check=True)
         found.append(json.loads(done.stdout))
     assert found == [[1], [2], [2]]
     assert len(list((tmp_path / "state").iterdir())) == 2
@@ -193,7 +194,7 @@ def test_results() -> None:
     results = Results([{"a": {"1": 2.0}, "b": [1, 2]}, {"a": {"1": 4.0}, "b": [3, 4]}], {}, [0, 1], None, False)
     assert results.values("a", 1) == [2.0, 4.0] and results.values("b", 0) == [1, 3]
     assert isinstance(results.interval("a", "1"), Interval) and results.interval("a", 1).value == 3.0
-    with pytest.raises(KeyError, match="no 'c' at .'a'.: there is 1"):
+    with pytest.raises(KeyError, match=r"no 'c' at .'a'.: there is 1"):
         results.values("a", "c")
     with pytest.raises(KeyError, match="there is 2 entries"):
         results.values("b", 7)

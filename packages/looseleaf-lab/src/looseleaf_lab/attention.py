@@ -247,5 +247,5 @@ def _mean(value: Any) -> float:
     return float(np.mean(np.asarray(value, dtype=np.float64)))
 
 
-__all__ = ["BlockWindow", "DENSE", "KeepAttention", "SideBySide", "attention_map", "calibrate", "density_of",
+__all__ = ["DENSE", "BlockWindow", "KeepAttention", "SideBySide", "attention_map", "calibrate", "density_of",
            "with_start"]

@@ -1,21 +1,22 @@
-"""What the studies of several prefill methods measure alike: perplexity beside exact attention, and a layer's time."""
+"""What studies of attention methods have in common: perplexity beside exact attention, a layer's time, ratios."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from looseleaf import AttentionBackend, AttentionCall, Figure, Report, attach
-from looseleaf.statistics import Interval
+from looseleaf.statistics import Interval, bootstrap
 from looseleaf_lab.attention import KeepAttention
 from looseleaf_lab.metrics import perplexity
-from looseleaf_lab.study import Decision, Results
+from looseleaf_lab.study import Decision, Results, StudyClaim
 from looseleaf_lab.timing import interleave
 
 Row = dict[str, Any]
@@ -52,11 +53,30 @@ def perplexity_ratio(results: Results, *path: str | int) -> Interval:
     return Interval(*(math.exp(x) for x in results.interval(*path, "sparse", minus=(*path, "exact"))))
 
 
-def mean_figures(report: Report, results: Results, *path: str | int, suffix: str = "") -> None:
-    """Add the heat maps of :func:`perplexity_beside_exact`, means over windows; ``suffix`` goes behind their titles."""
-    for same in zip(*results.values(*path, "figures"), strict=True):
-        image = torch.tensor([f["image"] for f in same], dtype=torch.float64).mean(0).tolist()
-        report.figures.append(Figure(**{**same[0], "title": same[0]["title"] + suffix, "image": image}))
+def show_perplexity(report: Report, results: Results, name: str, last: int, windows: Mapping[int, Sequence[str]],
+                    more: Mapping[str, str] | None = None) -> None:
+    """Add the table of :func:`perplexity_beside_exact`, and its heat maps, means over windows.
+
+    Args:
+        report: goes on.
+        results: of the study.
+        name: of the method.
+        last: how many tokens were scored.
+        windows: length of the windows -> path to what was measured on them.
+        more: further columns -> what the backend recorded.
+    """
+    more = more or {}
+    table = report.table(f"Perplexity on the last {last} tokens of each window", [
+        "context", "dense", name, "ratio", "low", "high", "density", "density low", "density high", *more],
+        note="intervals: 95 % bootstrap over windows, paired")
+    for length, path in windows.items():
+        table.add(length, *(math.exp(results.interval(*path, how).value) for how in ("exact", "sparse")),
+                  *perplexity_ratio(results, *path), *results.interval(*path, "density"),
+                  *(results.interval(*path, recorded).value for recorded in more.values()))
+        for same in zip(*results.values(*path, "figures"), strict=True):
+            image = torch.tensor([f["image"] for f in same], dtype=torch.float64).mean(0).tolist()
+            title = f"{same[0]['title']}, {length} tokens"
+            report.figures.append(Figure(**{**same[0], "title": title, "image": image}))
 
 
 def kept_activations(model: Any, ids: Tensor, layers: Sequence[int]) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
@@ -98,16 +118,49 @@ def layer_times(activations: dict[int, tuple[Tensor, Tensor, Tensor]], backend: 
     return rows
 
 
+def show_times(report: Report, results: Results, name: str) -> None:
+    """Add the table of ``results.once["times"]``, see :func:`layer_times`; ``name``: of the method."""
+    report.table("Seconds of one layer's attention, estimation included", [
+        "tokens", "layer", "density", "SDPA", name, "ratio", "low", "high"], results.once["times"],
+        note=f"ratio: SDPA over {name}, medians of interleaved rounds; longer than a window: its activations, repeated")
+
+
 def faster_everywhere(results: Results) -> Decision:
     """Whether every row of ``results.once["times"]``, see :func:`layer_times`, has a ratio above 1."""
     rows = results.once["times"]
     slower = [f"layer {layer} at {tokens}" for tokens, layer, _, _, _, ratio, _, _ in rows if ratio <= 1]
     ratios = [row[5] for row in rows]
     lengths = " and ".join(dict.fromkeys(str(row[0]) for row in rows))
-    return None if results.quick else not slower, (
-        f"{min(ratios):.2f}x to {max(ratios):.2f}x over {len(rows)} cases of {lengths} tokens"
-        + (f"; slower: {', '.join(slower)}" if slower else ""))
+    return not slower, (f"{min(ratios):.2f}x to {max(ratios):.2f}x over {len(rows)} cases of {lengths} tokens"
+                        + (f"; slower: {', '.join(slower)}" if slower else ""))
 
 
-__all__ = ["faster_everywhere", "kept_activations", "layer_times", "mean_figures", "perplexity_beside_exact",
-           "perplexity_ratio"]
+def ratio_of_sums(values: Sequence[float], reference: Sequence[float]) -> Interval:
+    """Sum of ``values`` over the sum of ``reference``, paired, with its 95 % bootstrap interval."""
+    pairs = np.array([values, reference])
+
+    def statistic(rows: np.ndarray) -> np.ndarray:
+        above, below = pairs[:, rows.astype(int)].sum(-1)
+        quotient: np.ndarray = above / below
+        return quotient
+
+    return bootstrap(range(len(values)), statistic=statistic)
+
+
+def claim(results: Results, statement: str, source: str, paper: str, rule: str, holds: bool | None, measured: str, *,
+          any_scale: bool = False) -> StudyClaim:
+    """A claim whose verdict is at hand; not shown by a quick run unless ``any_scale`` decides it.
+
+    Args:
+        results: of the study.
+        statement, source, paper, rule: see :class:`looseleaf_lab.study.StudyClaim`.
+        holds: whether it does; None: not shown.
+        measured: in words.
+        any_scale: the quick run decides it as well.
+    """
+    verdict = None if results.quick and not any_scale else holds
+    return StudyClaim(statement, source, paper, rule, lambda _: (verdict, measured))
+
+
+__all__ = ["claim", "faster_everywhere", "kept_activations", "layer_times", "perplexity_beside_exact",
+           "perplexity_ratio", "ratio_of_sums", "show_perplexity", "show_times"]

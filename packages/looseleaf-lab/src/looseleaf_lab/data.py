@@ -264,7 +264,7 @@ _CLASSES = {
 }
 _OTHERS = {
     "last-word": "generation: the last word of a sentence of the standard library's documentation; needs no package",
-    "neighbours": "embeddings: whether the nearest text is of the same class, on the texts of subjects; needs no package",
+    "neighbours": "embeddings: whether the nearest text has the same class, on the texts of subjects; needs no package",
 }
 
 
@@ -311,8 +311,8 @@ def _own_task(name: str, seed: int) -> Task:
         for part in function.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"task: expected a function that can be imported, got {name!r} ({error}). A file my_tasks.py in "
-                         "this folder is found where PYTHONPATH has it") from error
+        raise ValueError(f"task: expected a function that can be imported, got {name!r} ({error}): PYTHONPATH=. finds "
+                         "files of this folder") from error
     made = found(seed)
     if not isinstance(made, Task):
         raise TypeError(f"{name}: expected a looseleaf.Task, got {type(made).__name__}")

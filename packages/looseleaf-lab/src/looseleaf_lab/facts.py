@@ -51,7 +51,9 @@ def reason(error: BaseException) -> str:
 def left_out(report: Report, failed: Mapping[str, str]) -> None:
     """Say which plugins could not be measured, and why; one that fails never stops the others."""
     if failed:
-        report.table("Left out", ["plugin", "reason"], [[name, why] for name, why in failed.items()])
+        table = next((t for t in report.tables if t.title == "Left out"), None)
+        table = table or report.table("Left out", ["plugin", "reason"])
+        table.rows += [[name, why] for name, why in failed.items()]
 
 
 __all__ = ["facts", "identity", "left_out", "model_facts", "model_name", "reason"]

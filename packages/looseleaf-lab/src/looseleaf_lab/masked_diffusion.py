@@ -60,7 +60,8 @@ def generate(model: Any, prompt_ids: Tensor, *, length: int, steps: int, mask_id
     """
     size = length if block_length is None else block_length
     if length < 1 or size < 1 or length % size:
-        raise ValueError(f"length: expected an integer >= 1 and a multiple of block_length={block_length}, got {length}")
+        raise ValueError(f"length: expected an integer >= 1 and a multiple of block_length={block_length}, "
+                         f"got {length}")
     blocks = length // size
     if steps < 1 or steps % blocks or steps > length:
         raise ValueError(f"steps: expected a multiple of {blocks} blocks of {size} tokens, at most {length}, so that "
@@ -244,8 +245,8 @@ def small_model(*, steps: int | None = None, progress: bool | None = None) -> tu
         steps: of the training; None: as many as are good for it.
         progress: show a progress bar while it trains; None: only on a terminal.
     """
-    from looseleaf_lab import data, models
     from looseleaf.resume import digest
+    from looseleaf_lab import data, models
 
     text = data.prose(TEXT, "calibration")
     steps = STEPS if steps is None else steps

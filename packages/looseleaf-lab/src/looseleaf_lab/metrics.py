@@ -1,10 +1,9 @@
-"""Figures of merit with their uncertainty: perplexity, pass-key retrieval, accuracy, bootstrap, rank correlation."""
+"""Figures of merit with their uncertainty: perplexity and pass-key retrieval of language models, relative errors."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,7 +65,7 @@ def perplexity(model: Any, ids: Tensor, context: int, stride: int | None = None,
         last: score only the last so many tokens of each window (long-context evaluation).
         batch: windows run together.
         bos: id that takes the place of each window's first token. Models that were trained with such a token (Gemma)
-            are lost without it; :func:`looseleaf_lab.data.bos` finds it. None: the text as it is.
+            fail without it; :func:`looseleaf_lab.data.bos` finds it. None: the text as it is.
         progress: show a progress bar; None: only on a terminal.
 
     Raises:
@@ -77,15 +76,16 @@ def perplexity(model: Any, ids: Tensor, context: int, stride: int | None = None,
     ids = ids.reshape(-1)
     stride = context if stride is None else stride
     if context < 2:
-        raise ValueError(f"context={context}: allowed is 2 or more")
+        raise ValueError(f"context: expected an integer >= 2, got {context}")
     if not 1 <= stride <= context:
-        raise ValueError(f"stride={stride}: allowed is 1 to context={context}")
+        raise ValueError(f"stride: expected an integer in [1, {context}], the context, got {stride}")
     if last is not None and not 1 <= last <= context - 1:
-        raise ValueError(f"last={last}: allowed is 1 to context - 1 = {context - 1}")
+        raise ValueError(f"last: expected an integer in [1, {context - 1}], below the context, got {last}")
     if batch < 1:
-        raise ValueError(f"batch={batch}: allowed is 1 or more")
+        raise ValueError(f"batch: expected an integer >= 1, got {batch}")
     if len(ids) < context:
-        raise ValueError(f"the text has {len(ids)} tokens and context={context}: pass a longer text or less context")
+        raise ValueError(f"ids: expected at least context={context} tokens, got {len(ids)}: pass a longer text or less "
+                         "context")
     starts = list(range(0, len(ids) - context + 1, stride))
     windows = [ids[s:s + context] for s in starts]
     if last is not None:
@@ -171,10 +171,10 @@ class PasskeyResult:
     """What :func:`passkey` measured.
 
     Attributes:
-        accuracy: share of trials whose whole key was given.
+        accuracy: fraction of trials whose whole key was given.
         depths: where the key stood in each trial, 0 (start) to 1 (end).
         correct: 1.0 or 0.0 for each trial.
-        digits: share of the key's digits that were right in place, for each trial.
+        digits: fraction of the key's digits that were right in place, for each trial.
     """
 
     accuracy: float
@@ -203,9 +203,9 @@ def passkey(model: Any, tokenizer: Any, context: int, *, trials: int = 5, seed: 
     from looseleaf_lab import data
 
     if context < 128:
-        raise ValueError(f"context={context}: allowed is 128 or more")
+        raise ValueError(f"context: expected an integer >= 128, got {context}")
     if trials < 1 or digits < 1:
-        raise ValueError(f"trials={trials}, digits={digits}: allowed is 1 or more of each")
+        raise ValueError(f"passkey: expected trials >= 1 and digits >= 1, got trials={trials}, digits={digits}")
     rng = np.random.default_rng(seed)
     if text is None:
         filler = data.prose_ids(tokenizer, context, "evaluation")[0]
@@ -230,20 +230,6 @@ def passkey(model: Any, tokenizer: Any, context: int, *, trials: int = 5, seed: 
             found.append(float(answer[:digits] == key))
             right.append(sum(a == b for a, b in zip(answer, key)) / digits)
     return PasskeyResult(sum(found) / trials, depths, found, right)
-
-
-# ------------------------------------------------------------------------------------------------- statistics
-
-def accuracy(predictions: Sequence[Any], references: Sequence[Any]) -> float:
-    """Share of predictions that equal their reference.
-
-    Raises:
-        ValueError: none, or not equally many.
-    """
-    if len(predictions) != len(references) or not len(references):
-        raise ValueError(f"{len(predictions)} predictions and {len(references)} references: allowed is equally many, "
-                         "and at least one")
-    return sum(bool(p == r) for p, r in zip(predictions, references, strict=True)) / len(references)
 
 
 def relative_error(output: torch.Tensor, exact: torch.Tensor) -> float:

@@ -1,7 +1,7 @@
 """Small real models that load without a network, and any other by hub id or folder.
 
 Models that ship as GGUF are converted once: the dequantised float32 weights are written as safetensors to
-``$LOOSELEAF_CACHE`` (default ``~/.cache/looseleaf``), whole or not at all, under a lock, so that two processes
+``$LOOSELEAF_CACHE`` (default ``~/.cache/looseleaf``), atomically, under a lock, so that two processes
 that start together convert once and neither reads a half-written folder.
 """
 
@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from looseleaf.files import cache_dir
 from looseleaf.errors import LooseleafError, did_you_mean
+from looseleaf.files import cache_dir
 
 
 class MissingModelError(LooseleafError, ModuleNotFoundError):
@@ -81,7 +81,8 @@ def load(name: str = "smollm2", dtype: Any = None, *, device: str | None = None)
 
     kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.float32
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
-        raise ValueError(f"dtype={dtype!r}: allowed are floating-point types such as 'float32', 'bfloat16', 'float16'")
+        raise ValueError("dtype: expected a floating-point type such as 'float32', 'bfloat16' or 'float16', "
+                         f"got {dtype!r}")
     source = resolve(name)
     causal = PACKAGED[name].causal if name in PACKAGED else True
     model: Any
@@ -101,6 +102,13 @@ def load(name: str = "smollm2", dtype: Any = None, *, device: str | None = None)
     if device is not None:
         model.to(device)
     return model, tokenizer
+
+
+def device() -> str:
+    """Where models are run: ``cuda`` where there is such a device, else ``cpu``."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def bfloat16_is_fast() -> bool:
@@ -127,8 +135,8 @@ def resolve(name: str) -> str:
     if path.suffix == ".gguf" and path.is_file():
         return str(_converted(path, path.stem))
     if "/" not in name or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ValueError(f"model {name!r} is unknown: allowed are {', '.join(PACKAGED)}, a folder that exists, or a "
-                         f"hub id such as 'org/model'.{did_you_mean(name, PACKAGED)}")
+        raise ValueError(f"model: expected {', '.join(PACKAGED)}, a folder that exists, or a hub id such as "
+                         f"'org/model', got {name!r}.{did_you_mean(name, PACKAGED)}")
     return name
 
 
@@ -138,7 +146,7 @@ def installed() -> dict[str, bool]:
 
 
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:
-    """Make the folder ``target`` with ``build(temporary folder)``, once among all processes, whole or not at all."""
+    """Make the folder ``target`` with ``build(temporary folder)``, once among all processes, atomically."""
     from filelock import FileLock
 
     if target.is_dir():
@@ -218,7 +226,7 @@ def save(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> None:
     Args:
         model: a transformers model without masks on it (``masks.make_permanent(model)`` first).
         tokenizer: its tokenizer.
-        folder: made here; whole or not at all.
+        folder: made here, atomically.
 
     Raises:
         ValueError: there is something at ``folder``.
@@ -253,9 +261,9 @@ def new_folder(folder: str | os.PathLike[str]) -> Path:
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:
     # The weights are plain floats by now, but transformers still takes the model for a quantised one.
     model.hf_quantizer = None
-    for mark in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(model.config, mark):
-            delattr(model.config, mark)
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(model.config, name):
+            delattr(model.config, name)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -277,9 +285,9 @@ def _quiet(transformers: Any) -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     # the GGUF reader has a bar of its own that does not ask: in a log it goes nowhere
-    deaf: Any = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+    silent: Any = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     try:
-        with deaf:
+        with silent:
             yield
     finally:
         logging.set_verbosity(before)

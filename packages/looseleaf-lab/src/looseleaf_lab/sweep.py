@@ -54,16 +54,16 @@ def settings(grid: Mapping[str, Sequence[Any]] | Iterable[Mapping[str, Any]]) ->
     if isinstance(grid, Mapping):
         for name, values in grid.items():
             if isinstance(values, (str, bytes)) or not len(values):
-                raise ValueError(f"grid[{name!r}]={values!r}: allowed is a list of one value or more")
+                raise ValueError(f"grid[{name!r}]: expected a list of one value or more, got {values!r}")
         out = [dict(zip(grid, combination, strict=True)) for combination in itertools.product(*grid.values())]
     else:
         out = [dict(setting) for setting in grid]
     seen: set[str] = set()
     for setting in out:
-        mark = digest(setting)
-        if mark in seen:
-            raise ValueError(f"setting {setting} is in the grid twice")
-        seen.add(mark)
+        key = digest(setting)
+        if key in seen:
+            raise ValueError(f"grid: expected different settings, got {setting} twice")
+        seen.add(key)
     return out
 
 
@@ -98,21 +98,21 @@ def sweep(function: Callable[..., Any], grid: Mapping[str, Sequence[Any]] | Iter
         ValueError: a bad grid, or no worker.
     """
     if workers is not None and workers < 1:
-        raise ValueError(f"workers={workers}: allowed is None (this process) or 1 or more")
+        raise ValueError(f"workers: expected None (this process) or an integer >= 1, got {workers}")
     if retries < 0:
-        raise ValueError(f"retries={retries}: allowed is 0 or more")
+        raise ValueError(f"retries: expected an integer >= 0, got {retries}")
     todo = settings(grid)
     cells = Cells(Path(state_dir))
     results = [_kept(cells, setting) for setting in todo]
     open_ = [i for i, result in enumerate(results) if not result.resumed]
-    with progress_.bar("sweep", len(todo), progress) as moving:
-        moving.update(len(todo) - len(open_))
+    with progress_.bar("sweep", len(todo), progress) as progress_bar:
+        progress_bar.update(len(todo) - len(open_))
         if address is None and workers is None:
             for i in open_:
                 results[i] = _keep(cells, todo[i], *_attempt(function, todo[i]))
-                moving.update()
+                progress_bar.update()
         elif open_:
-            _on_ray(function, todo, open_, results, cells, address, workers, cpus, gpus, retries, moving)
+            _on_ray(function, todo, open_, results, cells, address, workers, cpus, gpus, retries, progress_bar)
     failed = [r for r in results if r.error is not None]
     if failed and raise_errors:
         raise SweepError(f"{len(failed)} of {len(results)} settings failed; the first, {failed[0].setting}: "
@@ -145,14 +145,14 @@ def _keep(cells: Cells, setting: dict[str, Any], value: Any, error: str | None) 
 
 def _on_ray(function: Callable[..., Any], todo: list[dict[str, Any]], open_: list[int], results: list[Result],
             cells: Cells, address: str | None, workers: int | None, cpus: float, gpus: float, retries: int,
-            moving: Any) -> None:
+            progress_bar: Any) -> None:
     try:
         import ray
     except ModuleNotFoundError as missing:
         raise MissingRayError("a sweep with workers or a cluster needs Ray: "
                               "pip install 'looseleaf-lab[ray]'") from missing
-    mine = not ray.is_initialized()
-    if mine:
+    started_here = not ray.is_initialized()
+    if started_here:
         if address is None:
             ray.init(num_cpus=int((workers or 1) * max(1.0, cpus)), include_dashboard=False, log_to_driver=False,
                      logging_level=logging.ERROR)
@@ -177,7 +177,7 @@ def _on_ray(function: Callable[..., Any], todo: list[dict[str, Any]], open_: lis
                 except ray.exceptions.RayError as lost:
                     value, error = None, f"{type(lost).__name__}: {str(lost).strip().splitlines()[0]}"
                 results[i] = _keep(cells, todo[i], value, error)
-                moving.update()
+                progress_bar.update()
     finally:
-        if mine:
+        if started_here:
             ray.shutdown()

@@ -1,4 +1,4 @@
-"""Timing that survives a busy machine: rivals take turns, and what is reported is a median of paired ratios."""
+"""Timing that survives a busy machine: alternatives take turns, and medians of paired ratios are reported."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def interleave(functions: Mapping[str, Callable[[], Any]], rounds: int = 5, warm
         ValueError: nothing to time, or rounds below 1.
     """
     if not functions or rounds < 1 or warmup < 0:
-        raise ValueError(f"{len(functions)} functions, rounds={rounds}, warmup={warmup}: allowed is one function, one "
-                         "round and no warm-up, or more")
+        raise ValueError("interleave: expected a function or more, rounds >= 1 and warmup >= 0, "
+                         f"got {len(functions)} functions, rounds={rounds}, warmup={warmup}")
     around = around or {}
     for _ in range(warmup):
         for name, function in functions.items():

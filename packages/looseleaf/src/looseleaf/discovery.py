@@ -15,7 +15,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from looseleaf.errors import AmbiguousPluginError, BrokenPluginError, UnknownPluginError, did_you_mean
@@ -23,7 +22,7 @@ from looseleaf.files import cache_dir, write_text
 from looseleaf.moved import advice
 from looseleaf.plugin import KINDS
 
-REPRODUCTIONS = "reproductions"
+REPRODUCTIONS, BENCHES = "reproductions", "benches"
 CHECK_SECONDS = 120.0
 
 
@@ -33,7 +32,7 @@ class Installed:
 
     Attributes:
         name: how users call the plugin.
-        kind: one of :data:`looseleaf.plugin.KINDS`, or ``"reproductions"``.
+        kind: one of :data:`looseleaf.plugin.KINDS`, ``"reproductions"`` or ``"benches"``.
         dist: name of the distribution.
         version: its version.
         value: ``module:attribute``.
@@ -90,6 +89,11 @@ def reproductions() -> list[Installed]:
     return _entries((REPRODUCTIONS,))
 
 
+def benches() -> list[Installed]:
+    """What ``looseleaf compare`` can compare plugins on; a bench is described in :mod:`looseleaf_lab.benches`."""
+    return _entries((BENCHES,))
+
+
 def find(name: str, kind: str | None = None) -> Installed:
     """The one installed plugin called ``name`` (or ``dist:name``).
 
@@ -126,7 +130,7 @@ def load(name: str | Installed, kind: str | None = None) -> Any:
             f"plugin {entry.name!r} of {entry.dist} {entry.version} cannot be imported: {reason}. "
             + (advice(error) or f"Reinstall it (pip install --force-reinstall {entry.dist}) or tell its authors")
         ) from error
-    if entry.kind != REPRODUCTIONS:
+    if entry.kind in KINDS:
         _require_plugin_class(entry, loaded)
     return loaded
 

@@ -113,23 +113,14 @@ def build_parser() -> argparse.ArgumentParser:
     made.set_defaults(takes_plugin_options=True)
     outputs(made)
 
-    made = command("compare", "every installed plugin of a kind side by side, and against the unmodified model",
-                   _lazy("running", "compare"))
+    made = command("compare", "every installed plugin of a kind side by side, and against the unmodified model; "
+                   "`looseleaf compare KIND --help-benches` lists what can be set", _lazy("running", "compare"))
     made.add_argument("kind", choices=KINDS)
-    made.add_argument("--model", action="append", metavar="MODEL", help=(
-        "short name, folder or hub id (default smollm2); give it again to see probes on several models side by side"))
-    dtype(made)
     made.add_argument("--plugins", nargs="+", help="only these")
-    made.add_argument("--context", type=int, nargs="+", default=[2048], help="attention: numbers of tokens")
-    made.add_argument("--passkeys", type=int, default=5, help="attention: keys to find, over depths (default 5)")
-    made.add_argument("--denoising", nargs="*", choices=("text", "video"), default=["text", "video"], metavar="MODEL",
-                      help=("attention: models of the lab on which methods for denoising are measured, text and video "
-                            "(default both; trained once, minutes each); without a name: none"))
-    made.add_argument("--sparsity", type=float, nargs="+", default=[0.1, 0.3, 0.5], help="pruners: sparsities")
-    made.add_argument("--task", nargs="+", help="prompts and pruners: names of tasks")
-    made.add_argument("--calls", type=int, default=2000, help="prompts: budget in model calls (default 2000)")
-    made.add_argument("--seeds", type=int, default=1, help="prompts: searches, from --seed on (default 1)")
-    made.add_argument("--state", metavar="DIR", help="keep finished cells there; the same command resumes")
+    made.add_argument("--bench", nargs="+", action="extend", help="only on these (default: all that suit a plugin)")
+    made.add_argument("--help-benches", action="store_true", help="list the benches of KIND and their options")
+    made.add_argument("--state", metavar="DIR", help="keep what is finished there; the same command resumes")
+    made.set_defaults(takes_plugin_options=True)
     outputs(made)
 
     made = command("reproduce", "measure the paper's claims at small real scale", _lazy("running", "reproduce"))
@@ -137,6 +128,8 @@ def build_parser() -> argparse.ArgumentParser:
     name.completer = _plugin_names  # type: ignore[attr-defined]
     made.add_argument("--seeds", type=int, default=5, help="number of seeds (default 5)")
     made.add_argument("--quick", action="store_true", help="minutes instead of thoroughness")
+    made.add_argument("--jobs", type=int, help="seeds measured at the same time (default 1)")
+    made.add_argument("--state", metavar="DIR", help="keep finished seeds there (default: until the run is complete)")
     made.add_argument("--strict", action="store_true", help="exit with 1 if a claim does not hold")
     made.add_argument("--out", metavar="FILE", help="also write the report there (.html or .json)")
 

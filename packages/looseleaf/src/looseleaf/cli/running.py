@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import inspect
 import sys
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from looseleaf import discovery
-from looseleaf.cli.main import EXIT, need
+from looseleaf.cli.main import EXIT, MissingPackage, need
+from looseleaf.errors import did_you_mean
 from looseleaf.report import Report
 
 LAB = "looseleaf-lab[models,data]"
@@ -26,63 +30,132 @@ def run(arguments: argparse.Namespace) -> int:
     commands: Any = need("looseleaf_lab.commands", LAB)
     with _messages_to_stderr(arguments.json):
         report = commands.run(
-            entry.kind, entry.name, plugin, model=arguments.model, dtype=arguments.dtype, text=arguments.text,
+            entry.name, plugin, model=arguments.model, dtype=arguments.dtype, text=arguments.text,
             context=arguments.context, task=arguments.task, calls=arguments.calls, save=arguments.save,
             save_model=arguments.save_model, seed=arguments.seed)
     return _show(report, arguments)
 
 
 def compare(arguments: argparse.Namespace) -> int:
-    """Every installed plugin of a kind."""
-    found = [e for e in discovery.plugins(arguments.kind) if not arguments.plugins or e.name in arguments.plugins
-             or e.qualified in arguments.plugins]
+    """Every installed plugin of a kind, on every bench that suits one of them."""
     for name in arguments.plugins or []:
         discovery.find(name, arguments.kind)  # names what is unknown or ambiguous
-    ready: list[tuple[str, Any]] = []
-    for entry in found:
-        try:
-            ready.append((entry.name, discovery.load(entry)))
-        except discovery.BrokenPluginError as error:  # one broken plugin must not stop the others
-            print(f"left out: {error}", file=sys.stderr)
+    entries = [e for e in discovery.plugins(arguments.kind) if not arguments.plugins or e.name in arguments.plugins
+               or e.qualified in arguments.plugins]
+    lab: Any = need("looseleaf_lab.benches", LAB)
+    kinds = {name: cls for name, cls in _loaded(discovery.benches()) if cls.interface.kind == arguments.kind}
+    for name in arguments.bench or []:
+        if name not in kinds:
+            raise ValueError(f"--bench: expected {' or '.join(kinds)}, got {name!r}.{did_you_mean(name, kinds)}")
+    chosen = {name: kinds[name] for name in arguments.bench or kinds}
+    if arguments.help_benches:
+        for name, cls in chosen.items():
+            _from_options(cls, f"looseleaf compare {arguments.kind} --bench {name}", ["--help"], exits=False)
+        return 0
+    benches = benches_from_options(chosen, arguments.kind, arguments.rest)
     _check_output(arguments.out)
-    commands: Any = need("looseleaf_lab.commands", LAB)
     with _messages_to_stderr(arguments.json):
-        report = commands.compare(
-            arguments.kind, ready, model=arguments.model or ["smollm2"], dtype=arguments.dtype,
-            contexts=arguments.context, sparsities=arguments.sparsity, tasks=arguments.task, calls=arguments.calls,
-            seed=arguments.seed, seeds=arguments.seeds, passkeys=arguments.passkeys,
-            denoising=arguments.denoising, state=arguments.state)
+        report = lab.compare(dict(_loaded(entries)), benches, named=bool(arguments.bench), state=arguments.state,
+                             seed=arguments.seed)
     return _show(report, arguments)
 
 
 def reproduce(arguments: argparse.Namespace) -> int:
     """The paper's claims, measured."""
-    function = discovery.load(discovery.find_reproduction(arguments.name))
+    entry = discovery.find_reproduction(arguments.name)
     _check_output(arguments.out)
     try:
+        function = discovery.load(entry)
+        options = _accepted(function, arguments.name, {"jobs": arguments.jobs, "state": arguments.state})
         with _messages_to_stderr(arguments.json):
-            report = function(seeds=arguments.seeds, quick=arguments.quick)
-    except ModuleNotFoundError as error:
-        from looseleaf.cli.main import MissingPackage
-
-        raise MissingPackage(f"the reproduction needs {error.name}: "
-                             f"pip install 'looseleaf-{arguments.name}[reproduce]'") from error
+            report = function(seeds=arguments.seeds, quick=arguments.quick, **options)
+    except (ModuleNotFoundError, discovery.BrokenPluginError) as error:
+        missing = error if isinstance(error, ModuleNotFoundError) else error.__cause__
+        if not isinstance(missing, ModuleNotFoundError):
+            raise
+        raise MissingPackage(f"the reproduction needs {missing.name}: "
+                             f"pip install '{entry.dist}[reproduce]'") from error
     code = _show(report, arguments)
     failed = any(claim.verdict == "does not hold" for claim in report.claims)
     return EXIT["no"] if arguments.strict and failed else code
 
 
+def _accepted(function: Any, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given; ValueError where a reproduction that is a plain function does not take one."""
+    parameters = inspect.signature(function).parameters
+    given = {option: value for option, value in options.items() if value is not None}
+    for option in given:
+        if option not in parameters:
+            raise ValueError(f"--{option}: expected a reproduction that takes {option}, as a looseleaf_lab.study.Study "
+                             f"does, got {name}: leave it out")
+    return given
+
+
+def _loaded(entries: Iterable[discovery.Installed]) -> Iterator[tuple[str, Any]]:
+    """Name and class of what can be loaded; one broken plugin must not stop the others."""
+    for entry in entries:
+        try:
+            yield entry.name, discovery.load(entry)
+        except discovery.BrokenPluginError as error:
+            print(f"left out: {error}", file=sys.stderr)
+
+
 def plugin_from_options(cls: Any, name: str, options: list[str]) -> Any:
     """An instance of the plugin from command-line options made from its fields and docstring."""
+    return _from_options(cls, f"looseleaf run {name}", options, cls.paper.title)
+
+
+def benches_from_options(benches: Mapping[str, Any], kind: str, options: Sequence[str]) -> dict[str, Any]:
+    """An instance of each bench, from the options of ``looseleaf compare`` that it has.
+
+    Args:
+        benches: name -> class, a dataclass whose fields are its options.
+        kind: of plugin, for messages.
+        options: as on the command line. Benches may share an option; each has its own default for it.
+
+    Raises:
+        ValueError: an option that none of them has, or a value out of range.
+    """
+    given: dict[str, list[str]] = {}
+    for word in options:
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            values = given.setdefault(flag[2:].replace("_", "-"), [])
+            values += [value] if equals else []
+        elif given:
+            next(reversed(given.values())).append(word)
+        else:
+            raise ValueError(f"expected options such as --model, got {word!r}")
+    fields = {name: {f.name.replace("_", "-"): f for f in dataclasses.fields(cls) if f.init}
+              for name, cls in benches.items()}
+    known = sorted({flag for own in fields.values() for flag in own})
+    for flag in given:
+        if flag not in known and flag.removeprefix("no-") not in known:
+            raise ValueError(f"--{flag}: expected an option of {', '.join(benches)}, got an unknown one."
+                             f"{did_you_mean(flag, known)} `looseleaf compare {kind} --help-benches` lists them")
+    made = {}
+    for name, cls in benches.items():
+        hints, words = typing.get_type_hints(cls), list[str]()
+        for flag, values in given.items():
+            if flag not in fields[name] and flag.removeprefix("no-") not in fields[name]:
+                continue
+            hint = hints.get(flag.replace("-", "_"))
+            if hint in (int, float, str) and len(values) != 1:
+                raise ValueError(f"--{flag}: expected one value for the bench {name}, got {' '.join(values) or 'none'}")
+            words += [f"--{flag}", *values]
+        made[name] = _from_options(cls, f"looseleaf compare {kind} --bench {name}", words)
+    return made
+
+
+def _from_options(cls: Any, program: str, options: list[str], about: str | None = None, exits: bool = True) -> Any:
     import tyro
 
     try:
-        return tyro.cli(cls, args=options, prog=f"looseleaf run {name}", description=cls.paper.title)
-    except ValueError:
-        raise
+        return tyro.cli(cls, args=options, prog=program, description=about)
     except SystemExit as stop:
         # tyro has said what is wrong, or printed the help that was asked for
-        raise SystemExit(0 if stop.code in (0, None) else EXIT["input"]) from None
+        if exits:
+            raise SystemExit(0 if stop.code in (0, None) else EXIT["input"]) from None
 
 
 def _check_output(path: str | None) -> None:

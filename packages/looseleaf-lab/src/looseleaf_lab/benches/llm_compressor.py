@@ -1,4 +1,4 @@
-"""Wanda and SparseGPT as rivals, as llm-compressor has them; nothing of it is needed where it is not installed."""
+"""Wanda and SparseGPT as baselines, as llm-compressor has them; nothing of it is needed where it is not installed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ METHODS = {"(Wanda)": "WandaPruningModifier", "(SparseGPT)": "SparseGPTModifier"
 
 
 def missing() -> str | None:
-    """Why there are no such rivals here, or None."""
+    """Why there are no such baselines here, or None."""
     if importlib.util.find_spec("llmcompressor") is None:
         return ("llm-compressor is not installed: pip install llmcompressor (it wants its own version of transformers, "
                 "so give it an environment of its own)")
     return None
 
 
-def rivals(tokenizer: Any) -> dict[str, Any]:
+def baselines(tokenizer: Any) -> dict[str, Any]:
     """Name -> maker by sparsity; empty where the package is missing."""
     if missing():
         return {}
@@ -35,7 +35,7 @@ class Published:
     Args:
         name: one of :data:`METHODS`.
         tokenizer: the model's; llm-compressor asks for one, even though the batches are ready.
-        sparsity: share of the weights of each Linear layer of the body that is removed.
+        sparsity: fraction of the weights of each Linear layer of the body that is removed.
         structure: ``0:0`` anywhere, or a pattern such as ``2:4``.
     """
 

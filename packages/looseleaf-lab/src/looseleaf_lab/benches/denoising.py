@@ -4,23 +4,53 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import looseleaf
 from looseleaf import AttentionBackend, Report, Series
 from looseleaf import progress as progress_
 from looseleaf.errors import LooseleafError
-from looseleaf_lab import metrics, timing
-from looseleaf_lab.compare import common
-from looseleaf_lab.compare.attention import DENSE, SideBySide, density_of
+from looseleaf.plugin import In, Plugin
 from looseleaf.resume import Cells
-from looseleaf_lab.window import BlockWindow
+from looseleaf_lab import metrics, timing
+from looseleaf_lab.attention import DENSE, BlockWindow, SideBySide, density_of
+from looseleaf_lab.benches.bench import Bench, State, ready
+from looseleaf_lab.facts import facts, identity, left_out, model_facts, reason
 
 WINDOW = "(window)"
 RUNS = 2
 """Goes up when a model is run in another way, so that what was kept of the former way is measured anew."""
+
+
+@dataclasses.dataclass
+class Denoising(Bench):
+    """Attention backends for bidirectional models over whole denoising runs of two small models of the lab.
+
+    Args:
+        denoising: models: text, video or both (trained once, minutes each); without a name none.
+        rounds: timed rounds.
+    """
+
+    denoising: tuple[Literal["text", "video"], ...] = ("text", "video")
+    rounds: Annotated[int, In(">= 1")] = 3
+    interface: ClassVar[type[Plugin]] = AttentionBackend
+
+    def suits(self, plugin: Any) -> str | None:
+        """See :meth:`Bench.suits`: the methods of bidirectional attention."""
+        other = super().suits(plugin)
+        if other or "bidirectional" in plugin.phases:
+            return other or (None if self.denoising else "for denoising models: --denoising text video")
+        return f"for {' and '.join(sorted(plugin.phases))} calls, not for bidirectional attention"
+
+    def run(self, plugins: Mapping[str, Any], *, state: State = None, seed: int = 0,
+            progress: bool | None = None) -> Report:
+        """See :meth:`Bench.run` and :func:`compare_denoising`."""
+        backends, failed = ready(plugins)
+        report = compare_denoising(backends, self.denoising, rounds=self.rounds, seed=seed, state=state,
+                                   progress=progress)
+        left_out(report, failed)
+        return report
 
 
 @dataclasses.dataclass
@@ -77,7 +107,7 @@ def text(*, prompt: int = 256, response: int = 768, steps: int = 32,
     return Denoiser(
         f"text, {prompt + response} tokens", model, {"prompt_tokens": prompt}, steps, run,
         lambda found, exact: float((found[:, prompt:] != exact[:, prompt:]).double().mean()), quality,
-        ("share of the tokens that are others", "nats a token under the exact model, a bound"))
+        ("fraction of the tokens that differ", "nats a token under the exact model, a bound"))
 
 
 def video(*, count: int = 32, steps: int = 20, progress: bool | None = None) -> Denoiser:
@@ -103,11 +133,11 @@ MODELS: dict[str, Callable[..., Denoiser]] = {"text": text, "video": video}
 
 
 def compare_denoising(backends: Mapping[str, AttentionBackend], models: Sequence[str] = ("text", "video"), *,
-                      rounds: int = 3, seed: int = 0, state: str | os.PathLike[str] | None = None,
+                      rounds: int = 3, seed: int = 0, state: State = None,
                       progress: bool | None = None) -> Report:
     """Speed, density, error and output of every backend over whole denoising runs of the lab's small models.
 
-    A backend with a field ``grid``, ``text_tokens`` or ``prompt_tokens`` is told them. Those that learn are calibrated
+    A backend with a field ``grid``, ``text_tokens`` or ``prompt_tokens`` is given them. Those that learn are calibrated
     on one run with another seed: ``calibrate(model, run)``, where ``run(attached)`` runs the model.
 
     Args:
@@ -123,66 +153,67 @@ def compare_denoising(backends: Mapping[str, AttentionBackend], models: Sequence
     """
     unknown = [name for name in models if name not in MODELS]
     if unknown or rounds < 1:
-        raise ValueError(f"models={list(models)}, rounds={rounds}: allowed are {', '.join(MODELS)}, and one round or "
-                         "more")
-    report = Report("Attention backends in denoising", common.facts(models=", ".join(models), rounds=rounds, seed=seed))
+        raise ValueError(f"compare_denoising: expected models among {', '.join(MODELS)} and rounds >= 1, "
+                         f"got models={list(models)}, rounds={rounds}")
+    report = Report("Attention backends in denoising", facts(models=", ".join(models), rounds=rounds, seed=seed))
     table = report.table(
-        "Denoising", ["backend", "model", "seconds", "speed-up", "from", "to", "density", "attention error",
+        "Denoising", ["backend", "model", "seconds", "speed-up", "low", "high", "density", "attention error",
                       "output differs", "quality", "fallbacks"],
         note="a whole run; density: mean over its calls; attention error: relative, mean over layers and steps, each "
              "given exact inputs; smaller quality is better")
     cells, failed = Cells(state), dict[str, str]()
     for name in progress_.track(models, "denoising models", show=progress):
         try:
-            made = MODELS[name](progress=progress)
+            denoiser = MODELS[name](progress=progress)
         except LooseleafError as error:  # a package is missing: the other model can be measured without it
-            failed[f"all, on {name}"] = common.reason(error)
+            failed[f"all, on {name}"] = reason(error)
             continue
-        key = {"what": "denoising", "runs": RUNS, "model": name, **common.whose(made.model), "rounds": rounds,
-               "seed": seed, "steps": made.steps, "backends": {n: common.identity(b) for n, b in backends.items()}}
-        rows = cells.do(key, functools.partial(_measure, made, backends, rounds, seed))
+        key = {"what": "denoising", "runs": RUNS, "model": name, **model_facts(denoiser.model), "rounds": rounds,
+               "seed": seed, "steps": denoiser.steps, "backends": {n: identity(b) for n, b in backends.items()}}
+        rows = cells.do(key, functools.partial(_measure, denoiser, backends, rounds, seed))
         for backend, row in rows.items():
             if "failed" in row:
-                failed[f"{backend} on {made.name}"] = row["failed"]
+                failed[f"{backend} on {denoiser.name}"] = row["failed"]
                 continue
-            table.add(backend, made.name, row["seconds"], *row["ratio"], row["density"], row["error"], row["differs"],
-                      row["quality"], row["fallbacks"])
-        table.note += f"; {made.name}: output differs is the {made.units[0]}, quality the {made.units[1]}"
+            table.add(backend, denoiser.name, row["seconds"], *row["ratio"], row["density"], row["error"],
+                      row["differs"], row["quality"], row["fallbacks"])
+        differs, quality = denoiser.units
+        table.note += f"; {denoiser.name}: output differs is the {differs}, quality the {quality}"
         shown = {n: r for n, r in rows.items() if "failed" not in r}
-        report.figure(f"What speed costs: {made.name}", x_label="share of the exact time", y_label=made.units[0],
+        report.figure(f"What speed costs: {denoiser.name}", x_label="fraction of the exact time", y_label=differs,
                       series=[Series(n, [1 / r["ratio"][0]], [r["differs"]], style="points")
                               for n, r in shown.items()])
         for backend, heads in rows[DENSE]["maps"].items():
-            report.figure(f"Attention of {backend}: {made.name}, last step, middle layer",
+            report.figure(f"Attention of {backend}: {denoiser.name}, last step, middle layer",
                           panels={f"head {h}": m for h, m in enumerate(heads)},
                           note="rows: queries, columns: keys; what a backend leaves out is empty")
-    common.left_out(report, failed)
+    left_out(report, failed)
     return report
 
 
-def _measure(made: Denoiser, backends: Mapping[str, AttentionBackend], rounds: int, seed: int) -> dict[str, Any]:
+def _measure(denoiser: Denoiser, backends: Mapping[str, AttentionBackend], rounds: int, seed: int) -> dict[str, Any]:
     import torch
 
     rows: dict[str, dict[str, Any]] = {DENSE: {"density": 1.0, "error": 0.0, "fallbacks": 0}}
-    ready: dict[str, AttentionBackend] = {}
+    working: dict[str, AttentionBackend] = {}
     for title, backend in {**backends, WINDOW: BlockWindow()}.items():
         try:
-            told = {f.name: made.tokens[f.name] for f in dataclasses.fields(backend) if f.name in made.tokens}
-            ready[title] = dataclasses.replace(backend, **told) if told else backend
+            known = {f.name: denoiser.tokens[f.name] for f in dataclasses.fields(backend) if f.name in denoiser.tokens}
+            working[title] = dataclasses.replace(backend, **known) if known else backend
             if type(backend).calibrate is not AttentionBackend.calibrate:
-                ready[title].calibrate(made.model, lambda attached: made.run(attached, seed + 1))
+                working[title].calibrate(denoiser.model, lambda attached: denoiser.run(attached, seed + 1))
         except Exception as error:  # one backend that fails must not cost the others their figures
-            ready.pop(title, None)
-            rows[title] = {"failed": common.reason(error)}
+            working.pop(title, None)
+            rows[title] = {"failed": reason(error)}
     with torch.inference_mode():
-        both = SideBySide(inner=ready, drawn_step=made.steps - 1)
-        with looseleaf.attach(made.model, both, steps=made.steps) as attached:
+        both = SideBySide(inner=working, drawn_step=denoiser.steps - 1)
+        with looseleaf.attach(denoiser.model, both, steps=denoiser.steps) as attached:
             both.drawn = (len(attached.layers) // 2,)
-            exact = made.run(attached, seed)
-        for title in list(ready):
+            exact = denoiser.run(attached, seed)
+        for title in list(working):
             if title in both.failed:
                 rows[title] = {"failed": both.failed[title]}
-                del ready[title]
+                del working[title]
             else:
                 found = density_of(both.found[title])
                 rows[title] = {k: found[k] for k in ("density", "error", "fallbacks")}
@@ -190,14 +221,14 @@ def _measure(made: Denoiser, backends: Mapping[str, AttentionBackend], rounds: i
 
         def run(title: str) -> None:
             if title == DENSE:
-                outputs[title] = made.run(None, seed)
+                outputs[title] = denoiser.run(None, seed)
                 return
-            with looseleaf.attach(made.model, ready[title], steps=made.steps) as attached:
-                outputs[title] = made.run(attached, seed)
+            with looseleaf.attach(denoiser.model, working[title], steps=denoiser.steps) as attached:
+                outputs[title] = denoiser.run(attached, seed)
 
-        measured = timing.interleave({t: functools.partial(run, t) for t in (DENSE, *ready)}, rounds, warmup=0)
+        measured = timing.interleave({t: functools.partial(run, t) for t in (DENSE, *working)}, rounds, warmup=0)
     for title, output in outputs.items():
         rows[title] |= {"seconds": measured.median(title), "ratio": measured.ratio(title, DENSE, seed),
-                        "differs": made.differs(output, exact), "quality": made.quality(output)}
+                        "differs": denoiser.differs(output, exact), "quality": denoiser.quality(output)}
     rows[DENSE]["maps"] = both.maps.get(len(attached.layers) // 2, {})
     return rows

@@ -1,4 +1,4 @@
-"""DSPy's few-shot optimiser as a rival; nothing of it is needed where it is not installed.
+"""DSPy's few-shot optimiser as a baseline; nothing of it is needed where it is not installed.
 
 DSPy chooses the exemplars; they are shown in the task's own form and scored by the task's own rule, as for all other
 methods here. So the search is compared, not DSPy's way to write prompts.
@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from looseleaf import Budget
-from looseleaf_text import Prompt
-from looseleaf_text.model import MeteredModel
+from looseleaf_text import TextPrompt
 
 if TYPE_CHECKING:
-    from looseleaf_text import Example, LanguageModel, Task
+    from looseleaf import Example
+    from looseleaf_text import LanguageModel, TextTask
 
 NAME = "(DSPy few-shot)"
 
@@ -44,33 +44,33 @@ class DSPyFewShot:
         """What decides the result."""
         return {"optimizer": "BootstrapFewShotWithRandomSearch", "shots": self.shots}
 
-    def optimize(self, task: Task, model: LanguageModel, budget: Budget | None = None, *, seed: int = 0,
-                 state_dir: str | Path | None = None, progress: bool | None = None) -> Prompt:
+    def optimize(self, task: TextTask, model: LanguageModel, *, budget: Budget | None = None, seed: int = 0,
+                 state_dir: str | Path | None = None, progress: bool | None = None) -> TextPrompt:
         """The best set of exemplars that DSPy finds within the budget; it keeps no state and does not resume."""
         import dspy
 
         budget = Budget(calls=500) if budget is None else budget
-        metered = MeteredModel(model, budget)
-        train = [_to_dspy(dspy, task, e, n) for n, e in enumerate(task.train)]
-        dev = [_to_dspy(dspy, task, e, n + len(train)) for n, e in enumerate(task.dev)]
+        metered = budget.meter(model)
+        train = [_to_dspy(dspy, e, n) for n, e in enumerate(task.train)]
+        dev = [_to_dspy(dspy, e, n + len(train)) for n, e in enumerate(task.dev)]
         examples: list[Example] = [*task.train, *task.dev]
         random.Random(seed).shuffle(train)  # DSPy's own candidates are the same whatever the seed
         history: list[list[float]] = []
 
         class Answer(dspy.Predict):  # type: ignore[misc, name-defined]
             def forward(self, **given: Any) -> Any:
-                prompt = Prompt.for_task(task, exemplars=[examples[int(d["place"])] for d in self.demos])
-                said = task.evaluate(prompt, metered, [examples[int(given["place"])]]).predictions[0]
-                made = dspy.Prediction(answer=said)
+                prompt = TextPrompt.for_task(task, exemplars=[examples[int(d["place"])] for d in self.demos])
+                answer = prompt.on(metered).predict([examples[int(given["place"])]])[0]
+                prediction = dspy.Prediction(answer=answer)
                 if dspy.settings.trace is not None:
-                    dspy.settings.trace.append((self, given, made))
-                return made
+                    dspy.settings.trace.append((self, given, prediction))
+                return prediction
 
         def right(example: Any, prediction: Any, trace: Any = None) -> float | bool:
-            mark = task.mark(prediction["answer"], examples[int(example["place"])])
-            return mark if trace is None else mark >= 0.5
+            score = task.score(prediction["answer"], examples[int(example["place"])])
+            return score if trace is None else score >= 0.5
 
-        # as many candidates as the budget holds: each is marked on all of dev, after a few tries on train
+        # as many candidates as the budget holds: each is scored on all of dev, after a few tries on train
         most = (budget.calls or 500) // (len(dev) + 2 * self.shots) - 3
         with _quiet():
             search = dspy.BootstrapFewShotWithRandomSearch(
@@ -81,14 +81,13 @@ class DSPyFewShot:
         for n in range(1, len(tried) + 1):
             history.append([n / len(tried) * budget.used["calls"], max(float(c["score"]) for c in tried[:n]) / 100])
         spent = budget.calls is not None and budget.used["calls"] >= budget.calls
-        return Prompt.for_task(task, exemplars=[examples[int(d["place"])] for d in found.demos], info={
+        return TextPrompt.for_task(task, exemplars=[examples[int(d["place"])] for d in found.demos], info={
             "fitness": history[-1][1], "evaluations": len(tried), "history": history,
             "stopped": "budget: calls" if spent else "done"})
 
 
-def _to_dspy(dspy: Any, task: Task, example: Example, place: int) -> Any:
-    answer = example.label if example.label is not None else example.reference
-    return dspy.Example(place=str(place), answer=str(answer)).with_inputs("place")
+def _to_dspy(dspy: Any, example: Example, place: int) -> Any:
+    return dspy.Example(place=str(place), answer=str(example.target)).with_inputs("place")
 
 
 @contextlib.contextmanager

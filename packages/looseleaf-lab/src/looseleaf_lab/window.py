@@ -1,3 +1,0 @@
-"""Moved to :mod:`looseleaf_lab.attention`."""
-
-from looseleaf_lab.attention import BlockWindow as BlockWindow
