@@ -7,19 +7,19 @@ import math
 import os
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from looseleaf import progress as progress_
+from looseleaf import Masks, Selection, Unstructured, WeightPruner, prunable_parameters
 from looseleaf.fingerprint import fingerprint
-from looseleaf.pruning.masks import Masks, _mask_of
-from looseleaf.pruning.pruner import WeightPruner
-from looseleaf.pruning.selection import Selection, Unstructured
-from looseleaf.pruning.targets import check_finite, holders, model_facts, prunable_parameters, stored_parameter
+from looseleaf.plugin import In
+from looseleaf.progress import track
+from looseleaf.pruning.applied import applied
+from looseleaf.pruning.targets import check_finite, holders, model_facts, named_by, stored_parameter
+from looseleaf.resume import as_plain
 from looseleaf_tickets.tickets import Ticket, TicketFolder, snapshot
 from looseleaf_tickets.training import Evaluate, Train, Trained, takes_run, train_ticket
 
@@ -40,10 +40,10 @@ def find_tickets(model: nn.Module, train: Train, rules: Sequence[Selection], *, 
         rules: one for each round, with rising sparsities.
         evaluate: gives the metrics of a trained ticket, see :func:`looseleaf_tickets.train_ticket`.
         weights: names of the parameters to prune; None: ``prunable_parameters(model)``.
-        rewind_to: step of the first training (whole number), or share of it (float below 1), whose weights tickets
-            begin from; 0: the initial weights.
-        seed: of the random numbers of every training, and ``run.seed``.
-        state: folder of this search alone. Every finished round is kept there, and the same call goes on after the last
+        rewind_to: step of the first training (int), or fraction of it (float in [0, 1)), whose weights tickets begin
+            from; 0: the initial weights.
+        seed: random seed of each training run, and ``run.seed``.
+        state: folder of this search alone. Each finished round is kept there, and the same call goes on after the last
             one with the same result as if it had not been interrupted, given a training function that is
             deterministic. ``train`` and ``evaluate`` are not compared: give another folder when they change.
         train_last: train the tickets of the last round too, so that they have metrics.
@@ -67,17 +67,17 @@ def _search(model: nn.Module, train: Train, rules: Sequence[Selection], *, evalu
     """The tickets, and the scores that the last masks were selected by (empty where they were read from ``state``)."""
     takes_run(train)
     check_rewind("rewind_to", rewind_to)
-    if not _whole(seed):
-        raise ValueError(f"seed={seed!r}: allowed is a whole number")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ValueError(f"seed: expected an integer, got {seed!r}")
     names = _checked(model, list(prunable_parameters(model)) if weights is None else list(weights))
     folder = TicketFolder(state, {
-        "rules": [_plain(rule.describe()) for rule in rules], "weights": names, "rewind_to": rewind_to, "seed": seed,
+        "rules": [as_plain(rule.describe()) for rule in rules], "weights": names, "rewind_to": rewind_to, "seed": seed,
         "model": fingerprint(model)})
     whole = Masks({n: torch.ones_like(p, dtype=torch.bool) for n, p in _parameters(model, names).items()})
     whole.metadata.update(model_facts(model, whole), round=0)
     tickets, scores, first = [Ticket(whole, snapshot(model))], dict[str, Tensor](), 0
     last = len(rules) if train_last else len(rules) - 1
-    for round in progress_.track(range(last + 1), "trainings", show=progress):
+    for round in track(range(last + 1), "trainings", show=progress):
         ticket = tickets[round]
         known, following = folder.trained(round), folder.masks(round + 1) if round < len(rules) else None
         done = known is not None and (round == len(rules) or following is not None)
@@ -110,8 +110,8 @@ def _pruned(trained: Trained, ticket: Ticket, rule: Selection, model: nn.Module)
     scores = magnitudes(trained.model, ticket.masks)
     masks = rule.select(scores)
     if (masks & ticket.masks) != masks:
-        raise ValueError(f"the rule of round {ticket.round + 1} brings back weights that were removed: rules must have "
-                         "rising sparsities")
+        raise ValueError(f"rules: expected rising sparsities, got one for round {ticket.round + 1} that brings back "
+                         "weights that were removed")
     masks.metadata.update(model_facts(model, masks), round=ticket.round + 1)
     return masks, scores
 
@@ -132,31 +132,24 @@ def _checked(model: nn.Module, names: list[str]) -> list[str]:
     places = holders(model)
     unknown = [name for name in names if name not in places]
     if unknown or not names:
-        raise ValueError(f"weights={unknown[0]!r} is no parameter of this {type(model).__name__}" if unknown else
-                         "weights: give at least one parameter to prune")
+        raise ValueError(f"weights: expected at least one parameter of this {type(model).__name__}, got "
+                         f"{unknown[0] if unknown else names!r}")
     for name, found in places.items():
         parameter = stored_parameter(*found[0])
         if parameter.is_floating_point():
             check_finite(name, parameter.detach(), "weights")
-        if any(parametrize.is_parametrized(*place) and (name in names or _mask_of(*place) is not None)
-               for place in found):
-            raise ValueError(f"{name!r} carries a mask or another parametrization: take it off first (remove or make_permanent "
-                             "of the masks)")
+        if applied(*found[0]) or (name in names and any(parametrize.is_parametrized(*place) for place in found)):
+            raise ValueError(f"{name!r} carries a mask or a parametrization: take it off first (remove or "
+                             "make_permanent of the masks)")
     return names
 
 
 def check_rewind(field: str, value: Any) -> None:
-    """Raise ValueError unless ``value`` is a step (whole number from 0) or a share of a training (float below 1)."""
-    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    if not whole and not (isinstance(value, float) and 0.0 <= value < 1.0):
-        raise ValueError(f"{field}={value!r}: allowed is a step of the training (a whole number from 0), or a share of "
-                         "it (a float with 0 <= share < 1)")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+    """Raise ValueError that names ``field`` unless ``value`` is a step of a training run, or a fraction of one."""
+    step = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if not step and not (isinstance(value, float) and 0.0 <= value < 1.0):
+        raise ValueError(f"{field}: expected a step of the training (an integer >= 0) or a fraction of it (a float in "
+                         f"[0, 1)), got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,8 +158,8 @@ class Grouped(Selection):
 
     Args:
         rule: for every parameter that no pattern matches.
-        others: pattern of parameter or layer names -> rule; the first that matches counts. Each rule sees its own
-            parameters alone.
+        others: name pattern of parameters or layers (see :mod:`looseleaf.names`) -> rule; the first that matches
+            counts. Each rule sees its own parameters alone.
     """
 
     rule: Selection
@@ -184,22 +177,26 @@ class Grouped(Selection):
         return [line for rule, names in self._groups(masks)
                 for line in rule.violations(Masks({name: masks[name] for name in names}))]
 
+    def for_model(self, model: nn.Module, names: Iterable[str]) -> Grouped:
+        """See :meth:`Selection.for_model`."""
+        names = list(names)
+        return Grouped(self.rule.for_model(model, names),
+                       {pattern: rule.for_model(model, names) for pattern, rule in self.others.items()})
+
     def describe(self) -> dict[str, Any]:
         """See :meth:`Selection.describe`."""
         return {**self.rule.describe(), "others": {p: rule.describe() for p, rule in self.others.items()}}
 
     def _groups(self, names: Iterable[str]) -> list[tuple[Selection, list[str]]]:
-        found: dict[str | None, list[str]] = {pattern: [] for pattern in (None, *self.others)}
-        for name in names:
-            found[next((p for p in self.others if _matches(name, p)), None)].append(name)
-        empty = [pattern for pattern in self.others if not found[pattern]]
-        if empty:
-            raise ValueError(f"the pattern {empty[0]!r} matches none of {list(names)[:3]}, ...: leave it out")
-        return [(self.rule if p is None else self.others[p], group) for p, group in found.items() if group]
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+        rest = list(names)
+        groups = []
+        for pattern, rule in self.others.items():
+            group = named_by(pattern, rest)
+            if not group:
+                raise ValueError(f"the pattern {pattern!r} matches none of {list(names)[:3]}, ...: leave it out")
+            groups.append((rule, group))
+            rest = [name for name in rest if name not in group]
+        return [(self.rule, rest), *groups] if rest else groups
 
 
 @dataclasses.dataclass
@@ -211,19 +208,20 @@ class IterativePruner(WeightPruner):
 
     Args:
         rounds: how often weights are removed; None: as often as ``sparsity`` needs, or 8 times without one. With
-            ``sparsity``: the most rounds that are allowed.
-        fraction: share of the remaining weights that goes in a round, 0 < fraction < 1.
-        sparsity: share of the weights to remove in all, in [0, 1); the last round then removes only what is missing.
-        scope: "global" compares all weights together, "layer" removes the same share of each parameter.
+            ``sparsity``: the most rounds to make.
+        fraction: fraction of the remaining weights that goes in a round, in (0, 1).
+        sparsity: fraction of the weights to remove in all, in [0, 1); the last round then removes only what is missing.
+        scope: "global" compares all weights together, "layer" removes the same fraction of each parameter.
         half_rate_layers: patterns of layers that are pruned at half of ``fraction``, and apart from the others.
-        targets: patterns of the weights to prune; None: every Linear and convolution of the body.
+        targets: patterns of the weights to prune; None: every Linear and convolution of the body, without the output
+            head.
         exclude: patterns of weights to leave out.
-        seed: of the random numbers of every training.
+        seed: random seed of each training run.
     """
 
-    rounds: int | None = None
-    fraction: float = 0.2
-    sparsity: float | None = None
+    rounds: Annotated[int | None, In(">= 1")] = None
+    fraction: Annotated[float, In("(0, 1)")] = 0.2
+    sparsity: Annotated[float | None, In("[0, 1)")] = None
     scope: Literal["global", "layer"] = "global"
     half_rate_layers: tuple[str, ...] | None = None
     targets: tuple[str, ...] | None = None
@@ -239,24 +237,17 @@ class IterativePruner(WeightPruner):
 
     def validate(self) -> None:
         """See :class:`looseleaf.Plugin`. Also ValueError when the rounds do not reach the sparsity."""
-        self.check("rounds", self.rounds is None or (_whole(self.rounds) and self.rounds >= 1),
-                   "None, or a whole number from 1")
-        self.check("fraction", _number(self.fraction) and 0.0 < self.fraction < 1.0, "0 < fraction < 1")
-        self.check("sparsity", self.sparsity is None or (_number(self.sparsity) and 0.0 <= self.sparsity < 1.0),
-                   "None, or 0 <= sparsity < 1")
-        self.check("scope", self.scope in ("global", "layer"), "'global' or 'layer'")
-        self.check("seed", _whole(self.seed), "a whole number")
         for name in ("half_rate_layers", "targets", "exclude"):
             value = getattr(self, name)
             value = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
             setattr(self, name, value)
             self.check(name, value is None or (isinstance(value, tuple) and len(value) > 0 and all(
-                isinstance(p, str) and p for p in value)), "None, or patterns such as ('model.layers.*.mlp',)")
+                isinstance(p, str) and p for p in value)), "None or name patterns such as ('layers.*.mlp',)")
         needed = self._needed()
         if self.rounds is not None and needed > self.rounds:
             reached = 1 - (1 - self.fraction) ** self.rounds
-            self.check("rounds", False, f"None, or at least {needed}: {self.rounds} rounds at fraction={self.fraction} "
-                                        f"reach sparsity {reached:.4g}, not {self.sparsity}")
+            self.check("rounds", False, f"None or at least {needed} (with fraction={self.fraction}, {self.rounds} "
+                                        f"rounds reach sparsity {reached:.4g}, not {self.sparsity})")
 
     def _needed(self) -> int:
         """Rounds to the sparsity that is asked for, or those asked for."""
@@ -277,7 +268,9 @@ class IterativePruner(WeightPruner):
 
     def _rule(self, level: float, slower: float) -> Selection:
         rule = Unstructured(level, self.scope)
-        return Grouped(rule, {p: Unstructured(slower, self.scope) for p in self.half_rate_layers}) if self.half_rate_layers else rule
+        if not self.half_rate_layers:
+            return rule
+        return Grouped(rule, {p: Unstructured(slower, self.scope) for p in self.half_rate_layers})
 
     def selection(self) -> Selection:
         """The rule of the last round."""
@@ -286,11 +279,11 @@ class IterativePruner(WeightPruner):
 
     @abstractmethod
     def rewinding(self) -> int | float:
-        """The step of the first training that weights go back to (whole number), or a share of it (float)."""
+        """The step of the first training that weights go back to (int), or a fraction of it (float)."""
 
     def find(self, model: nn.Module, train: Train, evaluate: Evaluate | None = None, *,
              state: str | os.PathLike[str] | None = None, progress: bool | None = None) -> list[Ticket]:
-        """Every ticket, of rounds 0 (the whole network) to the last; ``model`` is not changed.
+        """All tickets, of rounds 0 (the whole network) to the last; ``model`` is not changed.
 
         Args:
             model: with the initial weights.
@@ -335,11 +328,3 @@ class IterativePruner(WeightPruner):
         chosen = list(prunable_parameters(model, self.targets, self.exclude))
         slow = list(prunable_parameters(model, self.half_rate_layers)) if self.half_rate_layers else []
         return chosen + [name for name in slow if name not in chosen]
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from looseleaf.files import replacing, write_text
-from looseleaf.pruning.masks import Masks
+from looseleaf import Masks
+from looseleaf.files import load_tensors, save_tensors, write_text
+from looseleaf.resume import as_plain, compare
 
-FORMAT = "looseleaf.ticket/1"
-SCHEMA = "looseleaf.tickets/1"
+FORMAT = "looseleaf.ticket/2"
+SCHEMA = "looseleaf.tickets/2"
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Ticket:
 
     @property
     def density(self) -> float:
-        """Share of the covered weights that is kept, in [0, 1]."""
+        """Fraction of the covered weights that is kept, in [0, 1]."""
         return 1.0 - self.masks.sparsity()
 
     def __repr__(self) -> str:
@@ -56,26 +57,24 @@ class Ticket:
         Raises:
             ValueError: the ticket is for another model (names or shapes), or the model carries masks.
         """
-        self.masks._places(model)
+        self.masks.places(model)
+        if Masks.of(model):
+            raise ValueError(f"expected a {type(model).__name__} without masks, but it carries masks: take them off "
+                             "first (remove or make_permanent)")
         load_state(model, self.start)
         return self.masks.make_permanent(model).apply(model)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the ticket to one safetensors file, whole or not at all; round, step and metrics are JSON in its head.
+        """Write the ticket to one safetensors file, atomically; round, step and metrics are JSON in its head.
 
         Raises:
             ValueError: metadata of the masks that are not JSON.
             OSError: the file cannot be written.
         """
-        facts = {"round": self.round, "step": self.step, "metrics": self.metrics, "masks": self.masks.metadata}
-        try:
-            text = json.dumps(facts)
-        except TypeError as error:
-            raise ValueError(f"metrics and metadata must be JSON (text, numbers, lists, dictionaries): {error}"
-                             ) from None
-        tensors = {f"start/{name}": tensor for name, tensor in self.start.items()}
-        tensors.update((f"mask/{name}", mask.cpu().contiguous()) for name, mask in self.masks.items())
-        write_tensors(path, tensors, {"format": FORMAT, "ticket": text})
+        masks, info = self.masks.pack()
+        tensors = {**{f"start/{n}": t for n, t in self.start.items()}, **{f"mask/{n}": t for n, t in masks.items()}}
+        facts = {"round": self.round, "step": self.step, "metrics": self.metrics, "masks": info}
+        save_tensors(path, tensors, facts, format=FORMAT)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Ticket:
@@ -85,12 +84,11 @@ class Ticket:
             FileNotFoundError: no such file.
             ValueError: the file is damaged, cut short, or holds no ticket.
         """
-        tensors, head = read_tensors(path, FORMAT, "ticket (a file written by Ticket.save)")
+        tensors, facts = load_tensors(path, format=FORMAT)
         try:
-            facts = json.loads(head["ticket"])
-            masks = Masks(_below(tensors, "mask/"), facts["masks"])
+            masks = Masks.unpack(_below(tensors, "mask/"), facts["masks"])
             return cls(masks, _below(tensors, "start/"), facts["round"], facts["step"], facts["metrics"])
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): write it again with Ticket.save"
                              ) from error
 
@@ -100,7 +98,7 @@ class TicketFolder:
 
     ``search.json`` says which search it is, ``start.safetensors`` holds the weights that tickets begin from,
     ``masks-01.safetensors`` the masks of round 1, ``trained-01.json`` what training that ticket gave. Each is written
-    whole or not at all, and ``trained`` of a round after everything else that its training gave: a search that is
+    atomically, and ``trained`` of a round after everything else that its training gave: a search that is
     killed at any moment goes on with the first round that has no such file.
 
     Args:
@@ -115,17 +113,14 @@ class TicketFolder:
         self.folder = None if folder is None else Path(folder)
         if self.folder is None:
             return
-        mine = json.loads(json.dumps(dict(identity)))
-        found = self._json("search.json")
-        if found is None:
-            write_text(self.folder / "search.json", json.dumps({"schema": SCHEMA, "identity": mine}, indent=1) + "\n")
+        ours, former = as_plain(identity), self._json("search.json")
+        if former is None:
+            write_text(self.folder / "search.json", json.dumps({"schema": SCHEMA, "identity": ours}, indent=1) + "\n")
             return
-        theirs = found["identity"]
-        other = sorted(k for k in {*theirs, *mine} if theirs.get(k) != mine.get(k))
-        if other:
-            said = "; ".join(f"{k} was {_short(theirs.get(k))}, is {_short(mine.get(k))}" for k in other)
-            raise ValueError(f"{self.folder} belongs to another search for tickets ({said}): give another folder, or "
-                             "remove it to begin again")
+        differences = compare(former["identity"], ours)
+        if differences:
+            raise ValueError(f"{self.folder} belongs to another search for tickets ({differences}): give another "
+                             "folder, or remove it to begin again")
 
     def trained(self, round: int) -> dict[str, Any] | None:
         """Metrics and number of steps of a finished round, or None."""
@@ -156,13 +151,13 @@ class TicketFolder:
             FileNotFoundError, ValueError: the file is gone or damaged.
         """
         assert self.folder is not None
-        tensors, head = read_tensors(self.folder / "start.safetensors", SCHEMA, "start of a search for tickets")
-        return tensors, int(head["step"])
+        tensors, info = load_tensors(self.folder / "start.safetensors", format=SCHEMA)
+        return tensors, int(info["step"])
 
     def keep_start(self, state: Mapping[str, Tensor], step: int) -> None:
         """Keep the weights that tickets begin from."""
         if self.folder is not None:
-            write_tensors(self.folder / "start.safetensors", state, {"format": SCHEMA, "step": str(step)})
+            save_tensors(self.folder / "start.safetensors", state, {"step": step}, format=SCHEMA)
 
     def _masks(self, round: int) -> Path:
         assert self.folder is not None
@@ -175,7 +170,7 @@ class TicketFolder:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             if found["schema"] != SCHEMA:
-                raise ValueError(f"its schema is {found['schema']!r}, allowed is {SCHEMA!r}")
+                raise ValueError(f"expected the schema {SCHEMA!r}, got {found['schema']!r}")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error}): remove the folder to begin "
                              "again, or give another one") from error
@@ -198,55 +193,12 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     odd = sorted(set(own) ^ set(state)) or [n for n, t in own.items() if t.shape != state[n].shape]
     if odd:
         shapes = [tuple(where[odd[0]].shape) if odd[0] in where else "no such tensor" for where in (state, own)]
-        raise ValueError(f"this ticket is for another model, or the model carries masks (take them off first): "
-                         f"{odd[0]!r} is {shapes[0]} in the ticket and {shapes[1]} in this {type(model).__name__}")
+        raise ValueError(f"this ticket is for another model: {odd[0]!r} is {shapes[0]} in the ticket and {shapes[1]} "
+                         f"in this {type(model).__name__}")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(state[name])
 
 
-def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], head: Mapping[str, str]) -> None:
-    """Write a safetensors file, whole or not at all.
-
-    Raises:
-        OSError: it cannot be written; the message names the path.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        with replacing(path) as part:
-            save_file(dict(tensors), part, dict(head))
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path} ({error}): choose a path that can be written") from error
-
-
-def read_tensors(path: str | os.PathLike[str], format: str, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file, on the CPU.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: no whole safetensors file, or one of another format.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no file at {path}: allowed is a {what}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            head = file.metadata() or {}
-            if head.get("format") != format:
-                raise ValueError(f"{path} has format {head.get('format')!r}: allowed is a {what}, {format!r}")
-            return {name: file.get_tensor(name) for name in file.keys()}, head  # noqa: SIM118 (no mapping)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}): it was cut short, damaged, or is "
-                         "something else") from error
-
-
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from looseleaf.pruning.masks import _mask_of
+from looseleaf.modes import evaluating
+from looseleaf.pruning.applied import applied
 from looseleaf.pruning.targets import holders, stored_parameter
 from looseleaf_tickets.tickets import Ticket, load_state, snapshot
 
@@ -26,9 +27,9 @@ EVERY = 64
 
 
 class TrainingRun:
-    """What a training function is told, and how it says where it is.
+    """Where a training function begins, and how it reports its steps.
 
-    A function with a parameter called ``run`` gets one. It tells its steps in one of three ways, and begins at step
+    A function with a parameter called ``run`` gets one. It reports its steps in one of three ways, and begins at step
     :attr:`start` in each:
 
     - ``for step in run.steps(total)``: ``step`` goes from ``run.start`` to ``total - 1``;
@@ -55,17 +56,17 @@ class TrainingRun:
 
     @property
     def total(self) -> int | None:
-        """Number of steps of a whole training, where it was said; set it before the first ``step()`` where
+        """Number of steps of a whole training run, where it is known; set it before the first ``step()`` where
         ``rewind_to`` is a fraction."""
         return self._total
 
     @total.setter
     def total(self, total: int) -> None:
         if not isinstance(total, int) or isinstance(total, bool) or total < 1:
-            raise ValueError(f"total={total!r} steps: allowed is a whole number from 1")
+            raise ValueError(f"total: expected an integer >= 1, got {total!r}")
         if total <= self.start:
-            raise ValueError(f"total={total} steps, but this training begins at step {self.start}: allowed is more "
-                             "than that. Train for as many steps as the first time")
+            raise ValueError(f"total: expected more than {self.start} steps, where this training begins, got {total}. "
+                             "Train for as many steps as the first time")
         self._total = total
 
     def rewind_step(self) -> int:
@@ -88,12 +89,12 @@ class TrainingRun:
                 raise ValueError(f"rewind_to={self._rewind} of {self._total} steps rounds to step 0, the initial "
                                  "weights: give at least one step, or rewind_to=0")
         if self._total is not None and step and step >= self._total:
-            raise ValueError(f"rewind_to={self._rewind} is step {step}, but a training has {self._total} steps: "
-                             "allowed is an earlier step")
+            raise ValueError(f"rewind_to: expected a step before the last of {self._total}, got {self._rewind}, which "
+                             f"is step {step}")
         return step
 
     def step(self) -> None:
-        """Say that the optimiser has made a step.
+        """Report a step of the optimiser.
 
         Raises:
             ValueError: a weight is NaN or infinite (parameter, round and step are named); see also
@@ -120,36 +121,36 @@ class TrainingRun:
             self.step()
 
     def batches(self, loader: Iterable[T], total: int) -> Iterator[T]:
-        """A batch for each step of this training, from as many passes over ``loader`` as it takes.
+        """A batch for each step of this training, from as many epochs of ``loader`` as it takes.
 
-        The order of a pass depends on :attr:`seed` and the number of the pass alone. Batches before ``start`` are left
-        out, so that a rewound training sees what the first one saw at these steps.
+        The order of an epoch depends on :attr:`seed` and the number of the epoch alone. Batches before ``start`` are
+        left out, so that a rewound training sees what the first one saw at these steps.
 
         Args:
             loader: a ``DataLoader`` or a list of batches; its length must be known. A generator of its own is seeded
-                for each pass.
+                for each epoch.
             total: number of steps of a whole training.
 
         Raises:
             ValueError: the loader has no length or is empty.
         """
         if not isinstance(loader, Sized) or not len(loader):
-            raise ValueError(f"run.batches needs a loader of known length with a batch or more, got "
+            raise ValueError(f"run.batches: expected a loader of known length with at least one batch, got "
                              f"{type(loader).__name__}: use run.steps(total) and draw the batches yourself")
         size = len(loader)
-        passing: Iterator[T] | None = None
+        epoch: Iterator[T] | None = None
         for step in self.steps(total):
-            if passing is None or step % size == 0:
+            if epoch is None or step % size == 0:
                 with own_randomness(self.seed, 1 + step // size):
                     own = getattr(loader, "generator", None)
                     if isinstance(own, torch.Generator):
                         own.manual_seed(mixed(self.seed, 1 + step // size))
-                    passing = iter(loader)
-                    batch = next(passing)
+                    epoch = iter(loader)
+                    batch = next(epoch)
                 for _ in range(step % size):
-                    batch = next(passing)
+                    batch = next(epoch)
             else:
-                batch = next(passing)
+                batch = next(epoch)
             yield batch
 
 
@@ -160,7 +161,7 @@ class Trained:
     Attributes:
         model: a plain model with the trained weights; removed weights are 0.
         metrics: what the training function and ``evaluate`` returned.
-        steps: that were told; 0 where the function told none.
+        steps: that were reported; 0 where the function reported none.
         captured: the state at the step to rewind to, where one was asked for.
         step: that step.
     """
@@ -185,15 +186,14 @@ def train_ticket(ticket: Ticket, model: nn.Module, train: Train, evaluate: Evalu
         evaluate: ``evaluate(model)`` gives a number (called ``score``) or numbers by name; the model is in evaluation
             mode and no gradients are recorded.
         seed: of the global random generators during the training, and ``run.seed``.
-        rewind_to: for the first training, the step (whole number) or share of the training (float) to keep the state
-            of.
+        rewind_to: for the first training, the step (int) or fraction of the training (float) to keep the state of.
 
     Raises:
         ValueError: the ticket is for another model; the training function changed nothing, took the masks off, did
-            not reach the step to rewind to or tells no steps; weights became NaN or infinite.
+            not reach the step to rewind to or reports no steps; weights became NaN or infinite.
     """
-    told = takes_run(train)
-    if (rewind_to or ticket.step) and not told:
+    reports = takes_run(train)
+    if (rewind_to or ticket.step) and not reports:
         raise ValueError("rewinding needs to know the steps of the training: give the training function a parameter "
                          "called run, as in `def train(model, run)`, and loop over run.steps(total) or "
                          "run.batches(loader, total), or begin at run.start and call run.step() after each step of the "
@@ -205,15 +205,15 @@ def train_ticket(ticket: Ticket, model: nn.Module, train: Train, evaluate: Evalu
     if masked:
         ticket.apply(copied)
     else:
-        ticket.masks._places(copied)
+        ticket.masks.places(copied)
         load_state(copied, ticket.start)
     run = TrainingRun(copied, round=ticket.round, start=ticket.step, seed=seed, rewind_to=rewind_to)
     with own_randomness(seed, ticket.step), torch.enable_grad():
-        returned = train(copied, run=run) if told else train(copied)
+        returned = train(copied, run=run) if reports else train(copied)
     check_numbers(copied, ticket.round, run.done)
     if masked:
-        for name, places in ticket.masks._places(copied).items():
-            if any(_mask_of(*place) is None for place in places):
+        for name, places in ticket.masks.places(copied).items():
+            if any(applied(*place) is None for place in places):
                 raise ValueError(f"the training function took the mask of {name!r} off: it must leave the masks on")
         ticket.masks.make_permanent(copied)
     for parameter in copied.parameters():
@@ -221,21 +221,20 @@ def train_ticket(ticket: Ticket, model: nn.Module, train: Train, evaluate: Evalu
     _changed(copied, ticket)
     if rewind_to and run.captured is None:
         raise ValueError(f"rewind_to={rewind_to!r}: " + (
-            "the training function told no step; loop over run.steps(total) or run.batches(loader, total), or call "
+            "the training function reported no step; loop over run.steps(total) or run.batches(loader, total), or call "
             "run.step() after each step of the optimiser" if not run.done else
             f"the training ended after {run.done} steps, before step {run.rewind_step()}"))
     if ticket.step and run.done == run.start:
-        raise ValueError("the training function told no step: it must begin at run.start, and loop over "
+        raise ValueError("the training function reported no step: it must begin at run.start, and loop over "
                          "run.steps(total) or run.batches(loader, total), or call run.step()")
     metrics = _numbers(returned, copied, "train")
     if evaluate is not None:
-        copied.eval()
-        with torch.no_grad(), own_randomness(seed, 0):
-            found = _numbers(evaluate(copied), copied, "evaluate")
-        twice = sorted(set(found) & set(metrics))
+        with evaluating(copied), torch.no_grad(), own_randomness(seed, 0):
+            scores = _numbers(evaluate(copied), copied, "evaluate")
+        twice = sorted(set(scores) & set(metrics))
         if twice:
             raise ValueError(f"both train and evaluate give a metric called {twice[0]!r}: give one another name")
-        metrics.update(found)
+        metrics.update(scores)
     return Trained(copied, metrics, run.done, run.captured, run.rewind_step() if run.captured is not None else 0)
 
 
@@ -247,7 +246,7 @@ def takes_run(train: Train) -> bool:
     """
     if not callable(train) or isinstance(train, nn.Module):
         raise ValueError(
-            f"a training function is needed, got {type(train).__name__}: weights are removed between trainings. Write "
+            f"expected a training function, got {type(train).__name__}: weights are removed between trainings. Write "
             "`def train(model): ...`, which makes an optimiser and trains the model in place, and pass it as in "
             "prune(model, data=train) or find(model, train)")
     try:
@@ -266,7 +265,7 @@ def check_numbers(model: nn.Module, round: int, step: int) -> None:
     cause = ", as is its gradient" if gradient is not None and not _finite(gradient) else ""
     when = f"after {step} steps " if step else ""
     raise ValueError(f"round {round}: {when}the weights of {wrong[0]!r} are NaN or infinite{cause} ({len(wrong)} of "
-                     f"{len(parameters)} parameters are): lower the learning rate, clip gradients, or mend the loss. "
+                     f"{len(parameters)} parameters are): lower the learning rate, clip gradients, or check the loss. "
                      "Rounds before this one are kept where a state folder was given")
 
 
@@ -275,14 +274,14 @@ def own_randomness(seed: int, step: int) -> Iterator[None]:
     """Seed torch's, numpy's and Python's global generators, and give them their former states back afterwards."""
     import numpy
 
-    python, numbers, cpu = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    python, arrays, cpu = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
     seed_all(seed, step)
     try:
         yield
     finally:
         random.setstate(python)
-        numpy.random.set_state(numbers)
+        numpy.random.set_state(arrays)
         torch.set_rng_state(cpu)
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
@@ -325,19 +324,19 @@ def _numbers(returned: Any, model: nn.Module, who: str) -> dict[str, float]:
     """What a user's function returned, as numbers by name."""
     if returned is None or returned is model:
         if who == "evaluate":
-            raise ValueError("evaluate returned no number: allowed is a number, or numbers by name")
+            raise ValueError("evaluate: expected a number, or numbers by name, got nothing")
         return {}
     if who == "evaluate" and not isinstance(returned, Mapping):
         returned = {"score": returned}
     if isinstance(returned, nn.Module):
-        raise ValueError("the training function returned another model: it must train the one that it is given, in "
+        raise ValueError("the training function returned another model: expected the one that it is given, trained in "
                          "place")
     try:
-        found = {str(name): float(value) for name, value in returned.items()}
+        numbers = {str(name): float(value) for name, value in returned.items()}
     except (AttributeError, TypeError, ValueError):
-        allowed = "a number, or numbers by name" if who == "evaluate" else "None, or numbers by name"
-        raise ValueError(f"{who} returned {type(returned).__name__}: allowed is {allowed}") from None
-    wrong = [name for name, value in found.items() if math.isnan(value)]
+        expected = "a number, or numbers by name" if who == "evaluate" else "None, or numbers by name"
+        raise ValueError(f"{who}: expected {expected}, got {type(returned).__name__}") from None
+    wrong = [name for name, value in numbers.items() if math.isnan(value)]
     if wrong:
-        raise ValueError(f"{who} gave NaN for {wrong[0]!r}: allowed are numbers")
-    return found
+        raise ValueError(f"{who}: expected numbers, got NaN for {wrong[0]!r}")
+    return numbers

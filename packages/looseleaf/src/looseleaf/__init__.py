@@ -12,11 +12,13 @@ __version__ = "0.2.0"
 
 _HOME = {
     "AttentionBackend": "attention.call", "AttentionCall": "attention.call",
-    "Attached": "attention.attach", "attach": "attention.attach", "SlidingWindow": "attention.window",
+    "Geometry": "attention.call", "Attached": "attention.attached", "attach": "attention.attach",
+    "register_attention": "attention.registered", "SlidingWindow": "attention.window", "unwrapped": "unwrap",
     "Pruner": "pruning.pruner", "WeightPruner": "pruning.pruner", "TokenPruner": "pruning.pruner",
-    "UpdatePruner": "pruning.pruner", "Masks": "pruning.masks", "Unstructured": "pruning.selection",
-    "NM": "pruning.selection", "Structured": "pruning.selection", "Selection": "pruning.selection",
-    "prunable_parameters": "pruning.targets",
+    "UpdatePruner": "pruning.pruner", "Masks": "pruning.masks", "LearnedMasks": "pruning.learned",
+    "Unstructured": "pruning.selection", "NM": "pruning.selection", "PerRow": "pruning.selection",
+    "Threshold": "pruning.selection", "Structured": "pruning.selection", "Tied": "pruning.selection",
+    "Selection": "pruning.selection", "prunable_parameters": "pruning.targets",
     "Task": "tasks", "Example": "tasks", "Evaluation": "tasks", "Predictor": "tasks", "SetMetric": "tasks",
     "ScoreMetric": "tasks", "Prompt": "prompts.prompt", "PromptOptimizer": "prompts.optimizer", "Budget": "budget",
     "costs": "budget",
@@ -50,8 +52,10 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from looseleaf.attention.attach import Attached, attach
-    from looseleaf.attention.call import AttentionBackend, AttentionCall
+    from looseleaf.attention.attach import attach
+    from looseleaf.attention.attached import Attached
+    from looseleaf.attention.call import AttentionBackend, AttentionCall, Geometry
+    from looseleaf.attention.registered import register_attention
     from looseleaf.attention.window import SlidingWindow
     from looseleaf.discovery import get, load, plugins
     from looseleaf.errors import (
@@ -72,9 +76,11 @@ if TYPE_CHECKING:
     from looseleaf.budget import Budget, costs
     from looseleaf.prompts.optimizer import PromptOptimizer
     from looseleaf.prompts.prompt import Prompt
+    from looseleaf.pruning.learned import LearnedMasks
     from looseleaf.pruning.masks import Masks
     from looseleaf.pruning.pruner import Pruner, TokenPruner, UpdatePruner, WeightPruner
-    from looseleaf.pruning.selection import NM, Selection, Structured, Unstructured
+    from looseleaf.pruning.selection import NM, PerRow, Selection, Structured, Threshold, Tied, Unstructured
     from looseleaf.pruning.targets import prunable_parameters
+    from looseleaf.unwrap import unwrapped
     from looseleaf.report import Claim, Figure, Report, Series, Table, TokenStrip
     from looseleaf.tasks import Evaluation, Example, Predictor, ScoreMetric, SetMetric, Task

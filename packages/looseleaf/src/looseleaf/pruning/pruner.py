@@ -27,13 +27,6 @@ class Pruner(Plugin):
 
     kind: ClassVar[str] = "pruners"
 
-    def __init_subclass__(cls, **given: Any) -> None:
-        super().__init_subclass__(**given)
-        if "removes" in cls.__dict__:
-            raise TypeError(f"{cls.__name__}: expected a subclass of looseleaf.WeightPruner, TokenPruner or "
-                            f"UpdatePruner, got the class attribute removes={cls.__dict__['removes']!r}, which is "
-                            "gone. A TokenPruner has keep(model, batch), an UpdatePruner keep(before, after)")
-
 
 @dataclasses.dataclass
 class WeightPruner(Pruner):
@@ -63,7 +56,12 @@ class WeightPruner(Pruner):
             model: any torch module.
             data: see :meth:`score`.
         """
-        return self.selection().select(self.score(model, data))
+        from looseleaf.pruning.targets import model_facts
+
+        scores = self.score(model, data)
+        masks = self.selection().for_model(model, scores).select(scores)
+        masks.metadata.update(model_facts(model, masks))
+        return masks
 
 
 @dataclasses.dataclass
