@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from looseleaf_icl_linear_regression import head_signature, invariants, opposite_heads
-from looseleaf_icl_linear_regression.signature import allocation
-from looseleaf_icl_linear_regression.transformer import Weights, constructed, initial_weights
+from looseleaf_icl_linear_regression.regression import Regression, optimal_preconditioner
+from looseleaf_icl_linear_regression.signature import allocation, preconditioner, sharing
+from looseleaf_icl_linear_regression.training import Weights, constructed, initial_weights
 
 
 def exact(weights: Weights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -117,12 +118,36 @@ def test_allocation() -> None:
     torch.testing.assert_close(allocation(ov, 4), torch.tensor([[1.0, 0.0], [0.25, 0.75]]))
 
 
+def test_anisotropic_covariates_and_several_tasks() -> None:
+    task = Regression(rho=0.5)
+    best = optimal_preconditioner(task)
+    kq = torch.zeros(2, 6, 6, dtype=torch.float64)
+    kq[0, :5, :5], kq[1, :5, :5] = best / 20, -best / 20
+    ov = torch.zeros(2, 1, 6, dtype=torch.float64)
+    ov[:, 0, 5] = torch.tensor([10.0, -10.0])
+    read = preconditioner(kq, ov, task)
+    assert read.to_optimal == pytest.approx(1) and read.to_identity < 0.95
+    torch.testing.assert_close(read.gains, read.optimal)
+    assert bool((read.gains.diff() < 0).all())
+    kq, ov = torch.eye(7).expand(4, 7, 7).clone(), torch.zeros(4, 2, 7)
+    ov[0, 0, 5], ov[1, 0, 5], ov[2, 1, 6], ov[3, 1, 6] = 1, -1, 2, -2
+    one = sharing(kq, ov, 5)
+    assert one.dedicated == pytest.approx(1) and one.shared_heads == 0
+    assert one.from_values == pytest.approx(1)
+    ov[0, 1, 6] = 1
+    assert sharing(kq, ov, 5).shared_heads == 1
+    about = torch.zeros(4, 2, 7)
+    about[:, 0, 0], about[:, 0, 5] = 5.0, 1e-3  # y in KQ, covariates in OV
+    other = sharing(torch.eye(7).flip(0).expand(4, 7, 7), about, 5)
+    assert other.from_values < 0.01 and other.dedicated < 0.01
+
+
 def test_bad_input() -> None:
-    with pytest.raises(ValueError, match=r"allowed are \(H, D, D\)"):
+    with pytest.raises(ValueError, match=r"expected \(H, D, D\)"):
         head_signature(torch.zeros(2, 6, 5), torch.zeros(2, 1, 6))
-    with pytest.raises(ValueError, match=r"allowed are \(H, D, D\)"):
+    with pytest.raises(ValueError, match=r"expected \(H, D, D\)"):
         head_signature(torch.zeros(2, 6, 6), torch.zeros(3, 1, 6))
-    with pytest.raises(ValueError, match="values=6"):
+    with pytest.raises(ValueError, match=r"values: expected an integer in \[0, 4\] for D = 6, got 6"):
         head_signature(torch.zeros(2, 6, 6), torch.zeros(2, 6, 6), values=6)
     with pytest.raises(ValueError, match="not finite"):
         head_signature(torch.full((2, 6, 6), torch.nan), torch.zeros(2, 1, 6))

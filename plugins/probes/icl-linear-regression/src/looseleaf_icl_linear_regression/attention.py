@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from looseleaf import AttentionBackend, AttentionCall, Paper, UnsupportedModelError, attach
 from looseleaf import progress as progress_
-from looseleaf.probes.hooks import first_tensor
+from looseleaf.modes import evaluating
+from looseleaf.probes.hooks import first_tensor, uncompiled
 
 ROWS = 512
 """Unit vectors that are run together."""
@@ -75,17 +76,17 @@ def probe_layers(model: Any, layers: Sequence[int | str] | None = None, *,
     """
     body = getattr(model, "base_model", None)
     if not isinstance(body, nn.Module) or not hasattr(model, "get_input_embeddings"):
-        raise UnsupportedModelError(f"{type(model).__name__} is no transformers model: allowed is a decoder such as "
-                                    "AutoModelForCausalLM gives. For matrices of your own, call head_signature")
-    listener = _Listener()
+        raise UnsupportedModelError("expected a decoder of transformers, such as AutoModelForCausalLM gives, got "
+                                    f"{type(model).__name__}. For matrices of your own, call head_signature")
+    reader = _Reader()
     width = int(model.config.get_text_config().hidden_size)
     check = torch.randn(1, width, generator=torch.Generator().manual_seed(0))
     units = torch.cat([torch.zeros(1, width), torch.eye(width), check])
-    with _evaluating(model), torch.no_grad(), attach(model, listener, layers) as attached, \
-            progress_.bar("attention layers", 2, progress) as moving:
+    with evaluating(model), uncompiled(model), torch.no_grad(), attach(model, reader, layers) as attached, \
+            progress_.bar("attention layers", 2, progress) as progress_bar:
         modules = {i: model.get_submodule(attached.layers[i]) for i in sorted(attached.chosen)}
-        read = _run(model, body, listener, modules, units, None)
-        moving.update()
+        read = _run(model, body, reader, modules, units, None)
+        progress_bar.update()
         silent = [attached.layers[i] for i in modules if i not in read]
         if silent and (layers is not None or len(silent) == len(modules)):
             reasons = {str(record["fallback"]) for record in attached.records if "fallback" in record}
@@ -94,62 +95,67 @@ def probe_layers(model: Any, layers: Sequence[int | str] | None = None, *,
                 "layers, or call head_signature on matrices of your own")
         sizes = {i: (query.shape[1], value.shape[2]) for i, (query, _, value, _) in read.items()}
         inner = max(heads * size for heads, size in sizes.values())
-        wrote = _run(model, body, listener, {i: modules[i] for i in read}, torch.zeros(1, width),
+        wrote = _run(model, body, reader, {i: modules[i] for i in read}, torch.zeros(1, width),
                      torch.cat([torch.zeros(1, inner), torch.eye(inner)]))
-        moving.update()
+        progress_bar.update()
     return [_effective(attached.layers[i], read[i], wrote[i][3], sizes[i]) for i in read]
 
 
 @dataclasses.dataclass
-class _Listener(AttentionBackend):
-    """Keeps the queries, keys and values of every layer, and puts given numbers in the place of the outputs."""
+class _Reader(AttentionBackend):
+    """Keeps the queries, keys and values of every layer, and gives :attr:`outputs` where that is not None."""
 
     paper: ClassVar[Paper] = Paper("In-Context Linear Regression Demystified", ("Jianliang He",), 2025, "2503.12734",
                                    summary="Reads the maps of attention layers.")
 
+    phases: ClassVar[frozenset[Any]] = frozenset({"prefill", "decode", "bidirectional"})
+
     def __post_init__(self) -> None:
-        self.given: Tensor | None = None
-        self.heard: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        super().__post_init__()
+        self.outputs: Tensor | None = None
+        self.inputs: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def attend(self, call: AttentionCall) -> Tensor:
-        """The numbers of :attr:`given`, a row for each batch item, cut to the layer's size; else exact attention."""
-        if call.phase == "encode":
-            raise UnsupportedModelError("the attention is bidirectional: allowed is a decoder (causal attention)")
+        """The numbers of :attr:`outputs`, a row for each batch item, cut to the layer's size; else exact attention."""
+        if call.phase == "bidirectional":
+            raise UnsupportedModelError("expected a decoder (causal attention), got bidirectional attention")
         query, key, value = (x[:, :, 0] for x in (call.query * call.scale, call.key, call.value))
-        self.heard[call.layer] = query, key, value
+        self.inputs[call.layer] = query, key, value
         batch, heads, size = len(query), query.shape[1], value.shape[-1]
-        if self.given is None:
+        if self.outputs is None:
             return value.repeat_interleave(heads // value.shape[1], 1)[:, :, None]  # a token alone sees itself
-        return self.given[:, :heads * size].view(batch, heads, 1, size).to(call.value)
+        return self.outputs[:, :heads * size].view(batch, heads, 1, size).to(call.value)
 
 
-Heard = tuple[Tensor, Tensor, Tensor, Tensor]
+Seen = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _run(model: nn.Module, body: nn.Module, listener: _Listener, modules: dict[int, nn.Module], states: Tensor,
-         given: Tensor | None) -> dict[int, Heard]:
+def _run(model: nn.Module, body: nn.Module, reader: _Reader, modules: dict[int, nn.Module], states: Tensor,
+         attended: Tensor | None) -> dict[int, Seen]:
     """Run the body with ``states`` (n, D) in place of what each attention module reads, one token a sequence.
+
+    ``attended`` (n, H s), where given, takes the place of the attention's outputs.
 
     A sequence of one token has position 0, where rotary positions are the identity.
 
     Returns:
         Layer -> queries (n, H, r), keys, values and the module's output (n, D), float32; without layers whose attention
-        did not come to the listener.
+        did not come to the reader.
     """
-    found: dict[int, list[Heard]] = {i: [] for i in modules}
-    rows = len(states) if given is None else len(given)
+    batches: dict[int, list[Seen]] = {i: [] for i in modules}
+    rows = len(states) if attended is None else len(attended)
     device = next(model.parameters()).device
     for start in range(0, rows, ROWS):
         part = slice(start, min(start + ROWS, rows))
         count = part.stop - part.start
-        now = (states[part] if given is None else states.expand(count, -1)).to(device)
-        listener.given = None if given is None else given[part].to(device)
-        listener.heard.clear()
-        outputs: dict[int, Tensor] = {}
+        now = (states[part] if attended is None else states.expand(count, -1)).to(device)
+        reader.outputs = None if attended is None else attended[part].to(device)
+        reader.inputs.clear()
+        written: dict[int, Tensor] = {}
         with ExitStack() as hooks:
             for i, module in modules.items():
                 _hold(hooks, module.register_forward_pre_hook(_reading(now), with_kwargs=True))
-                _hold(hooks, module.register_forward_hook(_writing(outputs, i)))
+                _hold(hooks, module.register_forward_hook(_writing(written, i)))
                 for norm in module.modules():
                     if "RMSNorm" in type(norm).__name__:
                         _hold(hooks, norm.register_forward_hook(_gain_only))
@@ -157,9 +163,9 @@ def _run(model: nn.Module, body: nn.Module, listener: _Listener, modules: dict[i
             mask = torch.zeros(count, 1, 1, 1, device=device, dtype=next(model.parameters()).dtype)
             ids = torch.zeros(count, 1, dtype=torch.long, device=device)
             body(input_ids=ids, attention_mask=mask, use_cache=False)
-        for i in listener.heard:
-            found[i].append(tuple(x.float().cpu() for x in (*listener.heard[i], outputs[i])))  # type: ignore[arg-type]
-    return {i: tuple(torch.cat(x) for x in zip(*parts, strict=True)) for i, parts in found.items() if parts}  # type: ignore[misc]
+        for i in reader.inputs:
+            batches[i].append(tuple(x.float().cpu() for x in (*reader.inputs[i], written[i])))  # type: ignore[arg-type]
+    return {i: tuple(torch.cat(x) for x in zip(*parts, strict=True)) for i, parts in batches.items() if parts}  # type: ignore[misc]
 
 
 def _hold(stack: ExitStack, handle: Any) -> None:
@@ -175,9 +181,9 @@ def _reading(states: Tensor) -> Callable[..., Any]:
     return hook
 
 
-def _writing(outputs: dict[int, Tensor], layer: int) -> Callable[..., None]:
+def _writing(written: dict[int, Tensor], layer: int) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        outputs[layer] = first_tensor(output)[:, 0].clone()
+        written[layer] = first_tensor(output)[:, 0].clone()
 
     return hook
 
@@ -187,7 +193,7 @@ def _gain_only(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> T
     return args[0] * module.forward(torch.ones_like(args[0][..., :1, :]))
 
 
-def _effective(name: str, read: Heard, written: Tensor, size: tuple[int, int]) -> EffectiveHeads:
+def _effective(name: str, read: Seen, written: Tensor, size: tuple[int, int]) -> EffectiveHeads:
     heads, inner = size
     maps = []
     for what, seen in zip(("query", "key", "value"), read[:3], strict=True):
@@ -204,18 +210,6 @@ def _effective(name: str, read: Heard, written: Tensor, size: tuple[int, int]) -
     output = columns.view(heads, inner, -1).transpose(1, 2)
     query, key, value = maps
     return EffectiveHeads(name, key.contiguous(), query.contiguous(), value.contiguous(), output.contiguous())
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and every module's own mode again afterwards."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 __all__ = ["EffectiveHeads", "probe_attention", "probe_layers"]

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from looseleaf import Claim, Paper, Probe, Report, Series
-from looseleaf_icl_linear_regression import predictors
+from looseleaf.plugin import In
+from looseleaf.probes.subject import parts
 from looseleaf_icl_linear_regression.attention import EffectiveHeads, probe_layers
+from looseleaf_icl_linear_regression.regression import (
+    Regression,
+    debiased_gd,
+    gd_risk,
+    optimal_step,
+    softmax_predictor,
+)
 from looseleaf_icl_linear_regression.signature import LIMITS, Invariants, Signature, head_signature, invariants
-from looseleaf_icl_linear_regression.task import Regression
-from looseleaf_icl_linear_regression.training import CHECKS, Trained, train
-from looseleaf_icl_linear_regression.transformer import Weights, initial_weights, opposite_heads, predict
+from looseleaf_icl_linear_regression.training import (
+    CHECKS,
+    Trained,
+    Weights,
+    initial_weights,
+    opposite_heads,
+    predict,
+    train,
+)
 
 OMEGA = 0.1
 """Of the constructed heads: small, so that they take a step of debiased gradient descent."""
@@ -44,13 +57,13 @@ class ICLRegressionProbe(Probe):
         layers: indices of the model's layers to read; empty for all.
     """
 
-    d: int = 5
-    L: int = 40
-    sigma2: float = 0.1
-    H: int = 4
-    steps: int = 6000
-    lr: float = 0.01
-    batch: int = 256
+    d: Annotated[int, In(">= 2")] = 5
+    L: Annotated[int, In(">= 2")] = 40
+    sigma2: Annotated[float, In(">= 0")] = 0.1
+    H: Annotated[int, In(">= 1")] = 4
+    steps: Annotated[int, In(f">= {CHECKS}")] = 6000
+    lr: Annotated[float, In("> 0")] = 0.01
+    batch: Annotated[int, In(">= 1")] = 256
     layers: tuple[int, ...] = ()
     paper: ClassVar[Paper] = Paper(
         title="In-Context Linear Regression Demystified: Training Dynamics and Mechanistic Interpretability of "
@@ -59,14 +72,12 @@ class ICLRegressionProbe(Probe):
         venue="ICML 2025", code="https://github.com/XintianPan/ICL_linear",
         summary="Watch heads become a debiased gradient-descent estimator, and test your model's heads for it.")
 
+    @classmethod
+    def conformance(cls) -> dict[str, Any]:
+        """A short training."""
+        return {"make": lambda: cls(steps=CHECKS, batch=8)}
+
     def validate(self) -> None:
-        self.check("d", isinstance(self.d, int) and self.d >= 2, "a whole number from 2")
-        self.check("L", isinstance(self.L, int) and self.L >= 2, "a whole number from 2")
-        self.check("sigma2", 0 <= self.sigma2 < math.inf, "a number from 0")
-        self.check("H", isinstance(self.H, int) and self.H >= 1, "a whole number from 1")
-        self.check("steps", isinstance(self.steps, int) and self.steps >= CHECKS, f"a whole number from {CHECKS}")
-        self.check("lr", 0 < self.lr < math.inf, "a number above 0")
-        self.check("batch", isinstance(self.batch, int) and self.batch >= 1, "a whole number from 1")
         self.check("layers", isinstance(self.layers, (tuple, list)) and all(isinstance(i, int) for i in self.layers),
                    "a tuple of indices, empty for all layers")
 
@@ -75,52 +86,46 @@ class ICLRegressionProbe(Probe):
         """The regression that the probe's parameters describe."""
         return Regression(self.d, self.L, self.sigma2)
 
-    def train(self, seeds: Sequence[int] = (0,), *, attention: str = "softmax",
-              progress: bool | None = None) -> Trained:
-        """Train one layer for each seed from random weights; arguments and errors as :func:`.training.train`."""
-        return train(self.task, self.H, seeds, attention=attention, steps=self.steps, lr=self.lr, batch=self.batch,
-                     progress=progress)
-
-    def run(self, model: Any, data: Any = None, *, tokenizer: Any = None, seed: int = 0,
-            progress: bool | None = None) -> Report:
-        """Score the heads of ``model`` next to those of known answers.
+    def run(self, subject: Any, data: None = None, *, seed: int = 0, progress: bool | None = None) -> Report:
+        """Score the heads of a model next to those of known answers.
 
         Args:
-            model: a transformers decoder.
+            subject: a transformers decoder, alone or with its tokenizer.
             data: nothing: weights are read, and the sequences of the training are drawn from ``seed``.
-            tokenizer: not used.
             seed: of the layer that is trained, and of the random weights.
             progress: show a progress bar; None: only on a terminal.
 
         Raises:
+            TypeError: another subject.
             ValueError: data was given, or an unknown layer.
             UnsupportedModelError: the model has no attention that can be read.
         """
+        model, _ = parts(subject)
         if data is not None:
-            raise ValueError(f"data is {type(data).__name__}: allowed is None, as this probe reads weights and draws "
-                             "its sequences from the seed. Choose d, L and sigma2 in their place")
+            raise ValueError("data: expected None, as this probe reads weights and draws its sequences from the seed, "
+                             f"got {type(data).__name__}. Choose d, L and sigma2 instead")
         read = probe_layers(model, list(self.layers) or None, progress=progress)
-        trained = self.train((seed,), progress=progress)
+        trained = train(self.task, self.H, (seed,), steps=self.steps, lr=self.lr, batch=self.batch, progress=progress)
         known = {
             "constructed: two opposite heads": opposite_heads(
-                self.d, OMEGA, predictors.optimal_step(self.task) / (2 * OMEGA)),
+                self.d, OMEGA, optimal_step(self.task) / (2 * OMEGA)),
             f"trained here: {self.H} heads": Weights(*(w[0].double() for w in trained.weights)),
             "control: random weights": Weights(*(w.double() for w in initial_weights(
                 self.d, max(2, self.H), 1, torch.Generator().manual_seed(seed)))),
         }
         signatures = {name: head_signature(w.kq(), w.ov()) for name, w in known.items()}
         report = Report("Heads as in-context linear regression", {
-            **{k: v for k, v in self.parameters().items() if k != "layers"}, "layers read": len(read),
+            **{k: v for k, v in self.hyperparameters().items() if k != "layers"}, "layers read": len(read),
             "heads read": sum(len(layer.key) for layer in read),
             "positions": "rotary positions at distance zero (content part); biases left out",
             "training converged": trained.converged()[0], "heads on both sides": trained.opposite()[0],
             "risk of the trained layer": float(trained.risks[0, -1]),
-            "risk of debiased gradient descent": predictors.gd_risk(self.task)})
+            "risk of debiased gradient descent": gd_risk(self.task)})
         _coordinates(report, signatures, read)
         _without_coordinates(report, known, read, seed)
-        _dynamics(report, trained, predictors.gd_risk(self.task))
+        _dynamics(report, trained, gd_risk(self.task))
         for name, weights in list(known.items())[:2]:
-            show_heads(report, weights.kq(), weights.ov(), name)
+            show_heads(report, weights.kq().tolist(), weights.ov().tolist(), name)
         self._controls(report, known, signatures)
         return report
 
@@ -128,13 +133,13 @@ class ICLRegressionProbe(Probe):
         """The known answers; a failure here means that nothing else in the report can be trusted."""
         constructed, _, random = signatures.values()
         weights = next(iter(known.values()))
-        step = predictors.optimal_step(self.task)
+        step = optimal_step(self.task)
         data = self.task.sample(512, torch.Generator().manual_seed(0), dtype=torch.float64)
         x, y, query = data.context[..., :-1], data.context[..., -1], data.query[..., :-1]
         model = predict(weights.kq(), weights.ov(), data)[:, 0]
-        closed = predictors.softmax_predictor([OMEGA, -OMEGA], [step / 2 / OMEGA, -step / 2 / OMEGA], x, y, query)
+        closed = softmax_predictor([OMEGA, -OMEGA], [step / 2 / OMEGA, -step / 2 / OMEGA], x, y, query)
         gap = float((model - closed).abs().max())
-        descent = predictors.debiased_gd(x, y, query, step)
+        descent = debiased_gd(x, y, query, step)
         near = float((model - descent).norm() / descent.norm())
         wrong, missed = constructed.fails(), random.fails()
         for holds, statement, measured, rule in (
@@ -212,13 +217,13 @@ def _dynamics(report: Report, trained: Trained, floor: float) -> None:
             Series(f"head {h}", steps, values[0, :, h].tolist(), style="line") for h in range(values.shape[2])])
 
 
-def show_heads(report: Report, kq: Tensor, ov: Tensor, name: str) -> None:
-    """Heat maps of KQ of each head (H, D, D), and of the last rows of OV, (H, N, D) one below the other."""
+def show_heads(report: Report, kq: Sequence[Any], ov: Sequence[Any], name: str) -> None:
+    """Heat maps of KQ of each head (H, D, D), and of the last rows of OV, (H, N, D) one below the other, as lists."""
     for head, matrix in enumerate(kq):
-        report.figure(f"KQ, head {head} ({name})", x_label="query coordinate", y_label="key coordinate",
-                      image=matrix.tolist(), note="the last coordinates are values")
+        report.figure(f"KQ, head {head} ({name})", x_label="query coordinate", y_label="key coordinate", image=matrix,
+                      note="the last coordinates are values")
     report.figure(f"OV, last rows of all heads ({name})", x_label="coordinate", y_label="head",
-                  image=ov.flatten(0, 1).tolist())
+                  image=[row for rows in ov for row in rows])
 
 
 __all__ = ["ICLRegressionProbe", "show_heads"]

@@ -1,4 +1,4 @@
-"""The signature of trained heads: in the task's coordinates, and in a form that does not depend on the basis."""
+"""The signature of trained heads: in the task's coordinates, for other tasks, and in a form without coordinates."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import itertools
 
 import torch
 from torch import Tensor
+
+from looseleaf_icl_linear_regression.regression import Regression, optimal_preconditioner
 
 LIMITS = {"off_diagonal": 0.1, "variation": 0.1, "last_entry": 0.95, "zero_sum": 0.05}
 """What a layer must keep to: below, below, above, below. This project's rule."""
@@ -25,8 +27,8 @@ class Signature:
         value_row: (H,) mean |entry| of KQ where a key's value meets a query's covariates, over mean |diagonal| [0].
         last_entry: (H,) |mu| over the sum of |entries| of OV [1].
         zero_sum: norm of sum_h OV_h over the sum of their norms; |sum_h mu_h| / sum_h |mu_h| of last entries [0].
-        weight: (H,) share of the head in sum_h |mu_h omega_h|, its part in the step of gradient descent. Heads beyond
-            two may die, and what a dead head's matrices look like means nothing: means over heads are weighted by this.
+        weight: (H,) the head's part of sum_h |mu_h omega_h|, the step of gradient descent. Heads beyond two may die,
+            and what a dead head's matrices look like means nothing: means over heads are weighted by this.
     """
 
     omega: Tensor
@@ -61,17 +63,17 @@ def head_signature(kq: Tensor, ov: Tensor, values: int = 1) -> Signature:
         kq: (H, D, D); entry (i, j) weighs coordinate i of a key with coordinate j of a query.
         ov: (H, N, D) the rows of OV that reach the values, or (H, D, D) all rows.
         values: how many of the last coordinates are values (y). 0: none is known to be, as in a language model: the
-            diagonal is taken over all coordinates, and ``last_entry`` is the share of the largest entry.
+            diagonal is taken over all coordinates, and ``last_entry`` is the fraction of the largest entry.
 
     Raises:
         ValueError: shapes that do not fit, or entries that are not finite.
     """
     if kq.dim() != 3 or kq.shape[1] != kq.shape[2] or ov.dim() != 3 or len(ov) != len(kq) \
             or ov.shape[2] != kq.shape[2] or ov.shape[1] not in (values, kq.shape[2]):
-        raise ValueError(f"kq is {tuple(kq.shape)} and ov {tuple(ov.shape)}: allowed are (H, D, D) for both, or "
-                         f"(H, {values}, D) for ov, with {values} value coordinates")
+        raise ValueError(f"kq and ov: expected (H, D, D) for both, or (H, {values}, D) for ov with {values} value "
+                         f"coordinates, got {tuple(kq.shape)} and {tuple(ov.shape)}")
     if not 0 <= values <= kq.shape[1] - 2:
-        raise ValueError(f"values={values}: allowed is 0 to {kq.shape[1] - 2} for D = {kq.shape[1]}")
+        raise ValueError(f"values: expected an integer in [0, {kq.shape[1] - 2}] for D = {kq.shape[1]}, got {values}")
     if not bool(torch.isfinite(kq).all() and torch.isfinite(ov).all()):
         raise ValueError("kq or ov has entries that are not finite: was the training stable?")
     d = kq.shape[1] - values
@@ -163,6 +165,78 @@ def _top_square(output: Tensor, value: Tensor) -> Tensor:
     return torch.linalg.matrix_norm(left @ right.T, 2).square()
 
 
+# --------------------------------------------------------------------------------------------- anisotropic covariates
+@dataclasses.dataclass
+class Preconditioner:
+    """The matrix sum_h mu_h KQ_h of a layer, which debiased gradient descent multiplies x_q with.
+
+    Attributes:
+        to_optimal: cosine with :func:`.regression.optimal_preconditioner`.
+        to_identity: cosine with I, what plain gradient descent has.
+        variances: (d,) eigenvalues of Sigma, rising.
+        gains: (d,) what the layer multiplies those directions with; optimal: what it should.
+        optimal: see gains.
+    """
+
+    to_optimal: float
+    to_identity: float
+    variances: Tensor
+    gains: Tensor
+    optimal: Tensor
+
+
+def preconditioner(kq: Tensor, ov: Tensor, task: Regression) -> Preconditioner:
+    """Read it from the matrices of one layer, (H, D, D) and (H, 1, D)."""
+    d = task.d
+    whole = (ov[:, 0, d, None, None].double() * kq[:, :d, :d].double()).sum(0)
+    best = optimal_preconditioner(task)
+    variances, axes = torch.linalg.eigh(task.covariance())
+
+    def gains(matrix: Tensor) -> Tensor:
+        return (axes.T @ matrix @ axes).diagonal()
+
+    return Preconditioner(_angle(whole, best), _angle(whole, torch.eye(d, dtype=torch.float64)), variances,
+                          gains(whole), gains(best))
+
+
+def _angle(a: Tensor, b: Tensor) -> float:
+    return float((a * b).sum() / (a.norm() * b.norm()).clamp(min=TINY))
+
+
+# ------------------------------------------------------------------------------------------------------ several tasks
+@dataclasses.dataclass
+class Sharing:
+    """How the heads of one layer share the tasks.
+
+    Attributes:
+        part: (H, N) part of task t in head h, |mu_ht| over its sum over tasks.
+        weight: (H,) the head's sum of |OV| times its sum of |KQ|, over the sum over heads.
+        from_values: mean over heads, by weight, of sum_t |mu_ht| over the sum of |OV|: 1 where y is made of y alone. A
+            task of few covariates may be solved the other way about, with y in KQ and the covariates in OV; that gives
+            0, and no head of that kind counts as dedicated.
+        dedicated: the same of the largest |mu_ht|: 1 where each head serves one task, 1 / N where each serves all
+            alike.
+        shared_heads: heads with at least a tenth of the weight whose largest part is below 0.9.
+    """
+
+    part: Tensor
+    weight: Tensor
+    from_values: float
+    dedicated: float
+    shared_heads: int
+
+
+def sharing(kq: Tensor, ov: Tensor, d: int) -> Sharing:
+    """Read it from the matrices of one layer, (H, D, D) and (H, N, D)."""
+    part = allocation(ov, d)
+    whole = ov.abs().sum((1, 2))
+    weight = whole * kq.abs().sum((1, 2))
+    weight = weight / weight.sum().clamp(min=TINY)
+    values = ov[..., d:].diagonal(dim1=-2, dim2=-1).abs() / whole[:, None].clamp(min=TINY)
+    return Sharing(part, weight, float((weight * values.sum(-1)).sum()), float((weight * values.max(-1).values).sum()),
+                   int(((weight >= 0.1) & (part.max(-1).values < 0.9)).sum()))
+
+
 def allocation(ov: Tensor, d: int) -> Tensor:
     """How the heads share several tasks: (H, N) part of task t in head h, |mu_ht| over its sum over tasks.
 
@@ -174,4 +248,5 @@ def allocation(ov: Tensor, d: int) -> Tensor:
     return mu / mu.sum(-1, keepdim=True).clamp(min=TINY)
 
 
-__all__ = ["LIMITS", "Invariants", "Signature", "allocation", "head_signature", "invariants"]
+__all__ = ["LIMITS", "Invariants", "Preconditioner", "Sharing", "Signature", "allocation", "head_signature",
+           "invariants", "preconditioner", "sharing"]

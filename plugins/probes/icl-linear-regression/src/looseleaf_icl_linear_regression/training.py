@@ -1,18 +1,23 @@
-"""Gradient-based training from random weights, all seeds at once."""
+"""One layer of multi-head attention, and its gradient-based training from random weights, all seeds at once.
+
+The layer is given by its effective matrices KQ_h = K_h^T Q_h and OV_h = O_h V_h (section 2).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from looseleaf import progress as progress_
-from looseleaf_icl_linear_regression.task import Regression, Sequences
-from looseleaf_icl_linear_regression.transformer import Weights, initial_weights, predict
+from looseleaf.errors import did_you_mean
+from looseleaf_icl_linear_regression.regression import Regression, Sequences
 
+KINDS = ("softmax", "linear")
 CHECKS = 24
 """How often it is measured in a training."""
 SETTLED, LEARNED = 0.01, 0.9
@@ -20,6 +25,109 @@ SETTLED, LEARNED = 0.01, 0.9
 less than the first part, and it is below the second part of that of predicting 0."""
 
 
+class Weights(NamedTuple):
+    """The matrices of all heads, with D = d + N rows of Z; leading dimensions (seeds) may stand before H.
+
+    Attributes:
+        key, query, value: (H, D, D).
+        output: (H, N, D): the rows that reach the predictions. The other rows of O_h change nothing that is read.
+    """
+
+    key: Tensor
+    query: Tensor
+    value: Tensor
+    output: Tensor
+
+    def kq(self) -> Tensor:
+        """KQ_h, (H, D, D), without the columns that meet the query's values.
+
+        Those are 0 in every sequence, so the columns change no prediction and get no gradient: they are set to 0 here.
+        """
+        full = self.key.transpose(-1, -2) @ self.query
+        tasks = self.output.shape[-2]
+        return torch.cat([full[..., :-tasks], torch.zeros_like(full[..., -tasks:])], -1)
+
+    def ov(self) -> Tensor:
+        """The last N rows of OV_h, (H, N, D)."""
+        return self.output @ self.value
+
+
+def initial_weights(d: int, heads: int, tasks: int, generator: torch.Generator) -> Weights:
+    """The random start: uniform within +- 1 / sqrt(inputs) as torch's linear layers have it, scores over sqrt(D)."""
+    size = d + tasks
+
+    def uniform(rows: int, inputs: int) -> Tensor:
+        return (torch.rand(heads, rows, size, generator=generator) * 2 - 1) / inputs ** 0.5
+
+    key, query, value = (uniform(size, size) for _ in range(3))
+    return Weights(key / size ** 0.25, query / size ** 0.25, value, uniform(tasks, heads * size))
+
+
+def opposite_heads(d: int, omega: float, mu: float, dtype: torch.dtype = torch.float64) -> Weights:
+    """The construction: two heads, KQ = +-omega diag(I_d, 0) and OV = +-mu in the last entry alone (section 3)."""
+    return constructed([omega, -omega], [mu, -mu], d, dtype)
+
+
+def constructed(omega: list[float], mu: list[float], d: int, dtype: torch.dtype = torch.float64) -> Weights:
+    """Heads with KQ_h = omega_h diag(I_d, 0) and OV_h = mu_h in the last entry alone."""
+    if len(omega) != len(mu) or not omega:
+        raise ValueError(f"expected as many omega as mu, at least one, got {len(omega)} and {len(mu)}")
+    covariates = torch.diag(torch.tensor([1.0] * d + [0.0], dtype=dtype))
+    last = torch.zeros(1, d + 1, dtype=dtype)
+    last[0, d] = 1
+    heads = len(omega)
+    return Weights(covariates.expand(heads, -1, -1), torch.stack([o * covariates for o in omega]),
+                   torch.eye(d + 1, dtype=dtype).expand(heads, -1, -1), torch.stack([m * last for m in mu]))
+
+
+def predict(kq: Tensor, ov: Tensor, data: Sequences, attention: str = "softmax",
+            normaliser: float | None = None) -> Tensor:
+    """The last N entries of the query column, (..., B, N).
+
+    Args:
+        kq: (..., H, D, D). ov: (..., H, N, D).
+        data: sequences; their leading dimensions are those of the matrices, or none.
+        attention: ``softmax``, or ``linear``: the scores as they are, over ``normaliser``.
+        normaliser: what linear attention divides the sum over the context by; None: the length of the context.
+            A linear layer that was trained at one length keeps that length, for nothing in it counts.
+
+    Raises:
+        ValueError: an unknown kind of attention.
+    """
+    if attention not in KINDS:
+        raise ValueError(f"attention: expected {' or '.join(KINDS)}, got {attention!r}."
+                         f"{did_you_mean(attention, KINDS)}")
+    heads, tasks, size = ov.shape[-3:]
+    directions = data.query @ kq.flatten(-3, -2).transpose(-1, -2)  # rows KQ_h z_q, heads side by side
+    scores = data.context @ directions.unflatten(-1, (heads, size)).transpose(-1, -2)  # (..., B, L, H)
+    if attention == "softmax":
+        weights = torch.softmax(scores, -2)
+    else:
+        weights = scores / (data.context.shape[-2] if normaliser is None else normaliser)
+    values = (data.context @ ov.flatten(-3, -2).transpose(-1, -2)[..., None, :, :]).unflatten(-1, (heads, tasks))
+    return (weights[..., None] * values).sum((-3, -2))
+
+
+def predict_reference(weights: Weights, data: Sequences) -> Tensor:
+    """The same, written as the paper does: TF(Z) = Z + sum_h O_h V_h Z softmax(Z^T K_h^T Q_h Z), one Z at a time.
+
+    The query attends to the L columns before it and not to itself. (B, N).
+    """
+    tasks = weights.output.shape[-2]
+    out = []
+    for context, query in zip(data.context, data.query, strict=True):
+        z = torch.cat([context, query[None]]).T
+        visible = torch.ones(z.shape[1], dtype=torch.bool)
+        visible[-1] = False
+        column = z[-tasks:, -1].clone()
+        for key, query_, value, output in zip(*weights, strict=True):
+            scores = (z.T @ key.T @ query_ @ z)[:, -1]
+            column += output @ value @ z @ torch.softmax(scores.masked_fill(~visible, -torch.inf), 0)
+        out.append(column)
+    return torch.stack(out)
+
+
+# ----------------------------------------------------------------------------------------------------------- training
 @dataclasses.dataclass
 class Trained:
     """What training gave, for S seeds.
@@ -97,26 +205,25 @@ def train(task: Regression, heads: int, seeds: Sequence[int] = (0,), *, attentio
     Raises:
         ValueError: a value out of range, or a loss that is not finite.
     """
-    for name, value, ok, allowed in (
-            ("heads", heads, isinstance(heads, int) and heads >= 1, "a whole number from 1"),
-            ("seeds", seeds, len(seeds) >= 1 and all(isinstance(s, int) for s in seeds), "one or more whole numbers"),
-            ("steps", steps, isinstance(steps, int) and steps >= CHECKS, f"a whole number from {CHECKS}"),
-            ("lr", lr, 0 < lr < math.inf, "a number above 0"),
-            ("batch", batch, isinstance(batch, int) and batch >= 1, "a whole number from 1"),
-            ("validation", validation, isinstance(validation, int) and validation >= 1, "a whole number from 1")):
-        if not ok:
-            raise ValueError(f"{name}={value!r}: allowed is {allowed}")
+    for name, value, least in (("heads", heads, 1), ("steps", steps, CHECKS), ("batch", batch, 1),
+                               ("validation", validation, 1)):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
+    if not len(seeds) or not all(isinstance(seed, int) for seed in seeds):
+        raise ValueError(f"seeds: expected one integer or more, got {seeds!r}")
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr: expected a number > 0, got {lr!r}")
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     starts = [initial_weights(task.d, heads, task.tasks, g) for g in generators]
     weights = Weights(*(torch.stack(parts).requires_grad_() for parts in zip(*starts, strict=True)))
     held_out = task.sample(validation, torch.Generator().manual_seed(2 ** 31))
     optimizer = torch.optim.Adam(weights, lr=lr)
     none = torch.zeros(len(seeds), 0)
-    found = Trained(task, attention, tuple(seeds), weights, [], none, none, none[:, :, None].expand(-1, -1, heads),
-                    none[:, :, None].expand(-1, -1, heads))
+    trained = Trained(task, attention, tuple(seeds), weights, [], none, none, none[:, :, None].expand(-1, -1, heads),
+                      none[:, :, None].expand(-1, -1, heads))
     sums = torch.zeros(len(seeds))
     checks = {round(steps * (i + 1) / CHECKS) for i in range(CHECKS)}
-    with progress_.bar(f"{heads} heads, {attention}", steps, progress) as moving, torch.enable_grad():
+    with progress_.bar(f"{heads} heads, {attention}", steps, progress) as progress_bar, torch.enable_grad():
         for step in range(1, steps + 1):
             data = _stack([task.sample(batch, g) for g in generators])
             for group in optimizer.param_groups:
@@ -128,11 +235,11 @@ def train(task: Regression, heads: int, seeds: Sequence[int] = (0,), *, attentio
             optimizer.step()
             sums += loss.detach()
             if step in checks:
-                _check(found, held_out, step, sums)
+                _check(trained, held_out, step, sums)
                 sums.zero_()
-            moving.update()
-    found.weights = Weights(*(w.detach() for w in weights))
-    return found
+            progress_bar.update()
+    trained.weights = Weights(*(w.detach() for w in weights))
+    return trained
 
 
 def risk(kq: Tensor, ov: Tensor, task: Regression, data: Sequences, attention: str = "softmax",
@@ -148,29 +255,30 @@ def risk(kq: Tensor, ov: Tensor, task: Regression, data: Sequences, attention: s
     return total / len(data.target) + task.sigma2 * task.tasks
 
 
-def _check(found: Trained, held_out: Sequences, step: int, sums: Tensor) -> None:
+def _check(trained: Trained, held_out: Sequences, step: int, sums: Tensor) -> None:
     with torch.no_grad():
-        kq, ov = found.weights.kq(), found.weights.ov()
-        now = risk(kq, ov, found.task, held_out, found.attention, found.task.L)
+        kq, ov = trained.weights.kq(), trained.weights.ov()
+        now = risk(kq, ov, trained.task, held_out, trained.attention, trained.task.L)
         if not bool(torch.isfinite(now).all()):
             raise ValueError(f"the risk is not finite after {step} steps: choose a smaller lr")
-        d = found.task.d
+        d = trained.task.d
         omega = kq.diagonal(dim1=-2, dim2=-1)[..., :d].mean(-1)
-        loss = sums / (step - (found.steps[-1] if found.steps else 0)) + found.task.sigma2 * found.task.tasks
-        found.steps.append(step)
-        found.losses = torch.cat([found.losses, loss[:, None]], 1)
-        found.risks = torch.cat([found.risks, now[:, None].to(found.risks)], 1)
-        found.omegas = torch.cat([found.omegas, omega[:, None]], 1)
-        found.mus = torch.cat([found.mus, ov[:, None, :, 0, d]], 1)
+        loss = sums / (step - (trained.steps[-1] if trained.steps else 0)) + trained.task.sigma2 * trained.task.tasks
+        trained.steps.append(step)
+        trained.losses = torch.cat([trained.losses, loss[:, None]], 1)
+        trained.risks = torch.cat([trained.risks, now[:, None].to(trained.risks)], 1)
+        trained.omegas = torch.cat([trained.omegas, omega[:, None]], 1)
+        trained.mus = torch.cat([trained.mus, ov[:, None, :, 0, d]], 1)
 
 
-def _rate(part: float) -> float:
-    """Learning rate at this part of the steps, relative to the first."""
-    return 1.0 if part <= 2 / 3 else (1 + math.cos(math.pi * (3 * part - 2))) / 2
+def _rate(fraction: float) -> float:
+    """Learning rate after this fraction of the steps, relative to the first."""
+    return 1.0 if fraction <= 2 / 3 else (1 + math.cos(math.pi * (3 * fraction - 2))) / 2
 
 
 def _stack(parts: list[Sequences]) -> Sequences:
     return Sequences(*(torch.stack(same) for same in zip(*parts, strict=True)))
 
 
-__all__ = ["Trained", "risk", "train"]
+__all__ = ["CHECKS", "Trained", "Weights", "constructed", "initial_weights", "opposite_heads", "predict",
+           "predict_reference", "risk", "train"]
