@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from looseleaf import AttentionBackend, AttentionCall, Paper, SlidingWindow, UnsupportedModelError, attach
+from looseleaf.attention.call import Phase
 from looseleaf.attention.mask import LazyMask
 from looseleaf.testing.models import tiny_llama
+
+ALL_PHASES: frozenset[Phase] = frozenset({"prefill", "decode", "bidirectional"})
 
 
 @dataclasses.dataclass
@@ -20,6 +23,7 @@ class Spy(AttentionBackend):
     """Exact attention that remembers what it was called with."""
 
     calls: list[AttentionCall] = dataclasses.field(default_factory=list)
+    phases = ALL_PHASES
     paper: ClassVar[Paper] = SlidingWindow.paper
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
@@ -99,11 +103,12 @@ def test_chunked_prefill() -> None:
     ids = torch.randint(0, 64, (1, 30), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         whole = model(ids).logits
-        with attach(model, Spy()) as attached:
+        with attach(model, Spy(), chunked_prefill=True) as attached:
             first = model(ids[:, :17])
             second = model(ids[:, 17:], past_key_values=first.past_key_values)
         torch.testing.assert_close(second.logits, whole[:, 17:], atol=1e-4, rtol=1e-4)
         assert attached.backend.calls[-1].shape == (1, 4, 2, 13, 30, 16) and attached.backend.calls[-1].is_causal
+        assert attached.backend.calls[-1].phase == "prefill"
 
 
 def test_packed_sequences() -> None:
@@ -158,16 +163,16 @@ def test_encoders_compute_what_they_did() -> None:
         with attach(bert, Spy()) as attached:
             after = bert(ids, attention_mask=mask).last_hidden_state
         torch.testing.assert_close(after[mask.bool()], before[mask.bool()], atol=1e-5, rtol=1e-4)
-        assert {c.phase for c in attached.backend.calls} == {"encode"} and len(attached.layers) == 2
+        assert {c.phase for c in attached.backend.calls} == {"bidirectional"} and len(attached.layers) == 2
         before = vit(pixels).last_hidden_state
         with attach(vit, Spy()) as attached:
             torch.testing.assert_close(vit(pixels).last_hidden_state, before, atol=1e-5, rtol=1e-4)
-        assert {c.phase for c in attached.backend.calls} == {"encode"}
+        assert {c.phase for c in attached.backend.calls} == {"bidirectional"}
         before = clip(input_ids=ids, pixel_values=pixels, attention_mask=mask).logits_per_image
         with attach(clip, Spy()) as attached:
             torch.testing.assert_close(clip(input_ids=ids, pixel_values=pixels, attention_mask=mask).logits_per_image,
                                        before, atol=1e-5, rtol=1e-4)
-        assert {c.phase for c in attached.backend.calls} == {"encode", "prefill"} and len(attached.layers) == 4
+        assert {c.phase for c in attached.backend.calls} == {"bidirectional", "prefill"} and len(attached.layers) == 4
 
 
 def test_encoder_decoder_with_cross_attention() -> None:
@@ -227,7 +232,7 @@ def test_layers_can_be_chosen() -> None:
     with torch.no_grad(), attach(model, Spy(), layers=["*.layers.1.*"]) as attached:
         model(torch.arange(20)[None])
     assert [c.layer for c in attached.backend.calls] == [1]
-    with pytest.raises(ValueError, match="near names are"):
+    with pytest.raises(ValueError, match="Near names are"):
         attach(model, Spy(), layers=["model.layers.7.self_attn"])
     assert model.config._attn_implementation == "sdpa"
 
@@ -259,9 +264,9 @@ def test_exception_inside_restores_and_leaves_nothing_registered() -> None:
 
 
 def test_unsupported_models() -> None:
-    with pytest.raises(UnsupportedModelError, match="offers no way to exchange its attention"):
+    with pytest.raises(UnsupportedModelError, match="expected a transformers model whose attention goes through"):
         attach(torch.nn.Linear(2, 2), SlidingWindow())
-    with pytest.raises(TypeError, match="the class SlidingWindow: allowed is an instance"):
+    with pytest.raises(TypeError, match="expected an instance of an AttentionBackend.*got the class SlidingWindow"):
         attach(made(tiny_llama), SlidingWindow)
 
 
@@ -333,7 +338,7 @@ def test_diffusers_processors_and_steps() -> None:
             torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
         calls = attached.backend.calls
         assert [c.step for c in calls] == [0, 0, 1, 1, 2, 2, 0, 0]
-        assert {c.phase for c in calls} == {"encode"} and len(attached.layers) == 2
+        assert {c.phase for c in calls} == {"bidirectional"} and len(attached.layers) == 2
         assert torch.equal(model(x, timestep=torch.tensor([9]), class_labels=label).sample, before[0])
         assert not model._forward_pre_hooks
 
@@ -410,7 +415,7 @@ def test_rotary_embeddings_reach_the_processors_of_diffusers() -> None:
 
 def test_steps_below_one() -> None:
     model = made(tiny_llama)
-    with pytest.raises(ValueError, match="steps=0: allowed is None, or a whole number from 1"):
+    with pytest.raises(ValueError, match="steps: expected None or an integer >= 1, got 0"):
         attach(model, Spy(), steps=0)
     with attach(model, Spy()):
         pass

@@ -1,0 +1,44 @@
+"""Looking through the wrappers that training and serving libraries put around a model."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside PEFT, ``torch.compile``, DataParallel, DDP, FSDP, accelerate or DeepSpeed wrappers.
+
+    What a model *can do* (its configuration, embeddings, layers, ``generate``) is asked of this object; it is *run*
+    through the wrapper. Wrappers may lie in one another; a model without any, and anything that is no model, comes
+    back as it is. Adapters of PEFT stay in place: they are modules inside the model.
+
+    Args:
+        model: a module, wrapped or not.
+    """
+    seen: set[int] = set()
+    while id(model) not in seen:
+        seen.add(id(model))
+        inner = _inner(model)
+        if inner is None:
+            break
+        model = inner
+    return model
+
+
+def _inner(model: Any) -> Any:
+    """What one wrapper holds; None where ``model`` is none."""
+    home, name = type(model).__module__, type(model).__name__
+    if home.startswith("torch._dynamo"):
+        return getattr(model, "_orig_mod", None)
+    if home.split(".")[0] == "peft":
+        peft = sys.modules["peft"]
+        if isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
+            return model.get_base_model()
+        return getattr(model, "model", None)  # a tuner by itself, such as LoraModel
+    wrapper = home.startswith(("torch.nn.parallel", "torch.distributed", "torch.optim.swa_utils", "accelerate",
+                               "lightning.fabric")) or (home.startswith("deepspeed") and name.endswith("Engine"))
+    return getattr(model, "module", None) if wrapper else None
+
+
+__all__ = ["unwrapped"]
