@@ -37,7 +37,7 @@ X = Example({"text": "x"})
     ({"dev": [X]}, r"dev\[0\]: expected a target among .*, got None"),
     ({"template": "{sentence}"}, r"train\[0\]: expected the inputs \['sentence'\] of the template"),
     ({"template": "no slot"}, "expected a template with a slot"),
-    ({"metric": "exact_match"}, "expected metric='accuracy' with classes"),
+    ({"metric": "exact_match"}, "expected metric='accuracy' or a ScoreMetric with classes"),
     ({"labels": None}, "got metric='accuracy' and classes=None"),
     ({"labels": None, "metric": "exact_match", "train": [X]}, "expected a target, which metric 'exact_match' needs"),
 ])
@@ -196,7 +196,8 @@ def test_words_join_to_the_text() -> None:
 
 def test_prompts_import_no_torch_and_no_transformers() -> None:
     code = ("import sys, looseleaf_text.task, looseleaf_text.prompts, looseleaf_text.ensemble, "
-            "looseleaf_text.calibration, looseleaf_text.template, looseleaf_text.endpoint, looseleaf_text.testing.servers\n"
+            "looseleaf_text.calibration, looseleaf_text.template, looseleaf_text.endpoint, "
+            "looseleaf_text.testing.servers\n"
             "print(*[m for m in ('torch', 'transformers') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

@@ -23,7 +23,7 @@ from looseleaf.errors import UnsupportedModelError
 from looseleaf.modes import evaluating
 from looseleaf.plugin import In
 from looseleaf.prompts.optimizer import Search
-from looseleaf.prompts.storage import storable
+from looseleaf.prompts.prompt import storable
 from looseleaf.resume import StateError
 from looseleaf.testing import check, checks, conformance_tests
 from looseleaf.testing.common import run

@@ -124,10 +124,10 @@ def test_fingerprints_are_those_of_another_process() -> None:
      r"train\[3\]: expected a target among \['good', 'bad'\], got 'goood'. Did you mean 'good'"),
     ({"dev": [Example({"text": "x"})]}, r"dev\[0\]: expected a target among .*, got None"),
     ({"train": [*TRAIN, "fine"]}, r"train\[3\]: expected a looseleaf.Example, got str"),
-    ({"metric": "exact_match"}, "expected metric='accuracy' with classes"),
+    ({"metric": "exact_match"}, "expected metric='accuracy' or a ScoreMetric with classes"),
     ({"metric": "acuracy"}, "got 'acuracy'. Did you mean 'accuracy'"),
-    ({"classes": None}, "expected metric='accuracy' with classes and another one without"),
-    ({"classes": None, "metric": ScoreMetric(lambda s, e: 0.0)}, "expected classes, whose scores a ScoreMetric reads"),
+    ({"classes": None}, "with classes and another metric without, got metric='accuracy' and classes=None"),
+    ({"classes": None, "metric": ScoreMetric(lambda s, e: 0.0)}, "or a ScoreMetric with classes and another metric"),
     ({"classes": None, "metric": "contains", "train": [Example({"x": 1})]}, r"train\[0\]: expected a target"),
 ])
 def test_tasks_nobody_can_work_with(change: dict[str, Any], message: str) -> None:
@@ -370,9 +370,7 @@ def test_a_metered_model_passes_for_the_model() -> None:
     metered = budget.meter(model)
     metered.scale = 3.0
     assert model.scale == 3.0 and metered.name == "describer" and repr(metered) == repr(model)
-    assert metered.__class__ is Louder and dir(metered) == dir(model) and metered.describe.__name__ == "describe"
-    del metered.scale
-    assert not hasattr(model, "scale") and not hasattr(metered, "nothing")
+    assert metered.__class__ is Louder and metered.describe.__name__ == "describe" and not hasattr(metered, "nothing")
     assert budget.meter(metered) is metered  # not twice for one budget
     other = Budget()
     other.meter(metered).describe(["a"])

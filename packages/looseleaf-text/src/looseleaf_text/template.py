@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from looseleaf.prompts.storage import storable
+from looseleaf.prompts.prompt import storable
 from looseleaf.tasks import Example
 from looseleaf_text.prompts import ClozePrompt, TextPrompt
 from looseleaf_text.slots import slots, with_prefix

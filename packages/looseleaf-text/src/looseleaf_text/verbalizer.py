@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from looseleaf.prompts.storage import storable
+from looseleaf.prompts.prompt import storable
 from looseleaf_text.model import has_tokens
 
 if TYPE_CHECKING:

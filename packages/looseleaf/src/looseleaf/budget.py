@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from looseleaf.errors import BudgetExhausted
 
@@ -16,14 +16,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 M = TypeVar("M")
 
 
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """What a call of a method costs, told from the model and the method's own arguments.
-
-    Attributes:
-        calls: examples, texts or prompts given to the model.
-        tokens: most tokens it can come to; None: unknown before the call.
-    """
+class Cost(NamedTuple):
+    """What a call of a method costs, told from the model and the method's own arguments; see :func:`costs`."""
 
     calls: Callable[..., int]
     tokens: Callable[..., int] | None = None
@@ -196,14 +190,8 @@ class _Proxy:
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.__wrapped__, name, value)
 
-    def __delattr__(self, name: str) -> None:
-        delattr(self.__wrapped__, name)
-
     def __repr__(self) -> str:
         return repr(self.__wrapped__)
-
-    def __dir__(self) -> list[str]:
-        return dir(self.__wrapped__)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return watched(copy.deepcopy(self.__wrapped__, memo), self._looseleaf_around, self._looseleaf_methods)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import functools
 import hashlib
 import math
 import os
 import random
-import types
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
@@ -94,15 +92,8 @@ class SetMetric:
     function: Callable[[list[Any], list[Example]], float]
 
 
-@dataclasses.dataclass(frozen=True)
-class ScoreMetric:
-    """A metric of the scores of the classes over a whole set: AUROC, likelihood, a calibration error less than zero.
-
-    Attributes:
-        function: ((examples, classes) scores as lists, examples) -> a score, higher is better.
-    """
-
-    function: Callable[[list[list[float]], list[Example]], float]
+class ScoreMetric(SetMetric):
+    """One of the scores of classes, ((examples, classes) as lists, examples) -> a score: AUROC, likelihood."""
 
 
 def accuracy(prediction: Any, example: Example) -> float:
@@ -160,7 +151,7 @@ class Task:
     dev: Sequence[Example] = ()
     test: Sequence[Example] = ()
     classes: Sequence[Any] | None = None
-    metric: str | Metric | SetMetric | ScoreMetric = "accuracy"
+    metric: str | Metric | SetMetric = "accuracy"
 
     def validate(self) -> None:
         """Raise ValueError for a task no method can work with; warn where test examples are in train or dev, too.
@@ -171,33 +162,32 @@ class Task:
             ValueError: no training examples; fewer than two classes, or training examples of one class only; a
                 target that is no class or that the metric misses; a metric that does not fit.
         """
+        where, metric = f"task {self.name!r}", self.metric
         if not len(self.train):
-            raise ValueError(f"task {self.name!r}: expected training examples, got none: give one or more (of two "
-                             "classes for classification)")
-        self._validate_metric()
-        for part, examples in (("train", self.train), ("dev", self.dev)):
-            for n, example in enumerate(examples):
-                self.validate_example(f"task {self.name!r}, {part}[{n}]", example)
-        if self.classes is not None:
-            present = {repr(e.target) for e in self.train}
-            if len(present) < 2:
-                raise ValueError(f"task {self.name!r}: expected training examples of two classes or more, got only "
-                                 f"{present.pop()}")
-        self._warn_of_leaks()
-
-    def _validate_metric(self) -> None:
-        where = f"task {self.name!r}"
+            raise ValueError(f"{where}: expected training examples, got none: give one or more (of two classes for "
+                             "classification)")
         if self.classes is not None and (len(self.classes) < 2 or len(set(self.classes)) < len(self.classes)):
             raise ValueError(f"{where}: expected two different classes or more, got {list(self.classes)}: give "
                              "classes=None where the target is something else")
-        if isinstance(self.metric, str) and self.metric not in METRICS:
+        if isinstance(metric, str) and metric not in METRICS:
             raise ValueError(f"{where}: expected a metric {', '.join(map(repr, METRICS))}, a function, a SetMetric or "
-                             f"a ScoreMetric, got {self.metric!r}.{did_you_mean(self.metric, METRICS)}")
-        if isinstance(self.metric, str) and (self.metric == "accuracy") != (self.classes is not None):
-            raise ValueError(f"{where}: expected metric='accuracy' with classes and another one without, got "
-                             f"metric={self.metric!r} and classes={self.classes!r}")
-        if isinstance(self.metric, ScoreMetric) and self.classes is None:
-            raise ValueError(f"{where}: expected classes, whose scores a ScoreMetric reads, got none")
+                             f"a ScoreMetric, got {metric!r}.{did_you_mean(metric, METRICS)}")
+        if (isinstance(metric, str) and (metric == "accuracy") != (self.classes is not None)) or (
+                isinstance(metric, ScoreMetric) and self.classes is None):
+            raise ValueError(f"{where}: expected metric='accuracy' or a ScoreMetric with classes and another metric "
+                             f"without, got metric={metric!r} and classes={self.classes!r}")
+        for part, examples in (("train", self.train), ("dev", self.dev)):
+            for n, example in enumerate(examples):
+                self.validate_example(f"{where}, {part}[{n}]", example)
+        if self.classes is not None and len({repr(e.target) for e in self.train}) < 2:
+            raise ValueError(f"{where}: expected training examples of two classes or more, got only "
+                             f"{self.train[0].target!r}")
+        if isinstance(self.test, (list, tuple)):
+            seen = {self.key(e) for e in self.train} | {self.key(e) for e in self.dev} if self.test else set()
+            leaked = sum(self.key(e) in seen for e in self.test)
+            if leaked:
+                warnings.warn(f"{where}: {leaked} of {len(self.test)} test examples are also in train or dev; figures "
+                              "on the test will be too high", UserWarning, stacklevel=3)
 
     def validate_example(self, where: str, example: Example) -> None:
         """Raise ValueError that begins with ``where`` unless a method can work with ``example``."""
@@ -212,14 +202,6 @@ class Task:
     def key(self, example: Example) -> Hashable:
         """What two examples share that ask the same: here a hash of the inputs."""
         return content_fingerprint(example.inputs)
-
-    def _warn_of_leaks(self) -> None:
-        if isinstance(self.test, (list, tuple)) and self.test:
-            seen = {self.key(e) for e in self.train} | {self.key(e) for e in self.dev}
-            leaked = sum(self.key(e) in seen for e in self.test)
-            if leaked:
-                warnings.warn(f"task {self.name!r}: {leaked} of {len(self.test)} test examples are also in train or "
-                              "dev; figures on the test will be too high", UserWarning, stacklevel=4)
 
     def part(self, split: str | Sequence[Example]) -> Sequence[Example]:
         """The examples of ``"train"``, ``"dev"`` or ``"test"``, or those given.
@@ -303,7 +285,7 @@ class Task:
         Raises:
             ValueError: the metric is one of the whole set.
         """
-        if isinstance(self.metric, (SetMetric, ScoreMetric)):
+        if isinstance(self.metric, SetMetric):
             raise ValueError(f"task {self.name!r}: expected a metric of single predictions, got a "
                              f"{type(self.metric).__name__}: use evaluate()")
         metric = METRICS[self.metric] if isinstance(self.metric, str) else self.metric
@@ -336,12 +318,10 @@ class Task:
             raise ValueError(f"task {self.name!r}: expected a prediction for each of {len(examples)} examples, got "
                              f"{len(predictions)}")
         if isinstance(self.metric, SetMetric):
-            return Evaluation(float(self.metric.function(predictions, list(examples))), None, predictions, class_scores)
-        if isinstance(self.metric, ScoreMetric):
-            if class_scores is None:
+            read = class_scores if isinstance(self.metric, ScoreMetric) else predictions
+            if read is None:
                 raise ValueError(f"task {self.name!r}: expected a predictor with scores, which its metric reads")
-            score = float(self.metric.function(class_scores, list(examples)))
-            return Evaluation(score, None, predictions, class_scores)
+            return Evaluation(float(self.metric.function(read, list(examples))), None, predictions, class_scores)
         scores = [self.score(p, e) for p, e in zip(predictions, examples, strict=True)]
         return Evaluation(sum(scores) / len(scores), scores, predictions, class_scores)
 
@@ -378,17 +358,13 @@ def content_fingerprint(value: Any) -> str:
 
 
 def _feed(digest: Any, value: Any, inside: tuple[int, ...]) -> None:
-    if id(value) in inside:
-        digest.update(b"<cycle>")
-        return
-    inside = (*inside, id(value))
-    kind, parts = _content_of(value)
+    kind, parts = ("cycle", ()) if id(value) in inside else _content_of(value)
     digest.update(f"<{kind}>".encode())
     for part in parts:
         if isinstance(part, bytes):
             digest.update(len(part).to_bytes(8, "little") + part)
         else:
-            _feed(digest, part, inside)
+            _feed(digest, part, (*inside, id(value)))
     digest.update(b"</>")
 
 
@@ -396,27 +372,27 @@ def _content_of(value: Any) -> tuple[str, Iterable[Any]]:
     """What a value is, and its content as bytes and further values."""
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
     if value is None or isinstance(value, (bool, int, float, complex, str)):
-        return type(value).__name__, [str(value).encode("utf-8", "surrogatepass")]
+        return kind, [str(value).encode("utf-8", "surrogatepass")]
     if isinstance(value, (bytes, bytearray)):
         return "bytes", [bytes(value)]
-    if isinstance(value, enum.Enum):
-        return kind, [value.name]
     if isinstance(value, os.PathLike):
         return "path", [os.fspath(value)]
-    if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, type)):
-        return "name", [value.__module__ or "", value.__qualname__]
-    if isinstance(value, types.MethodType):
-        return "method", [value.__func__, value.__self__]
     if isinstance(value, functools.partial):
         return "partial", [value.func, value.args, value.keywords]
+    if hasattr(value, "__qualname__"):  # functions, methods and classes
+        return "name", [str(value.__module__), value.__qualname__]
     if callable(getattr(value, "fingerprint", None)):
         return kind, [value.fingerprint()]
-    if type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "detach"):
-        return _tensor(value)
+    if hasattr(value, "detach") and hasattr(value, "layout"):
+        import torch
+
+        flat = value.detach().cpu().to_dense().contiguous().reshape(-1)
+        return f"tensor {value.dtype} {tuple(value.shape)}", [flat.view(torch.uint8).numpy().tobytes()]
     if hasattr(value, "__array_interface__") and hasattr(value, "dtype"):
-        return _array(value)
-    if hasattr(value, "tobytes") and hasattr(value, "mode") and hasattr(value, "size"):
-        return f"image {value.mode} {value.size}", [value.tobytes(), getattr(value, "getpalette", lambda: None)()]
+        content = value.tolist() if value.dtype.hasobject else value.tobytes()
+        return f"array {value.dtype.str} {value.shape}", [content]
+    if hasattr(value, "tobytes") and hasattr(value, "mode"):
+        return f"image {value.mode} {value.size}", [value.tobytes(), value.getpalette()]
     if dataclasses.is_dataclass(value):
         return kind, [{f.name: getattr(value, f.name) for f in dataclasses.fields(value)}]
     if isinstance(value, Mapping):
@@ -432,20 +408,6 @@ def _content_of(value: Any) -> tuple[str, Iterable[Any]]:
         return kind, [vars(value)]
     raise TypeError(f"content_fingerprint: expected a value whose content can be read, got {kind}: give its class a "
                     "method fingerprint() -> str")
-
-
-def _tensor(tensor: Any) -> tuple[str, list[bytes]]:
-    import torch
-
-    plain = tensor.detach().cpu()
-    plain = plain.to_dense() if plain.layout is not torch.strided else plain
-    flat = plain.contiguous().reshape(-1)
-    return f"tensor {tensor.dtype} {tuple(tensor.shape)}", [flat.view(torch.uint8).numpy().tobytes()]
-
-
-def _array(array: Any) -> tuple[str, list[Any]]:
-    content = [array.tolist()] if array.dtype.hasobject else [array.tobytes()]
-    return f"array {array.dtype.str} {array.shape}", content
 
 
 __all__ = ["METRICS", "Evaluation", "Example", "Metric", "Predictor", "ScoreMetric", "SetMetric", "Task", "as_rows",

@@ -1,25 +1,48 @@
-"""What a prompt optimiser finds, of whatever kind."""
+"""What a prompt optimiser finds, of whatever kind; on disk JSON for people, safetensors for numbers, and no code."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
+import io
+import json
+import math
 import os
 from abc import ABC, abstractmethod
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from looseleaf.prompts import storage
-from looseleaf.tasks import Predictor, content_fingerprint
+from looseleaf.files import load_tensors, read_text, save_tensors, write_text
+from looseleaf.tasks import Example, Predictor, content_fingerprint
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = "looseleaf.prompt/2"
+_TYPE = "$type"
+_storable: dict[str, type] = {}
+C = TypeVar("C", bound=type)
 P = TypeVar("P", bound="Prompt")
+
+
+def storable(cls: C) -> C:
+    """Let prompts hold instances of a dataclass and be saved with them; a decorator.
+
+    Every field that the constructor takes is written, and loading calls the constructor. Subclasses of
+    :class:`Prompt` need no decorator.
+    """
+    _storable[_name(cls)] = cls
+    return cls
 
 
 @dataclasses.dataclass
 class Prompt(ABC):
     """A prompt: text, vectors, pixels, exemplars, or a rule that makes one for each example.
 
-    Subclasses are dataclasses whose fields are what was found: text, numbers, tensors, arrays, pictures, examples,
-    other prompts, and dataclasses registered by :func:`looseleaf.prompts.storage.storable`, alone or in lists, tuples
-    and dictionaries. So every prompt is saved and loaded here.
+    Subclasses are dataclasses whose fields are what was found: text, numbers, tensors, arrays, PIL images, examples,
+    other prompts, and :func:`storable` dataclasses, alone or in lists, tuples and dictionaries.
 
     Attributes:
         info: metadata of the search, plain data; optimisers fill ``fitness``, ``evaluations`` and ``stopped``.
@@ -29,7 +52,7 @@ class Prompt(ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        storage.storable(cls)
+        storable(cls)
 
     @abstractmethod
     def on(self, model: Any) -> Predictor:
@@ -50,7 +73,16 @@ class Prompt(ABC):
         Raises:
             ValueError: a field holds what cannot be saved; it is named.
         """
-        storage.save(path, self)
+        target = Path(path)
+        if target.suffix == ".safetensors":
+            raise ValueError(f"{target}: expected a path such as prompt.json, got the name of the tensors beside it")
+        tensors: dict[str, Tensor] = {}
+        data: dict[str, Any] = {"format": FORMAT, "prompt": _encode(self, tensors, "prompt")}
+        if tensors:
+            beside = target.with_suffix(".safetensors")
+            save_tensors(beside, tensors, format=FORMAT)
+            data["tensors"] = {"file": beside.name, "content": content_fingerprint(tensors)}
+        write_text(target, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls: type[P], path: str | os.PathLike[str]) -> P:
@@ -61,7 +93,118 @@ class Prompt(ABC):
         Raises:
             ValueError: the file is no prompt, is damaged, or is one of another class.
         """
-        prompt = storage.load(path)
+        source = Path(path)
+        tensors: dict[str, Tensor] = {}
+        try:
+            data = json.loads(read_text(source))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{source}: expected a prompt as JSON, got {error}") from error
+        kind = data.get("format", data.get("schema")) if isinstance(data, dict) else type(data).__name__
+        if kind != FORMAT:
+            raise ValueError(f"{source}: expected a prompt of the format {FORMAT!r}, got {kind!r}: search again with "
+                             "this version of Looseleaf, or load it with the one that wrote it")
+        if data.get("tensors"):
+            tensors, _ = load_tensors(source.with_name(data["tensors"]["file"]), format=FORMAT)
+            if content_fingerprint(tensors) != data["tensors"]["content"]:
+                raise ValueError(f"{source}: expected the tensors that were saved with it in "
+                                 f"{data['tensors']['file']}, got others: keep the two files together")
+        prompt = _decode(data["prompt"], tensors)
         if not isinstance(prompt, cls):
-            raise ValueError(f"{path}: expected a {cls.__name__}, got a {type(prompt).__name__}")
+            raise ValueError(f"{source}: expected a {cls.__name__}, got a {type(prompt).__name__}")
         return prompt
+
+
+def _encode(value: Any, tensors: dict[str, Tensor], place: str) -> Any:
+    if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    if isinstance(value, float):
+        return {_TYPE: "float", "value": repr(value)}
+    if isinstance(value, (list, tuple)):
+        items = [_encode(v, tensors, f"{place}.{n}") for n, v in enumerate(value)]
+        return items if isinstance(value, list) else {_TYPE: "tuple", "items": items}
+    if isinstance(value, Mapping):
+        if all(isinstance(k, str) for k in value) and _TYPE not in value:
+            return {k: _encode(v, tensors, f"{place}.{k}") for k, v in value.items()}
+        items = [[_encode(k, tensors, place), _encode(v, tensors, f"{place}.{k}")] for k, v in value.items()]
+        return {_TYPE: "dict", "items": items}
+    if _storable.get(_name(type(value))) is type(value) and dataclasses.is_dataclass(value):
+        return {_TYPE: _name(type(value)), **{f.name: _encode(getattr(value, f.name), tensors, f"{place}.{f.name}")
+                                              for f in dataclasses.fields(value) if f.init}}
+    kind, tensors[place] = _tensor(value, place)
+    return {_TYPE: kind, "name": place}
+
+
+def _tensor(value: Any, place: str) -> tuple[str, Tensor]:
+    import numpy as np
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return "tensor", value.detach().cpu()
+    if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biufc":
+        return "array", torch.from_numpy(np.array(value))
+    if hasattr(value, "mode") and hasattr(value, "tobytes") and hasattr(value, "save"):
+        written = io.BytesIO()
+        value.save(written, "PNG")  # without loss, palettes and transparency included
+        return "image", torch.frombuffer(bytearray(written.getvalue()), dtype=torch.uint8)
+    raise ValueError(f"{place}: expected text, numbers, tensors, arrays, PIL images, examples, prompts or dataclasses "
+                     f"registered by looseleaf.prompts.prompt.storable, got {_name(type(value))}")
+
+
+def _decode(data: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(data, list):
+        return [_decode(v, tensors) for v in data]
+    if not isinstance(data, dict):
+        return data
+    kind = data.get(_TYPE)
+    if kind is None:
+        return {k: _decode(v, tensors) for k, v in data.items()}
+    if kind == "float":
+        return float(data["value"])
+    if kind == "tuple":
+        return tuple(_decode(v, tensors) for v in data["items"])
+    if kind == "dict":
+        return {_decode(k, tensors): _decode(v, tensors) for k, v in data["items"]}
+    if kind in ("tensor", "array"):
+        return tensors[data["name"]] if kind == "tensor" else tensors[data["name"]].numpy()
+    if kind == "image":
+        from PIL import Image
+
+        with Image.open(io.BytesIO(tensors[data["name"]].numpy().tobytes())) as image:
+            return image.copy()
+    cls: Any = _find(kind)
+    known = {f.name for f in dataclasses.fields(cls) if f.init}
+    unknown = sorted(set(data) - known - {_TYPE})
+    if unknown:
+        raise ValueError(f"{kind}: expected the fields {sorted(known)}, got {unknown} too: it was saved by another "
+                         "version of the package")
+    return cls(**{name: _decode(v, tensors) for name, v in data.items() if name != _TYPE})
+
+
+def _find(name: str) -> type:
+    module = name.partition(":")[0]
+    package = module.partition(".")[0]
+    try:
+        if name not in _storable and package in _packages():
+            importlib.import_module(module)
+        return _storable[name]
+    except (ImportError, KeyError) as error:
+        raise ValueError(f"expected a prompt of an installed Looseleaf package, got {name} ({error}): pip install the "
+                         f"package {package.replace('_', '-')}, or import the module that defines it") from error
+
+
+@functools.cache
+def _packages() -> frozenset[str]:
+    """Top-level modules that may be imported: the core's libraries, and whatever offers a plugin."""
+    from importlib.metadata import entry_points
+
+    plugins = {e.module.partition(".")[0] for group in entry_points().groups if group.startswith("looseleaf.")
+               for e in entry_points(group=group)}
+    return frozenset({"looseleaf", "looseleaf_text", "looseleaf_vision", "looseleaf_tickets", *plugins})
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+storable(Example)
+__all__ = ["Prompt", "storable"]
