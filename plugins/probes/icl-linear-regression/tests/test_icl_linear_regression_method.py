@@ -242,13 +242,15 @@ def test_linear_attention_does_not_count() -> None:
 
 # ----------------------------------------------------------------------------------------------------- bad input
 def test_bad_input() -> None:
-    for field, value, expected in (("d", 1, "an integer >= 2"), ("L", 1, "an integer >= 2"),
-                                   ("sigma2", -1.0, "a number >= 0"), ("rho", 1.0, r"a number in \(-1, 1\)"), ("supports", ((0, 9),), "tuples of"),
-                                   ("supports", ((),), "none of them empty")):
+    for field, value, expected in (
+            ("d", 1, "an integer >= 2"), ("L", 1, "an integer >= 2"), ("sigma2", -1.0, "a number >= 0"),
+            ("rho", 1.0, r"a number in \(-1, 1\)"), ("supports", ((0, 9),), "tuples of"),
+            ("supports", ((),), "none of them empty")):
         with pytest.raises(ValueError, match=rf"Regression\.{field}: expected .*{expected}"):
             Regression(**{field: value})  # type: ignore[arg-type]
-    for field, value, expected in (("heads", 0, "an integer >= 1"), ("steps", 3, "an integer >= 24"),
-                                   ("seeds", (), "one integer"), ("lr", math.nan, "a number > 0"), ("batch", 0, "an integer >= 1")):
+    for field, value, expected in (
+            ("heads", 0, "an integer >= 1"), ("steps", 3, "an integer >= 24"), ("seeds", (), "one integer"),
+            ("lr", math.nan, "a number > 0"), ("batch", 0, "an integer >= 1")):
         with pytest.raises(ValueError, match=f"{field}: expected {expected}"):
             train(TASK, **{"heads": 2, "progress": False, field: value})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="choose a smaller lr"):
