@@ -140,7 +140,7 @@ def test_json_never_holds_nan() -> None:
 
 
 def test_row_of_wrong_width_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected 2 cells, one for each column, got 1"):
+    with pytest.raises(ValueError, match="expected 2 cells, as columns, got 1"):
         Report("x").table("t", ["a", "b"]).add(1)
 
 

@@ -162,6 +162,17 @@ def test_compiled_code_that_cannot_be_seen_is_named() -> None:
             run(IDS)
 
 
+def test_names_are_those_inside_peft() -> None:
+    peft = pytest.importorskip("peft")
+    plain, model = tiny_llama(), peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"]))
+    with torch.no_grad():
+        with capture(plain, "model.layers.1") as clean:
+            wanted = plain(IDS).logits
+        with capture(model, "layers.*.mlp") as seen, patch(model, clean):
+            torch.testing.assert_close(model(IDS.flip(1)).logits, wanted)
+    assert list(seen) == ["model.layers.0.mlp", "model.layers.1.mlp"] and len(seen["model.layers.0.mlp"]) == 1
+
+
 # ------------------------------------------------------------------------------------------------------- subject
 def test_parts_of_a_subject() -> None:
     model, words, both = nn.Linear(2, 2), object(), object()

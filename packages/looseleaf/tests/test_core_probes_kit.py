@@ -55,7 +55,7 @@ class Constant(Norms):
 
     def run(self, subject: Any, data: Any = None, *, seed: int = 0, progress: bool | None = None) -> Report:
         super().run(subject, seed=seed)
-        report = Report("norms", facts={"norm": float(next(parts(subject)[0].parameters()).norm())})
+        report = Report("norms", facts={"norm": float(next(parts(subject)[0].parameters()).detach().norm())})
         report.table("norms", ["module", "norm"], [["mlp", 1.0]])
         return report
 

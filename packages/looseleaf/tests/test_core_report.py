@@ -44,7 +44,7 @@ def test_masks_and_rounding_are_images_too() -> None:
     (np.zeros(5), r"expected \(H, W\), \(H, W, 3\) or \(H, W, 4\), got \(5,\)"),
     (np.zeros((0, 3)), r"got \(0, 3\)"),
     (np.array([[0.0, 1.5]]), r"expected numbers in \[0, 1\] or uint8, got 0 to 1\.5"),
-    (np.array([[0.0, np.nan]]), "got NaN"),
+    (np.array([[0.0, np.nan]]), "got nan to nan"),
     (np.zeros((2, 2), dtype=np.int64), "expected numbers in .* got int64"),
     ("a.png", "got str"),
 ])

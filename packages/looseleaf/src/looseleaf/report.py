@@ -62,8 +62,7 @@ class Table:
     def add(self, *cells: Cell) -> None:
         """Add a row of one cell for each column."""
         if len(cells) != len(self.columns):
-            raise ValueError(f"table {self.title!r}: expected {len(self.columns)} cells, one for each column, got "
-                             f"{len(cells)}")
+            raise ValueError(f"table {self.title!r}: expected {len(self.columns)} cells, as columns, got {len(cells)}")
         self.rows.append(list(cells))
 
 
@@ -201,8 +200,8 @@ class Report:
 
         Args:
             title: of the image, or of all of them.
-            array: numpy array, tensor or PIL image (H, W), (H, W, 3) or (H, W, 4), of floats in [0, 1], bool or uint8;
-                or a list of them, of any sizes.
+            array: numpy array or tensor (H, W), (H, W, 3) or (H, W, 4), of floats in [0, 1], bool or uint8; or a list
+                of them, of any sizes.
             note: shown below.
             captions: one for each image of a list.
 
@@ -222,13 +221,11 @@ class Report:
     def extend(self, other: Report, prefix: str = "") -> None:
         """Add everything of ``other``; titles and names get ``prefix``."""
         self.facts.update({prefix + k: v for k, v in other.facts.items()})
-        self.tables.extend(replace(table, title=prefix + table.title) for table in other.tables)
-        self.figures.extend(replace(figure, title=prefix + figure.title) for figure in other.figures)
+        for name in ("tables", "figures", "strips", "images"):
+            getattr(self, name).extend(replace(item, title=prefix + item.title) for item in getattr(other, name))
         self.claims.extend(other.claims)
         self.arrays.update({prefix + k: v for k, v in other.arrays.items()})
         self.examples.extend((prefix + label, text) for label, text in other.examples)
-        self.strips.extend(replace(strip, title=prefix + strip.title) for strip in other.strips)
-        self.images.extend(replace(images, title=prefix + images.title) for images in other.images)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data; NaN and infinities become None so that any JSON reader takes it."""
@@ -328,24 +325,17 @@ class Report:
                 names = ", ".join(figure.title for figure in self.figures)
                 parts.append(f"<p>Figures: {e(names)} (pip install looseleaf-lab draws them)</p>")
         for images in self.images:
-            shown = "".join(f'<span style="display:inline-block;margin:.3em"><img src="data:image/png;base64,{data}" '
-                            f'alt="{e(caption or images.title)}"><br>{e(caption)}</span>'
+            shown = "".join(f'<figure style="display:inline-block"><img src="data:image/png;base64,{data}" alt="">'
+                            f"<figcaption>{e(caption)}</figcaption></figure>"
                             for data, caption in zip(images.pngs, images.captions, strict=True))
-            parts.append(f"<p><b>{e(images.title)}</b><br>{shown}<br>{e(images.note)}</p>")
+            parts.append(f"<p><b>{e(images.title)}</b></p>{shown}<p>{e(images.note)}</p>")
         texts = [(strip.title, strip.text()) for strip in self.strips] + self.examples
         parts += [f"<details><summary>{e(label)}</summary><pre>{e(text)}</pre></details>" for label, text in texts]
         return "\n".join(parts)
 
 
 def png(array: Any) -> bytes:
-    """An image as a PNG file, 8 bits a channel.
-
-    Args:
-        array: numpy array, tensor or PIL image (H, W), (H, W, 3) or (H, W, 4), of floats in [0, 1], bool or uint8.
-
-    Raises:
-        ValueError: another shape, type or range.
-    """
+    """An image as a PNG file, 8 bits a channel; one ``array`` as for :meth:`Report.image`, and the same errors."""
     import numpy as np
 
     if hasattr(array, "detach"):  # a tensor, without importing torch; numpy has no bfloat16
@@ -361,13 +351,11 @@ def png(array: Any) -> bytes:
     if pixels.dtype.kind == "f":
         low, high = float(pixels.min()), float(pixels.max())
         if not (low >= -1e-3 and high <= 1 + 1e-3):  # rounding may leave the interval
-            got = "NaN" if math.isnan(low) or math.isnan(high) else f"{low:.4g} to {high:.4g}"
-            raise ValueError(f"an image: expected numbers in [0, 1] or uint8, got {got}")
+            raise ValueError(f"an image: expected numbers in [0, 1] or uint8, got {low:.4g} to {high:.4g}")
         pixels = np.rint(pixels.clip(0, 1) * 255).astype(np.uint8)
-    elif pixels.dtype.kind == "b":
-        pixels = pixels.astype(np.uint8) * 255
-    elif pixels.dtype != np.uint8:
+    elif pixels.dtype not in (np.uint8, np.bool_):
         raise ValueError(f"an image: expected numbers in [0, 1] or uint8, got {pixels.dtype}")
+    pixels = pixels * np.uint8(255) if pixels.dtype == np.bool_ else pixels
     height, width = pixels.shape[:2]
     rows = np.zeros((height, 1 + width * channels), np.uint8)  # each row begins with its filter: 0, none
     rows[:, 1:] = pixels.reshape(height, -1)

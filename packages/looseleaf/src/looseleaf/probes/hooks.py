@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from looseleaf.errors import LooseleafError
 from looseleaf.names import match
+from looseleaf.unwrap import unwrapped
 
 MAX_BYTES = 4 * 2 ** 30
 """What :func:`capture` keeps at most by default."""
@@ -35,7 +36,7 @@ def matching_modules(model: nn.Module, patterns: str | Sequence[str]) -> dict[st
     Raises:
         ValueError: a pattern that matches nothing; near names are given.
     """
-    modules = {name: module for name, module in _unwrapped(model).named_modules() if name}
+    modules = {name: module for name, module in unwrapped(model).named_modules() if name}
     return {name: modules[name] for name in match(modules, patterns)}
 
 
@@ -187,12 +188,6 @@ def _compiled(module: nn.Module) -> bool:
     """By ``torch.compile(module)``, ``module.compile()``, or ``module.forward = torch.compile(module.forward)``."""
     return (hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
             or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"))
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-        model = inner
-    return model
 
 
 # ------------------------------------------------------------------------------------- outputs in memory and on disk
