@@ -1,6 +1,6 @@
 """Every installed prompt optimiser, unchanged, against a real OpenAI-compatible server: ``transformers serve``.
 
-The server gives no log-probabilities, so tasks are marked by what it generates; what is found must be what the same
+The server gives no log-probabilities, so tasks are scored by what it generates; what is found must be what the same
 search finds on the same model in this process.
 """
 
@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 import looseleaf
-from looseleaf import Budget
-from looseleaf_text import EndpointModel, Example, LocalModel, Task
+from looseleaf import Budget, Example, Task
+from looseleaf_text import EndpointModel, LocalModel, TextTask
 from looseleaf_text.testing import ToyLanguageModel, toy_task
 from looseleaf_text.testing.servers import letters_model, toy_server, transformers_server
 
@@ -42,14 +42,20 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str, L
         pytest.skip(str(error))
 
 
-def short_task() -> Task:
-    """Texts to be continued; a model with random weights says no word, so letters are marked."""
+def short_task() -> TextTask:
+    """Texts to be continued; a model with random weights says no word, so letters are counted."""
     return dataclasses.replace(toy_task(size=3, generation=True), max_tokens=6, template="{text}", metric=letters)
 
 
+def task_of(name: str) -> Task:
+    """What the conformance kit checks the method on, smaller: labelled reviews, or embeddings of them."""
+    task: Task = looseleaf.load(name, kind="prompts").conformance()["task"]()
+    return dataclasses.replace(task, train=task.train[:4], dev=task.dev[:4], test=task.test[:4])
+
+
 def letters(prediction: str, example: Example) -> float:
-    """The share of different letters of the reference that were said."""
-    wanted = set(str(example.reference))
+    """The fraction of the target's different letters that stand in the prediction."""
+    wanted = set(str(example.target))
     return len(wanted & set(prediction)) / len(wanted)
 
 
@@ -61,22 +67,22 @@ def test_on_a_real_server_as_in_this_process(name: str, both: tuple[str, str, Lo
     optimizer = looseleaf.get(name, kind="prompts", **SMALLER.get(name, {}))
     if name == "token-prepending":
         with pytest.raises((looseleaf.UnsupportedModelError, looseleaf.EndpointError), match="embed"):
-            optimizer.optimize(toy_task(size=3), remote, Budget(calls=60), progress=False)
+            optimizer.optimize(task_of(name), remote, budget=Budget(calls=60), progress=False)
         return
     if name in NO_GENERATION:
         task = dataclasses.replace(toy_task(size=3), template="{text}")
-        found = optimizer.optimize(task, remote, Budget(calls=60), progress=False)
+        found = optimizer.optimize(task, remote, budget=Budget(calls=60), progress=False)
         assert found.info["stopped"] in ("done", "budget: calls")
         assert remote.calls <= 60 + len(task.dev)
         return
-    found = optimizer.optimize(short_task(), remote, Budget(calls=60), progress=False)
+    found = optimizer.optimize(short_task(), remote, budget=Budget(calls=60), progress=False)
     if name in ("promptquine", "tapruning"):
-        # this server says nothing of its tokens, so words are pruned; in this process it would be tokens
+        # this server says nothing about its tokens, so words are pruned; in this process it would be tokens
         start = iter(found.info["start_text"].split())
         assert found.info["evaluations"] > 1 and all(
             word in start for word in found.text.replace("{text}", " {text} ").split())
         return
-    here = optimizer.optimize(short_task(), local, Budget(calls=60), progress=False)
+    here = optimizer.optimize(short_task(), local, budget=Budget(calls=60), progress=False)
     assert found.render(short_task().test[0]) == here.render(short_task().test[0])
     assert found.info["fitness"] == here.info["fitness"] > 0 and found.info["evaluations"] == here.info["evaluations"]
 
@@ -84,9 +90,9 @@ def test_on_a_real_server_as_in_this_process(name: str, both: tuple[str, str, Lo
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_on_a_server_with_log_probabilities_as_without_one(name: str) -> None:
     optimizer = looseleaf.get(name, kind="prompts", **SMALLER.get(name, {}))
-    task = toy_task(size=4)
+    task = task_of(name)
     with toy_server() as url:
-        found = optimizer.optimize(task, EndpointModel(url, "toy"), Budget(calls=200), progress=False)
-    here = optimizer.optimize(task, ToyLanguageModel(), Budget(calls=200), progress=False)
-    assert found.render(task.test[0]) == here.render(task.test[0])
+        found = optimizer.optimize(task, EndpointModel(url, "toy"), budget=Budget(calls=200), progress=False)
+    here = optimizer.optimize(task, ToyLanguageModel(), budget=Budget(calls=200), progress=False)
+    assert found.fingerprint() == here.fingerprint()
     assert found.info["fitness"] == pytest.approx(here.info["fitness"])

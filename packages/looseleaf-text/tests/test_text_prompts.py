@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -239,3 +240,13 @@ def test_text_optimisers_are_checked_on_a_toy_language_model() -> None:
     assert set(outcomes.values()) == {"passes", "the model has no torch module"}, outcomes
     careless = next(c for c in checks(Careless) if c.name == "keeps budget of calls")
     assert "calls were made" in (run([careless])[0].problem or "")
+
+
+def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.S):
+        exec(block, {})
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["5", "11", "13"]
+    assert TextPrompt.load(tmp_path / "prompt.json").text == "Say what you think of the film."

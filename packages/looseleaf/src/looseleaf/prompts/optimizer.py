@@ -12,6 +12,7 @@ from looseleaf.errors import BudgetExhausted, UnsupportedModelError
 from looseleaf.plugin import Plugin
 from looseleaf.progress import bar
 from looseleaf.resume import SearchState, as_plain
+from looseleaf.unwrap import unwrapped
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,8 +60,8 @@ class PromptOptimizer(Plugin):
         """
 
     def check_model(self, model: Any) -> None:
-        """Raise UnsupportedModelError unless ``model`` is what this method :attr:`accepts`."""
-        if not isinstance(model, self.accepts):
+        """Raise UnsupportedModelError unless ``model``, or what is wrapped in it, is what this method accepts."""
+        if not isinstance(model, self.accepts) and not isinstance(unwrapped(model), self.accepts):
             raise UnsupportedModelError(f"{type(self).__name__}: expected a {self.accepts.__name__} to find a prompt "
                                         f"for, got {type(model).__name__}")
 
