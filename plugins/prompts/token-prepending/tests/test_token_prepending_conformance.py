@@ -1,8 +1,6 @@
-"""TokenPrepending passes the conformance kit."""
+"""Token Prepending passes the conformance kit."""
 
-from looseleaf.testing import check_prompt_optimizer
+from looseleaf.testing import conformance_tests
 from looseleaf_token_prepending import TokenPrepending
 
-
-def test_token_prepending_conformance() -> None:
-    check_prompt_optimizer(TokenPrepending)
+test_conformance = conformance_tests(TokenPrepending)

@@ -10,19 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from looseleaf import Budget, UnsupportedModelError
-from looseleaf_text import Example, LanguageModel, LocalModel, Prompt, Task
+from looseleaf import Budget, Example, Prompt, UnsupportedModelError
 from looseleaf.testing.models import tiny_tokenizer
+from looseleaf_text import LanguageModel, LocalModel, TextPrompt, TextTask
 from looseleaf_text.testing import ToyLanguageModel, toy_task
-from looseleaf_token_prepending import (
-    SentenceEncoder,
-    TokenPrepending,
-    nearest_neighbour,
-    pairs_task,
-    similarity,
-    spearman,
-)
-from looseleaf_token_prepending.quality import Development, cosines, pair_correlation
+from looseleaf_token_prepending import EmbeddingPrompt, TokenPrepending, nearest_neighbour, pairs_task, similarity
+from looseleaf_token_prepending.quality import Development, cosines, weighted_spearman
 
 transformers = pytest.importorskip("transformers")
 torch.set_num_threads(1)
@@ -40,15 +33,15 @@ def local(layers: int = 6) -> LocalModel:
     return LocalModel(network, tiny_tokenizer())
 
 
-def run(model: LanguageModel, task: Task | None = None, plugin: TokenPrepending | None = None,
-        **options: Any) -> Prompt:
+def run(model: LanguageModel, task: TextTask | None = None, plugin: TokenPrepending | None = None,
+        **options: Any) -> EmbeddingPrompt:
     return (plugin or TokenPrepending()).optimize(task or toy_task(size=6), model, progress=False, **options)
 
 
 # -- on a model with layers ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("task", [toy_task(size=6), pairs_task("pairs", PAIRS)], ids=["labels", "pairs"])
-def test_the_choice_is_the_best_of_what_was_tried(task: Task) -> None:
+def test_the_choice_is_the_best_of_what_was_tried(task: TextTask) -> None:
     model = local()
     prompt = run(model, task)
     info = prompt.info
@@ -57,7 +50,7 @@ def test_the_choice_is_the_best_of_what_was_tried(task: Task) -> None:
     # six layers: end layers 2 (a quarter, and the least), 3 (a half) and none, then two more prompts at the best
     assert [row[1] for row in info["explored"]][:3] == [2, 3, 0] and info["evaluations"] == 5
     assert info["fitness"] == max(row[3] for row in info["explored"])
-    encoder = SentenceEncoder.from_prompt(prompt, model.model, model.tokenizer)
+    encoder = prompt.encoder(model.model, model.tokenizer)
     assert data.quality(encoder.encode(data.texts)) == pytest.approx(info["fitness"])
     assert 3 <= encoder.settings.exit_layer <= 6
     assert [h[0] for h in info["history"]] == [len(data.texts) * (n + 1) for n in range(5)]
@@ -70,13 +63,23 @@ def test_the_choice_is_the_best_of_what_was_tried(task: Task) -> None:
 def test_what_was_found_is_stored(tmp_path: Path) -> None:
     model = local()
     prompt = run(model, pairs_task("pairs", PAIRS))
-    prompt.save(tmp_path / "prompt.json")
-    again = SentenceEncoder.from_prompt(Prompt.load(tmp_path / "prompt.json"), model.model, model.tokenizer)
-    there = SentenceEncoder.from_prompt(prompt, model.model, model.tokenizer)
-    assert again.settings == there.settings
-    assert "<PST>" not in prompt.text and "A cat." in prompt.render(Example("A cat."))
-    with pytest.raises(ValueError, match="no info\\['settings'\\]"):
-        SentenceEncoder.from_prompt(Prompt("{text}"), model.model, model.tokenizer)
+    prompt.save(tmp_path / "prompt")
+    again = Prompt.load(tmp_path / "prompt")
+    assert isinstance(again, EmbeddingPrompt) and again.settings == prompt.settings
+    assert again.encoder(model.model, model.tokenizer).settings == prompt.encoder(model.model, model.tokenizer).settings
+    said = again.render(Example({"text": "A cat."}))
+    assert all("<PST>" not in text and "A cat." in text for text in said)
+
+
+def test_what_was_found_predicts() -> None:
+    model, task = local(), pairs_task("pairs", PAIRS, test=PAIRS[:4])
+    prompt = run(model, task)
+    made = prompt.on(model).predict(task.test)
+    assert [m.shape for m in made] == [(2, 32)] * 4
+    one, two = (prompt.encoder(model.model, model.tokenizer).encode([p[k] for p in PAIRS[:4]]) for k in (0, 1))
+    np.testing.assert_allclose(np.stack(made)[:, 0], one, atol=1e-5)
+    expected = float(weighted_spearman((one * two).sum(1), [p[2] for p in PAIRS[:4]]))
+    assert task.evaluate(prompt.on(model), "test").score == pytest.approx(expected)
 
 
 def test_fixed_layers_stay() -> None:
@@ -99,7 +102,7 @@ def test_cost_is_booked_and_kept() -> None:
     assert nothing.info["fitness"] == 0.0 and nothing.info["stopped"] == "budget: tokens"
     # what comes back then are the defaults
     default = TokenPrepending().encoder(model.model, model.tokenizer)
-    assert SentenceEncoder.from_prompt(nothing, model.model, model.tokenizer).settings == default.settings
+    assert nothing.encoder(model.model, model.tokenizer).settings == default.settings
     assert run(model, budget=Budget(seconds=1e-9)).info["stopped"] == "budget: seconds"
 
 
@@ -109,29 +112,29 @@ def test_a_stopped_search_goes_on(tmp_path: Path) -> None:
     assert 0 < first.info["evaluations"] < whole.info["evaluations"]
     model = local()
     again = run(model, budget=Budget(calls=1000), state_dir=tmp_path)
-    assert (again.text, again.info["settings"], again.info["explored"]) == (
-        whole.text, whole.info["settings"], whole.info["explored"])
+    assert again.settings == whole.settings and again.info["explored"] == whole.info["explored"]
     assert 0 < model.calls < whole.info["history"][-1][0]
 
 
 def test_a_start_takes_the_place_of_the_prompt() -> None:
-    start = Prompt('The gist of "{text}" is:')
+    start = TextPrompt('The gist of "{text}" is:')
     prompt = run(local(), plugin=TokenPrepending(alternatives=()), start=start)
-    assert {row[0] for row in prompt.info["explored"]} == {start.text} and prompt.text == start.text
+    assert {row[0] for row in prompt.info["explored"]} == {start.text}
+    assert prompt.render(Example({"text": "A cat."})) == ['The gist of "A cat." is:']
     assert '<PST>{text}' in prompt.info["settings"]["templates"][0] or prompt.info["settings"]["end_layer"] == 0
     with pytest.raises(ValueError, match="one slot"):
-        run(local(), start=Prompt("{text} and {other}"))
+        run(local(), start=TextPrompt("{text} and {other}"))
 
 
 def test_labelled_texts_under_another_name() -> None:
     task = toy_task(size=6)
 
     def renamed(examples: Any) -> list[Example]:
-        return [Example({"review": e.fields["text"]}, e.label) for e in examples]
+        return [Example({"review": e.inputs["text"]}, e.target) for e in examples]
 
     task = dataclasses.replace(task, train=renamed(task.train), dev=renamed(task.dev), test=[], template="{review}")
     prompt = run(ToyLanguageModel(), task)
-    assert task.train[0].fields["review"] in prompt.render(task.train[0])
+    assert task.train[0].inputs["review"] in prompt.render(task.train[0])[0]
 
 
 def test_the_seed_draws_the_placeholder() -> None:
@@ -141,15 +144,14 @@ def test_the_seed_draws_the_placeholder() -> None:
 # -- on a model of texts only -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("task", [toy_task(), pairs_task("pairs", PAIRS)], ids=["labels", "pairs"])
-def test_without_layers_the_prompt_is_chosen(task: Task) -> None:
+def test_without_layers_the_prompt_is_chosen(task: TextTask) -> None:
     model = ToyLanguageModel()
     prompt = run(model, task)
     info = prompt.info
-    assert info["settings"] is None and {row[0] for row in info["explored"]} == {
+    assert {row[0] for row in info["explored"]} == {
         "prompteol", "pretended-cot", "knowledge", "{text}"}
     data = Development.of([*task.train, *task.dev])
-    said = [prompt.render(Example(t.replace('"', "'"))) for t in data.texts]
-    assert data.quality(model.embed(said)) == pytest.approx(info["fitness"])
+    assert data.quality(prompt.on(model).embed(data.texts)) == pytest.approx(info["fitness"])
 
 
 def test_without_embeddings() -> None:
@@ -166,38 +168,24 @@ def test_without_embeddings() -> None:
 def test_bad_tasks() -> None:
     good = pairs_task("pairs", PAIRS)
     for task, match in (
-            (pairs_task("pairs", []), "no training examples"),
-            (toy_task(generation=True), "these examples are neither"),
+            (pairs_task("pairs", []), "expected training examples, got none"),
+            (dataclasses.replace(good, train=[Example({"a": "x", "b": "y", "c": "z"}, 1.0)]),
+             "expected texts with a target each"),
             (pairs_task("pairs", [(a, b, 1) for a, b, _ in PAIRS]), "one grade"),
-            (dataclasses.replace(good, train=[Example({"first": "a", "second": "b"}, reference="much")]),
-             "reference 'much': allowed is a number"),
-            (dataclasses.replace(good, train=[Example({"first": "a", "second": "b"}, reference="nan")]),
-             "reference 'nan'")):
+            (dataclasses.replace(good, train=[Example({"first": "a", "second": "b"}, "much")]),
+             "expected a number as target.*'much'"),
+            (dataclasses.replace(good, train=[Example({"first": "a", "second": "b"}, "nan")]),
+             "expected a number as target.*'nan'")):
         with pytest.raises(ValueError, match=match):
             run(local(), task)
     with pytest.raises(ValueError, match="3 texts and 2 labels"):
-        Development.of([Example("a", "x"), Example("b", "y")])
+        Development.of([Example({"text": "a"}, "x"), Example({"text": "b"}, "y")])
     with pytest.raises(ValueError, match="no examples"):
         Development.of([])
 
 
-def test_a_budget_of_nothing() -> None:
-    for limit in ("calls", "tokens", "seconds"):
-        with pytest.raises(ValueError, match=f"Budget.{limit}=0: allowed is a number above 0"):
-            Budget(**{limit: 0})
-
-
-def test_the_metric_is_of_many_pairs() -> None:
-    task = pairs_task("pairs", PAIRS, test=PAIRS[:4])
-    with pytest.raises(ValueError, match="of many pairs, not of one"):
-        similarity("0.5", task.train[0])
-    model = local()
-    encoder = TokenPrepending().encoder(model.model, model.tokenizer)
-    value = pair_correlation(encoder, task.test)
-    one, two = (encoder.encode([p[k] for p in PAIRS[:4]]) for k in (0, 1))
-    assert value == pytest.approx(float(spearman((one * two).sum(1), [p[2] for p in PAIRS[:4]])))
-    with pytest.raises(ValueError, match="no graded pairs"):
-        pair_correlation(encoder, toy_task().test)
+def test_bad_metrics_and_grades() -> None:
+    assert similarity([np.ones((2, 3))] * 2, pairs_task("pairs", PAIRS).train[:2]) == -1, "all alike"
 
 
 # -- measures -----------------------------------------------------------------------------------------------------
@@ -206,20 +194,20 @@ def test_spearman() -> None:
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=50), rng.integers(0, 5, 50).astype(float)
     stats = pytest.importorskip("scipy.stats")
-    assert float(spearman(x, y)) == pytest.approx(stats.spearmanr(x, y).statistic)
-    assert float(spearman([1, 2, 3], [10, 20, 30])) == pytest.approx(1)
-    assert float(spearman([1, 2, 3], [3, 2, 1])) == pytest.approx(-1)
-    assert np.isnan(spearman([1, 1, 1], [1, 2, 3]))
+    assert float(weighted_spearman(x, y)) == pytest.approx(stats.spearmanr(x, y).statistic)
+    assert float(weighted_spearman([1, 2, 3], [10, 20, 30])) == pytest.approx(1)
+    assert float(weighted_spearman([1, 2, 3], [3, 2, 1])) == pytest.approx(-1)
+    assert np.isnan(weighted_spearman([1, 1, 1], [1, 2, 3]))
     with pytest.raises(ValueError, match="equal length"):
-        spearman([1, 2], [1, 2, 3])
+        weighted_spearman([1, 2], [1, 2, 3])
 
 
 def test_weights_are_repetitions() -> None:
     rng = np.random.default_rng(1)
     x, y = rng.integers(0, 9, 30).astype(float), rng.normal(size=30)
     weights = rng.integers(0, 3, (4, 30))
-    expected = [float(spearman(np.repeat(x, w), np.repeat(y, w))) for w in weights]
-    np.testing.assert_allclose(spearman(x, y, weights), expected)
+    expected = [float(weighted_spearman(np.repeat(x, w), np.repeat(y, w))) for w in weights]
+    np.testing.assert_allclose(weighted_spearman(x, y, weights), expected)
 
 
 def test_nearest_neighbours() -> None:

@@ -10,8 +10,14 @@ import torch
 
 from looseleaf import Report
 from looseleaf.testing.models import tiny_tokenizer
-from looseleaf_token_prepending.judged import Judged, Sentences, Split, stratified_pairs
-from looseleaf_token_prepending.quality import spearman, square
+from looseleaf_token_prepending.quality import (
+    Judged,
+    Sentences,
+    Split,
+    square,
+    stratified_pairs,
+    weighted_spearman,
+)
 
 torch.set_num_threads(1)
 
@@ -67,7 +73,7 @@ def test_resampling_repeats_pairs() -> None:
             drawn = part.test[mine.astype(int)].tolist()
             pairs = [p for p in part.test_pairs for _ in range(drawn.count(p[0]) * drawn.count(p[1]))]
             i, j = np.array(pairs).T
-            values.append([float(spearman(made.ways["noisy"][name][k][i, j], made.sets[name].teacher[i, j]))
+            values.append([float(weighted_spearman(made.ways["noisy"][name][k][i, j], made.sets[name].teacher[i, j]))
                            for k in (0, 1)])
         one, other = np.mean(values, axis=0)
         expected.append(one - other)
@@ -116,7 +122,9 @@ def test_from_end_to_end(monkeypatch: pytest.MonkeyPatch, quick: bool) -> None:
     # the sentences of the documentation take seconds to be gathered, those of conversation none
     monkeypatch.setattr(reproduction, "SETS", {task: (task, 125 if quick else 27) for task in
                                                ("question-topics", "topics")})
-    report = reproduction.reproduce(seeds=2, quick=quick, progress=False)
+    reproduction.embeddings.cache_clear()
+    report = reproduction.study(seeds=2, quick=quick, progress=False)
+    reproduction.embeddings.cache_clear()
     assert len(report.claims) == 12 and report.facts["seeds"] == (1 if quick else 2)
     assert all(c.rule and c.paper and c.source and c.measured for c in report.claims)
     assert sum("[memory]" in c.paper for c in report.claims) == 3
@@ -131,7 +139,7 @@ def test_from_end_to_end(monkeypatch: pytest.MonkeyPatch, quick: bool) -> None:
 @pytest.mark.parametrize("seeds", [0, -1, 1.5])
 def test_bad_seeds(seeds: Any) -> None:
     pytest.importorskip("looseleaf_lab")
-    from looseleaf_token_prepending.reproduction import reproduce
+    from looseleaf_token_prepending.reproduction import study
 
     with pytest.raises(ValueError, match="seeds"):
-        reproduce(seeds=seeds)
+        study(seeds=seeds)

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from looseleaf import intervene
-from looseleaf_text import Prompt, decoder_layers
 from looseleaf.progress import bar
-from looseleaf_token_prepending.templates import check_template, tidy, with_placeholder
-from looseleaf_token_prepending.tokens import NOWHERE, Row, batches, collate, tokenize
+from looseleaf.prompts.prompt import storable
+from looseleaf_text import decoder_layers
+from looseleaf_token_prepending.templates import (
+    NOWHERE,
+    Row,
+    batches,
+    check_template,
+    collate,
+    templates_of,
+    tidy,
+    tokenize,
+    with_placeholder,
+    without_placeholder,
+)
 
-if TYPE_CHECKING:
-    from looseleaf_token_prepending.module import TokenPrependingModule
 
-
+@storable
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """How a sentence becomes a vector. Layers are counted from 1.
@@ -69,10 +78,10 @@ class SentenceEncoder:
 
     def __init__(self, model: Any, tokenizer: Any, settings: Settings, batch_tokens: int = 8192) -> None:
         if not isinstance(model, nn.Module) or not callable(tokenizer):
-            raise ValueError(f"model and tokenizer are {type(model).__name__} and {type(tokenizer).__name__}: allowed "
-                             "are a decoder of transformers and its tokeniser")
+            raise ValueError("model, tokenizer: expected a decoder of transformers and its tokeniser, got "
+                             f"{type(model).__name__} and {type(tokenizer).__name__}")
         if not isinstance(batch_tokens, int) or batch_tokens < 1:
-            raise ValueError(f"batch_tokens={batch_tokens!r}: allowed is a whole number from 1")
+            raise ValueError(f"batch_tokens: expected an integer >= 1, got {batch_tokens!r}")
         self.model = model
         self.body = body(model)
         self.tokenizer = tokenizer
@@ -83,19 +92,6 @@ class SentenceEncoder:
         self._embedding = next(name for name, module in self.body.named_modules() if module is embedding)
         self.dimension = int(embedding.weight.shape[1])
         self._placeholder = torch.randn(self.dimension, generator=torch.Generator().manual_seed(settings.seed))
-
-    @classmethod
-    def from_prompt(cls, prompt: Prompt, model: Any, tokenizer: Any, batch_tokens: int = 8192) -> SentenceEncoder:
-        """The encoder whose layers and prompt :meth:`TokenPrepending.optimize` found.
-
-        Raises:
-            ValueError: the prompt holds no settings, as it was not found by that method on a local model.
-        """
-        found = prompt.info.get("settings")
-        if not isinstance(found, Mapping):
-            raise ValueError("the prompt has no info['settings']: allowed is what TokenPrepending.optimize found on a "
-                             "LocalModel; for other models give prompt.render(...) to their embed()")
-        return cls(model, tokenizer, Settings(**{**found, "templates": tuple(found["templates"])}), batch_tokens)
 
     def encode(self, texts: Sequence[str], progress: bool | None = None) -> np.ndarray:
         """One vector per text.
@@ -132,25 +128,25 @@ class SentenceEncoder:
                              "model.eval() first")
         out = torch.zeros(len(exits), len(rows), self.dimension)
         device = next(self.body.parameters()).device
-        with torch.inference_mode(), bar("sentences", len(rows), progress) as moving:
+        with torch.inference_mode(), bar("sentences", len(rows), progress) as progress_bar:
             for batch in batches(rows, self.batch_tokens):
                 if between is not None:
                     between()
                 ids, mask, at = (t.to(device) for t in collate([rows[n] for n in batch]))
                 for k, state in enumerate(self.forward(ids, mask, at, exits)):
                     out[k, batch] = state.float().cpu()
-                moving.update(len(batch))
+                progress_bar.update(len(batch))
         return out.view(len(exits), len(texts), len(self.settings.templates), self.dimension).mean(2)
 
     def rows(self, texts: Sequence[str]) -> list[Row]:
         """The token ids of ``texts`` in every template: all templates of the first text, then of the second ..."""
         if isinstance(texts, str):
-            raise ValueError("texts is a single text: allowed is a list of texts")
+            raise ValueError("texts: expected a list of texts, got a single text")
         wrong = next((type(t).__name__ for t in texts if not isinstance(t, str)), None)
         if wrong is not None:
-            raise ValueError(f"texts has a {wrong} in it: allowed are texts only")
-        said = [tidy(t) for t in texts] if self.settings.tidy else list(texts)
-        each = [tokenize(self.tokenizer, t, said, self.limit) for t in self.settings.templates]
+            raise ValueError(f"texts: expected a list of texts, got a {wrong} in it")
+        shown = [tidy(t) for t in texts] if self.settings.tidy else list(texts)
+        each = [tokenize(self.tokenizer, t, shown, self.limit) for t in self.settings.templates]
         return [row for together in zip(*each, strict=True) for row in together]
 
     @property
@@ -225,19 +221,6 @@ class SentenceEncoder:
     def _finish(self, vectors: Tensor) -> Tensor:
         return nn.functional.normalize(vectors, dim=-1) if self.settings.normalize else vectors
 
-    def as_module(self) -> TokenPrependingModule:
-        """This encoder for ``sentence_transformers.SentenceTransformer(modules=[...])``.
-
-        Raises:
-            ModuleNotFoundError: sentence-transformers is not installed; the message has the pip command.
-        """
-        try:
-            from looseleaf_token_prepending.module import TokenPrependingModule
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("as_module() needs sentence-transformers: pip install "
-                                      "'looseleaf-token-prepending[sentence-transformers]'") from error
-        return TokenPrependingModule(self)
-
 
 def body(model: Any) -> Any:
     """The model without its head, which no embedding needs."""
@@ -257,16 +240,78 @@ def _checked(settings: Settings, count: int) -> Settings:
     """
     first, end, leave = settings.start_layer, settings.end_layer, settings.exit_layer
     if end and not 1 <= first < end <= count:
-        raise ValueError(f"start_layer={first}, end_layer={end}: the model has {count} layers; allowed is start_layer "
-                         f"from 1 and end_layer above it up to {count}, or end_layer=0 for none")
+        raise ValueError(f"expected start_layer >= 1 and end_layer above it up to {count}, the model's layers, or "
+                         f"end_layer=0 for none, got start_layer={first}, end_layer={end}")
     if not 1 <= abs(leave) <= count:
-        raise ValueError(f"exit_layer={leave}: the model has {count} layers; allowed is 1 to {count}, or -{count} to "
-                         "-1")
+        raise ValueError(f"exit_layer: expected 1 to {count}, the model's layers, or -{count} to -1, got {leave}")
     if settings.pooling not in ("last", "mean"):
-        raise ValueError(f"pooling={settings.pooling!r}: allowed are 'last', 'mean'")
+        raise ValueError(f"pooling: expected 'last' or 'mean', got {settings.pooling!r}")
     if not settings.templates:
-        raise ValueError("templates is empty: allowed is one template or more")
+        raise ValueError("templates: expected one template or more, got none")
     for template in settings.templates:
         check_template(template)
     templates = tuple(map(with_placeholder, settings.templates)) if end else tuple(settings.templates)
     return dataclasses.replace(settings, templates=templates, exit_layer=leave if leave > 0 else count + 1 + leave)
+
+
+@torch.no_grad()
+def embed_one(model: Any, ids: Sequence[int], at: int, placeholder: Tensor, start_layer: int, end_layer: int,
+              exit_layer: int) -> Tensor:
+    """The method as plainly as it can be written, for one prompt and a model of the Llama class: no hooks, no batch.
+
+    Args:
+        model: ``LlamaModel``: embeddings, layers, final norm.
+        ids: token ids of the whole prompt.
+        at: place of the placeholder.
+        placeholder: its embedding, (hidden,).
+        start_layer, end_layer, exit_layer: as in :class:`Settings`, from 1.
+
+    Returns:
+        (hidden,) state of the last token after ``exit_layer``, not normalised to length 1.
+    """
+    hidden = model.embed_tokens(torch.tensor([list(ids)]))
+    hidden[0, at] = placeholder
+    places = torch.arange(len(ids))[None]
+    angles = model.rotary_emb(hidden, position_ids=places)
+    for number, layer in enumerate(model.layers, start=1):
+        if start_layer < number <= end_layer:
+            hidden[0, at] = hidden[0, -1]
+        # without a mask a layer's attention is causal over a whole sequence
+        hidden = layer(hidden, attention_mask=None, position_ids=places, position_embeddings=angles, use_cache=False)
+        if number == exit_layer < len(model.layers):
+            return hidden[0, -1]
+    return model.norm(hidden)[0, -1]
+
+
+def last_token(model: Any, tokenizer: Any, exit_layer: int = -1, normalize: bool = True) -> SentenceEncoder:
+    """The last token of the bare text.
+
+    Args:
+        model: a decoder of transformers.
+        tokenizer: its tokeniser.
+        exit_layer: the layer whose output is taken, as in :class:`Settings`.
+        normalize: to length 1.
+    """
+    return SentenceEncoder(model, tokenizer, Settings(("{text}",), exit_layer=exit_layer, normalize=normalize,
+                                                      tidy=False))
+
+
+def mean_pooling(model: Any, tokenizer: Any, exit_layer: int = -1, normalize: bool = True) -> SentenceEncoder:
+    """The mean over the tokens of the bare text; arguments as for :func:`last_token`."""
+    return SentenceEncoder(model, tokenizer, Settings(("{text}",), exit_layer=exit_layer, pooling="mean",
+                                                      normalize=normalize, tidy=False))
+
+
+def prompt_eol(model: Any, tokenizer: Any, prompt: str = "prompteol", exit_layer: int = -1,
+               normalize: bool = True) -> SentenceEncoder:
+    """The last token of a prompt around the text, without a placeholder.
+
+    Args:
+        model: a decoder of transformers.
+        tokenizer: its tokeniser.
+        prompt: a name of :data:`TEMPLATES`, or a template with ``{text}``.
+        exit_layer: the layer whose output is taken, as in :class:`Settings`.
+        normalize: to length 1.
+    """
+    bare = tuple(map(without_placeholder, templates_of(prompt)))
+    return SentenceEncoder(model, tokenizer, Settings(bare, exit_layer=exit_layer, normalize=normalize))

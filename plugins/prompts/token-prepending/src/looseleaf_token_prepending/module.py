@@ -6,11 +6,16 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 
+try:
+    from sentence_transformers.base.modules import InputModule
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("TokenPrependingModule needs sentence-transformers: pip install "
+                              "'looseleaf-token-prepending[sentence-transformers]'") from error
+
 from looseleaf_token_prepending.encoder import SentenceEncoder, Settings
-from looseleaf_token_prepending.tokens import collate
+from looseleaf_token_prepending.templates import collate
 
 
 class TokenPrependingModule(InputModule):

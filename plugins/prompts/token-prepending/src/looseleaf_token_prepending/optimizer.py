@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
-from looseleaf import Budget, BudgetExhausted, Paper, PromptOptimizer, UnsupportedModelError
-from looseleaf_text import LanguageModel, LocalModel, Prompt, Task, decoder_layers
-from looseleaf.progress import bar
+import numpy as np
+
+from looseleaf import Budget, BudgetExhausted, Example, Paper, Predictor, Prompt, SetMetric, UnsupportedModelError
 from looseleaf.budget import reason
+from looseleaf.plugin import In
+from looseleaf.progress import bar
 from looseleaf.resume import SearchState
+from looseleaf_text import LanguageModel, LocalModel, TextOptimizer, TextPrompt, TextTask, decoder_layers
+from looseleaf_text.slots import fill
 from looseleaf_token_prepending.encoder import SentenceEncoder, Settings, body
-from looseleaf_token_prepending.quality import Development
-from looseleaf_token_prepending.search import Layers, Run, Texts, Work, default_ends, default_exit
-from looseleaf_token_prepending.templates import only_slot, rename_slot, templates_of, without_placeholder
+from looseleaf_token_prepending.quality import Development, neighbour_accuracy
+from looseleaf_token_prepending.templates import only_slot, rename_slot, templates_of, tidy, without_placeholder
+
+FRACTIONS = (1 / 4, 1 / 8, 1 / 3, 1 / 2)
+"""Fractions of a model's layers that are tried as ``end_layer``; the first is the default."""
 
 
 @dataclasses.dataclass
-class TokenPrepending(PromptOptimizer):
+class TokenPrepending(TextOptimizer):
     """Sentence embeddings from a decoder: each layer's sentence embedding stands before the sentence in the next layer.
 
     A placeholder token is put before the text of a prompt such as PromptEOL's. In the early layers its state is
@@ -48,14 +55,13 @@ class TokenPrepending(PromptOptimizer):
 
     prompt: str = "prompteol"
     alternatives: tuple[str, ...] = ("pretended-cot", "knowledge")
-    start_layer: int = 1
-    end_layer: int | None = None
+    start_layer: Annotated[int, In(">= 1")] = 1
+    end_layer: Annotated[int | None, In(">= 0")] = None
     exit_layer: int | None = None
     normalize: bool = True
     tidy: bool = True
-    max_length: int | None = None
-    batch_tokens: int = 8192
-    improves: ClassVar[Literal["answers", "embeddings"]] = "embeddings"
+    max_length: Annotated[int | None, In(">= 16")] = None
+    batch_tokens: Annotated[int, In(">= 1")] = 8192
     paper: ClassVar[Paper] = Paper(
         title="Token Prepending: A Training-Free Approach for Eliciting Better Sentence Embeddings from LLMs",
         authors=("Yuchen Fu", "Zifeng Cheng", "Zhiwei Jiang", "Zhonghui Wang", "Yafeng Yin", "Zhengliang Li",
@@ -63,18 +69,23 @@ class TokenPrepending(PromptOptimizer):
         code="https://github.com/fuyuchenIfyw/token_prepending",
         summary="Better sentence embeddings from your own decoder language model, without training.")
 
+    @classmethod
+    def conformance(cls) -> dict[str, Any]:
+        """See :meth:`looseleaf.Plugin.conformance`: the toy reviews, judged by their nearest neighbours."""
+        from looseleaf_text.testing import ToyLanguageModel, toy_task
+
+        def task() -> TextTask:
+            return dataclasses.replace(toy_task(generation=True), metric=SetMetric(neighbour_accuracy))
+
+        return {"task": task, "model": ToyLanguageModel}
+
     def validate(self) -> None:
-        """Raise ValueError for a parameter out of range."""
+        """See :meth:`looseleaf.Plugin.validate`."""
         for prompt in (self.prompt, *self.alternatives):
             templates_of(prompt)
-        self.check("start_layer", _whole(self.start_layer) and self.start_layer >= 1, "a whole number from 1")
-        self.check("end_layer", self.end_layer is None or (_whole(self.end_layer) and (
-            self.end_layer == 0 or self.end_layer > self.start_layer)), "None, 0, or a whole number above start_layer")
-        self.check("exit_layer", self.exit_layer is None or (_whole(self.exit_layer) and self.exit_layer != 0),
-                   "None, a whole number from 1, or one below 0 that counts from the end")
-        self.check("max_length", self.max_length is None or (_whole(self.max_length) and self.max_length >= 16),
-                   "None or a whole number from 16")
-        self.check("batch_tokens", _whole(self.batch_tokens) and self.batch_tokens >= 1, "a whole number from 1")
+        self.check("end_layer", not self.end_layer or self.end_layer > self.start_layer,
+                   "None, 0, or an integer above start_layer")
+        self.check("exit_layer", self.exit_layer != 0, "None, an integer >= 1, or one below 0 that counts from the end")
 
     def encoder(self, model: Any, tokenizer: Any, seed: int = 0) -> SentenceEncoder:
         """An encoder of sentences with these parameters.
@@ -94,21 +105,20 @@ class TokenPrepending(PromptOptimizer):
             templates_of(self.prompt), self.start_layer, end, self.exit_layer or default_exit(count), "last",
             self.normalize, self.tidy, self.max_length, seed), self.batch_tokens)
 
-    def optimize(self, task: Task, model: LanguageModel, budget: Budget | None = None, *,
-                 start: Prompt | None = None, seed: int = 0,
-                 state_dir: str | Path | None = None, progress: bool | None = None) -> Prompt:
+    def optimize(self, task: TextTask, model: LanguageModel, *, budget: Budget | None = None,  # type: ignore[override]
+                 start: TextPrompt | None = None, seed: int = 0, state_dir: str | Path | None = None,
+                 progress: bool | None = None) -> EmbeddingPrompt:
         """Choose prompt and layers by the quality of the embeddings of ``task.train`` and ``task.dev`` together.
 
-        On a :class:`looseleaf_text.LocalModel` the layers of ``prompt`` are chosen first (every exit comes from the same
-        run), then the alternatives are tried with the same ``end_layer``. A model behind a server has no layers to
+        On a :class:`looseleaf_text.LocalModel` the layers of ``prompt`` are chosen first (every exit comes from the
+        same run), then the alternatives are tried with the same ``end_layer``. A model behind a server has no layers to
         reach into: there the prompts, and the bare text, are compared by what its ``embed`` gives.
 
         Arguments as for :meth:`looseleaf.PromptOptimizer.optimize`; the one slot of ``start`` takes the text, and it
         comes in the place of ``prompt``. ``seed`` draws the placeholder's embedding.
 
         Returns:
-            The prompt without the placeholder, the first where there are several. ``info`` also holds ``settings`` for
-            :meth:`SentenceEncoder.from_prompt` (None without layers), ``measure``, ``examples``, and ``explored``, a
+            The prompt. ``info`` also holds ``measure``, ``examples``, ``settings`` as plain data, and ``explored``, a
             row [prompt, end_layer, exit_layer, fitness] of the best exit for each run. With a budget too small for one
             run, the defaults come back with fitness 0 and no evaluation.
 
@@ -116,6 +126,7 @@ class TokenPrepending(PromptOptimizer):
             ValueError: the examples are neither labelled texts nor graded pairs.
             UnsupportedModelError: the model has neither layers nor embeddings.
         """
+        self.check_model(model)
         task.validate(model)
         data = Development.of([*task.train, *task.dev])
         budget = budget or Budget()
@@ -128,7 +139,7 @@ class TokenPrepending(PromptOptimizer):
             budget.restore(saved["used"])
         seen: list[Run] = []
         stopped = "done"
-        with bar("TokenPrepending", None, progress) as moving:
+        with bar("TokenPrepending", None, progress) as progress_bar:
             try:
                 for prompt, end in work.candidates(begin, seen):
                     key = f"{end}:{prompt}"
@@ -138,7 +149,7 @@ class TokenPrepending(PromptOptimizer):
                         state.save({"runs": runs, "used": budget.used})
                     seen.append(Run(prompt, end, {int(k): v for k, v in runs[key]["qualities"].items()},
                                     runs[key]["calls"]))
-                    moving.update()
+                    progress_bar.update()
             except BudgetExhausted as spent:
                 stopped = reason(spent)
             except NotImplementedError as error:
@@ -146,29 +157,182 @@ class TokenPrepending(PromptOptimizer):
                                             "prompt by: give a LocalModel, or a server with /embeddings") from error
         state.save({"runs": runs, "used": budget.used})
         best = max(seen, key=lambda run: run.fitness, default=None)
-        return self._found(task, work, begin, best, seen, stopped, data)
-
-    def _found(self, task: Task, work: Work, begin: str, best: Run | None, seen: list[Run], stopped: str,
-               data: Development) -> Prompt:
-        prompt = begin if best is None else best.prompt
+        settings = work.settings(begin if best is None else best.prompt, best)
         history: list[list[float]] = []
         for run in seen:
             history.append([run.calls, max(run.fitness, history[-1][1] if history else run.fitness)])
-        text = without_placeholder(templates_of(prompt)[0])
-        names = {name for e in task.train for name in e.fields}
-        if len(names) == 1:
-            text = rename_slot(text, "text", next(iter(names)))
-        return Prompt(text, info={
+        return EmbeddingPrompt(settings, info={
             "fitness": 0.0 if best is None else best.fitness, "evaluations": len(seen), "stopped": stopped,
-            "measure": data.measure, "examples": len(task.train) + len(task.dev),
-            "settings": work.settings(prompt, best), "history": history,
+            "measure": data.measure, "examples": len(task.train) + len(task.dev), "history": history,
+            "settings": {**dataclasses.asdict(settings), "templates": list(settings.templates)},
             "explored": [[r.prompt, r.end, r.leave, r.fitness] for r in seen]})
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+@dataclasses.dataclass
+class EmbeddingPrompt(Prompt):
+    """Prompt and layers that make vectors of texts.
+
+    Attributes:
+        settings: how a sentence becomes a vector. A model behind a server has no layers: there only the templates and
+            ``tidy`` count.
+    """
+
+    settings: Settings
+
+    def on(self, model: LanguageModel) -> EmbeddingPredictor:
+        """See :meth:`looseleaf.Prompt.on`."""
+        return EmbeddingPredictor(self, model)
+
+    def encoder(self, model: Any, tokenizer: Any, batch_tokens: int = 8192) -> SentenceEncoder:
+        """The encoder on a decoder of transformers."""
+        return SentenceEncoder(model, tokenizer, self.settings, batch_tokens)
+
+    def render(self, example: Example) -> list[str]:
+        """The texts given to a model for an example, one for each template and input, without the placeholder."""
+        return [fill(without_placeholder(template), {"text": tidy(text) if self.settings.tidy else text})
+                for text in example.inputs.values() for template in self.settings.templates]
 
 
-def _as_template(start: Prompt) -> str:
+class EmbeddingPredictor(Predictor):
+    """An :class:`EmbeddingPrompt` and a language model: predicts a vector for a text, (2, hidden) for a pair."""
+
+    def __init__(self, prompt: EmbeddingPrompt, model: LanguageModel) -> None:
+        self.prompt, self.model = prompt, model
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """One vector per text, float32 of shape (n, hidden); each text and template is a call."""
+        settings, model = self.prompt.settings, self.model
+        if not isinstance(model, LocalModel):
+            return embed_texts(model, texts, tuple(map(without_placeholder, settings.templates)), settings.tidy)
+        return self.prompt.encoder(model.model, model.tokenizer).encode(texts, False)
+
+    def predict(self, examples: Sequence[Example]) -> list[Any]:
+        """A vector for each example, or one for each of its texts."""
+        texts = [list(e.inputs.values()) for e in examples]
+        vectors = iter(self.embed([t for group in texts for t in group]))
+        rows = [[next(vectors) for _ in group] for group in texts]
+        return [row[0] if len(row) == 1 else np.stack(row) for row in rows]
+
+
+def embed_texts(model: Any, texts: Sequence[str], templates: Sequence[str], quoted: bool) -> np.ndarray:
+    """What ``model.embed`` gives the texts in the templates, mean over templates: (n, hidden).
+
+    Args:
+        model: a language model.
+        texts: n texts.
+        templates: without placeholders.
+        quoted: bring the texts into the form of the authors' evaluation first.
+    """
+    shown = [tidy(t) for t in texts] if quoted else texts
+    vectors = model.embed([fill(t, {"text": s}) for s in shown for t in templates])
+    mean: np.ndarray = np.asarray(vectors).reshape(len(shown), len(templates), -1).mean(1)
+    return mean
+
+
+@dataclasses.dataclass
+class Run:
+    """What one run over the texts gave: the quality at each exit layer (0 stands for a model without layers)."""
+
+    prompt: str
+    end: int
+    qualities: dict[int, float]
+    calls: float
+
+    @property
+    def leave(self) -> int:
+        return max(self.qualities, key=lambda n: (self.qualities[n], -n))
+
+    @property
+    def fitness(self) -> float:
+        return self.qualities[self.leave]
+
+
+class Work:
+    """How candidates are measured on a kind of model."""
+
+    def __init__(self, plugin: TokenPrepending, model: Any, budget: Budget, data: Development, seed: int) -> None:
+        self.plugin, self.model, self.budget, self.data, self.seed = plugin, model, budget, data, seed
+
+    def candidates(self, begin: str, seen: list[Run]) -> Iterator[tuple[str, int]]:
+        """(prompt, end layer) one after the other; ``seen`` grows in between."""
+        raise NotImplementedError
+
+    def qualities(self, prompt: str, end: int) -> dict[int, float]:
+        """Exit layer -> quality."""
+        raise NotImplementedError
+
+    def settings(self, prompt: str, best: Run | None) -> Settings:
+        """Settings of the encoder found."""
+        raise NotImplementedError
+
+
+class Texts(Work):
+    """Any language model with embeddings: only the text around can be chosen."""
+
+    def candidates(self, begin: str, seen: list[Run]) -> Iterator[tuple[str, int]]:
+        for prompt in dict.fromkeys([begin, *self.plugin.alternatives, "{text}"]):
+            yield prompt, 0
+
+    def qualities(self, prompt: str, end: int) -> dict[int, float]:
+        templates = tuple(map(without_placeholder, templates_of(prompt)))
+        return {0: self.data.quality(embed_texts(self.budget.meter(self.model), self.data.texts, templates,
+                                                 self.plugin.tidy and prompt != "{text}"))}
+
+    def settings(self, prompt: str, best: Run | None) -> Settings:
+        return Settings(tuple(map(without_placeholder, templates_of(prompt))),
+                        tidy=self.plugin.tidy and prompt != "{text}")
+
+
+class Layers(Work):
+    """A local model: prompt and layers can be chosen."""
+
+    def candidates(self, begin: str, seen: list[Run]) -> Iterator[tuple[str, int]]:
+        plugin = self.plugin
+        count = len(decoder_layers(body(self.model.model)))
+        ends = [plugin.end_layer] if plugin.end_layer is not None else [*default_ends(count, plugin.start_layer), 0]
+        for end in ends:
+            yield begin, end
+        chosen = max(seen, key=lambda run: run.fitness).end
+        for prompt in dict.fromkeys(plugin.alternatives):
+            if prompt != begin:
+                yield prompt, chosen
+
+    def qualities(self, prompt: str, end: int) -> dict[int, float]:
+        encoder = self._encoder(prompt, end)
+        count, fixed = len(encoder.layers), self.plugin.exit_layer
+        exits = [encoder.settings.exit_layer] if fixed is not None else list(range(max(1, count // 2), count + 1))
+        rows = encoder.rows(self.data.texts)
+        tokens = sum(len(row.ids) for row in rows)
+        self.budget.spend(calls=len(rows), tokens=tokens)
+        # between batches nothing more is booked, but the clock is looked at
+        states = encoder.states(self.data.texts, exits, False, self.budget.spend)
+        self.model.calls += len(rows)
+        self.model.tokens += tokens
+        return {n: self.data.quality(state.numpy()) for n, state in zip(exits, states, strict=True)}
+
+    def settings(self, prompt: str, best: Run | None) -> Settings:
+        found = self._encoder(prompt, self.plugin.end_layer if best is None else best.end).settings
+        return found if best is None else dataclasses.replace(found, exit_layer=best.leave)
+
+    def _encoder(self, prompt: str, end: int | None) -> SentenceEncoder:
+        plugin = dataclasses.replace(self.plugin, prompt=prompt, end_layer=end)
+        return plugin.encoder(self.model.model, self.model.tokenizer, self.seed)
+
+
+def default_ends(count: int, start_layer: int = 1) -> list[int]:
+    """The end layers tried for a model of ``count`` layers: the default, a quarter, comes first."""
+    lowest = start_layer + 1
+    return list(dict.fromkeys(min(max(lowest, round(count * fraction)), max(count, lowest))
+                              for fraction in (*FRACTIONS, 0)))
+
+
+def default_exit(count: int) -> int:
+    """The default exit of a model of ``count`` layers: 5 % before the last, one layer at least."""
+    return max(1, count - max(1, round(count / 20)))
+
+
+def _as_template(start: TextPrompt) -> str:
+    if not isinstance(start, TextPrompt):
+        raise ValueError(f"start: expected a TextPrompt with one slot, got a {type(start).__name__}")
     template = start.as_template()
     return rename_slot(template, only_slot(template), "text")

@@ -7,81 +7,51 @@ and test sentences and a draw of pairs: layers are chosen on the one and measure
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
-from looseleaf import Claim, Report, Series
-from looseleaf.progress import bar
-from looseleaf_token_prepending.baselines import last_token, mean_pooling, prompt_eol
-from looseleaf_token_prepending.encoder import SentenceEncoder
-from looseleaf_token_prepending.judged import DEV_PAIRS, TEST_PAIRS, Choice, Judged, Likeness, Sentences, Split, paired
-from looseleaf_token_prepending.optimizer import TokenPrepending
-from looseleaf_token_prepending.quality import square
-from looseleaf_token_prepending.search import default_ends, default_exit
+from looseleaf import Report, Series
+from looseleaf.statistics import Interval, bootstrap
+from looseleaf_lab import data, models
+from looseleaf_lab.study import Decision, Results, Study, StudyClaim
+from looseleaf_lab.timing import interleave
+from looseleaf_token_prepending.encoder import SentenceEncoder, last_token, mean_pooling, prompt_eol
+from looseleaf_token_prepending.optimizer import TokenPrepending, default_ends, default_exit
+from looseleaf_token_prepending.quality import (
+    DEV_PAIRS,
+    TEST_PAIRS,
+    Choice,
+    Judged,
+    Likeness,
+    Sentences,
+    Split,
+    square,
+)
 
 SETS = {"documentation": ("subjects", 200), "conversation": ("topics", 201)}
 """Set -> task of the lab that the sentences and their topics come from, and how many."""
 PROMPTS = {"prompteol": "PromptEOL", "pretended-cot": "Pretended CoT", "knowledge": "Knowledge Enhancement"}
 TIME_LIMIT = 1.10
 OURS, BASE, EARLY = "PromptEOL + TP, layers chosen", "PromptEOL, last layer", "PromptEOL, exit chosen"
+MEAN, LAST = "mean, last layer", "last token, last layer"
 RULE = "this project's rule"
 ABOVE = ("the 95 % interval of the difference lies above 0 (mean over sets; bootstrap over test sentences, mean of the "
          "intervals of all splits)")
-Interval = tuple[float, float, float]
 
 
-def reproduce(*, seeds: int = 5, quick: bool = False, progress: bool | None = None) -> Report:
-    """Measure each claim of the paper.
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured; ``brief``: a fifth of the sentences, one end layer, PromptEOL only, one timed round."""
 
-    Args:
-        seeds: how many splits of the sentences, each with its own draw of pairs.
-        quick: one split, a fifth of the sentences, one end layer, PromptEOL only; its claims are not decided.
-        progress: show a progress bar; None: only on a terminal.
-    """
-    from looseleaf_lab import models
-
-    if not isinstance(seeds, int) or seeds < 1:
-        raise ValueError(f"seeds={seeds!r}: allowed is a whole number from 1")
-    began = time.perf_counter()
-    model, tokenizer = models.load("smollm2")
-    sets = sentences(models.load("minilm"), quick)
-    judged = judge(model, tokenizer, sets, 1 if quick else seeds, quick, progress)
-    report = Report("Token Prepending: sentence embeddings without training", {
-        "model": "SmolLM2-135M-Instruct, float32", "teacher": "all-MiniLM-L6-v2",
-        "sentences": ", ".join(f"{len(s.texts)} {name}" for name, s in sets.items()), "seeds": len(judged.splits),
-        "pairs of each set and split": f"at most {TEST_PAIRS} for the test and {DEV_PAIRS} for choosing",
-        "quick": quick})
-    summarise(report, judged, quick)
-    timing(report, model, tokenizer, next(iter(sets.values())).texts, quick)
-    report.claims.append(Claim.decide(
-        None, statement="PromptEOL with Token Prepending on LLaMA2-7B gains 7 points on the average of seven STS tasks",
-        source="paper, tables", paper="70.03 -> 77.19 Spearman [memory]",
-        measured="not measured: needs LLaMA2-7B and the STS tasks", rule="none set"))
-    report.facts["seconds"] = round(time.perf_counter() - began)
-    return report
-
-
-# ------------------------------------------------------------------------------------------------- measuring
-
-def sentences(teacher: tuple[Any, Any], quick: bool) -> dict[str, Sentences]:
-    """The sets, each topic equally often, with the teacher's cosines."""
-    from looseleaf_lab import data
-
-    out = {}
-    for name, (task, size) in SETS.items():
-        made = data.classification_task(task, seed=0, train=4, dev=4, test=size // 5 if quick else size).test
-        texts = [str(e.text) for e in made]
-        out[name] = Sentences(texts, [str(e.label) for e in made], square(teacher_embeddings(*teacher, texts)))
-    return out
+    brief: bool = False
 
 
 def teacher_embeddings(model: Any, tokenizer: Any, texts: Sequence[str]) -> np.ndarray:
     """(n, hidden): the mean over the tokens of each text, as all-MiniLM-L6-v2 is meant to be used."""
-    import torch
-
     out = []
     with torch.inference_mode():
         for at in range(0, len(texts), 32):
@@ -92,9 +62,19 @@ def teacher_embeddings(model: Any, tokenizer: Any, texts: Sequence[str]) -> np.n
     return np.concatenate(out)
 
 
-def ways(model: Any, tokenizer: Any, quick: bool = False) -> dict[str, Callable[[], SentenceEncoder]]:
+def sentences(teacher: tuple[Any, Any], brief: bool) -> dict[str, Sentences]:
+    """The sets, each topic equally often, with the teacher's cosines."""
+    out = {}
+    for name, (task, size) in SETS.items():
+        found = data.classification_task(task, seed=0, train=4, dev=4, test=size // 5 if brief else size).test
+        texts = [str(e.inputs["text"]) for e in found]
+        out[name] = Sentences(texts, [str(e.target) for e in found], square(teacher_embeddings(*teacher, texts)))
+    return out
+
+
+def ways(model: Any, tokenizer: Any, brief: bool = False) -> dict[str, Callable[[], SentenceEncoder]]:
     """Name -> maker of every way of embedding; ``"<prompt> <end layer>"`` is Token Prepending over a prompt."""
-    ends = default_ends(_depth(model, tokenizer))[:1 if quick else None]
+    ends = default_ends(len(last_token(model, tokenizer).layers))[:1 if brief else None]
 
     def prepending(prompt: str, end: int, seed: int = 0) -> Callable[[], SentenceEncoder]:
         return functools.partial(TokenPrepending(prompt, end_layer=end).encoder, model, tokenizer, seed)
@@ -102,176 +82,187 @@ def ways(model: Any, tokenizer: Any, quick: bool = False) -> dict[str, Callable[
     out: dict[str, Callable[[], SentenceEncoder]] = {
         "last token": functools.partial(last_token, model, tokenizer),
         "mean": functools.partial(mean_pooling, model, tokenizer), "placeholder": prepending("prompteol", 0)}
-    for prompt in list(PROMPTS)[:1 if quick else None]:
+    for prompt in list(PROMPTS)[:1 if brief else None]:
         out[prompt] = functools.partial(prompt_eol, model, tokenizer, prompt)
         out |= {f"{prompt} {end}": prepending(prompt, end) for end in (ends if prompt == "prompteol" else ends[:1])}
-    if not quick:
+    if not brief:
         out["other placeholder"] = prepending("prompteol", ends[0], 1)
     return out
 
 
-def judge(model: Any, tokenizer: Any, sets: dict[str, Sentences], seeds: int, quick: bool = False,
-          progress: bool | None = None) -> Judged:
-    """Run every way over all sentences, and split the sentences by seed."""
-    count = _depth(model, tokenizer)
-    exits = list(range(1, count + 1))
-    makers = ways(model, tokenizer, quick)
-    found: dict[str, Likeness] = {way: {} for way in makers}
-    with bar("ways of embedding", len(makers) * len(sets), progress) as moving:
-        for way, maker in makers.items():
-            for name, some in sets.items():
-                states = maker().states(some.texts, exits, progress=False).numpy()
-                found[way][name] = np.stack([square(s) for s in states]).astype(np.float32)
-                moving.update()
-    splits = [{name: Split.draw(some, seed) for name, some in sets.items()} for seed in range(seeds)]
-    return Judged(sets, exits, found, splits)
+@functools.cache
+def embeddings(scale: Scale) -> Judged:
+    """All ways over all sentences; the splits are added by :func:`measure`."""
+    model, tokenizer = models.load("smollm2")
+    sets = sentences(models.load("minilm"), scale.brief)
+    exits = list(range(1, len(last_token(model, tokenizer).layers) + 1))
+    found: dict[str, Likeness] = {}
+    for way, maker in ways(model, tokenizer, scale.brief).items():
+        found[way] = {name: np.stack([square(s) for s in maker().states(some.texts, exits, progress=False).numpy()]
+                                     ).astype(np.float32) for name, some in sets.items()}
+    return Judged(sets, exits, found, [])
 
 
-def _depth(model: Any, tokenizer: Any) -> int:
-    return len(last_token(model, tokenizer).layers)
+def measure(seed: int, scale: Scale) -> dict[str, Any]:
+    """What one split gives, see :func:`measure_split`."""
+    return measure_split(embeddings(scale), seed)
 
 
-def difference(judged: Judged, ones: Sequence[Choice], others: Sequence[Choice] | None = None,
-               name: str | None = None) -> Interval:
-    """Correlation with the teacher (less that of ``others``), of one set or all: (mean, low, high) over the splits."""
-    from looseleaf.statistics import bootstrap
-
-    found = []
-    for seed, (one, other) in enumerate(paired(ones, others)):
-        split = judged.splits[seed] if name is None else {name: judged.splits[seed][name]}
-        count, statistic = judged.resampled(split, one, other)
-        found.append(bootstrap(range(count), seed, samples=1000, statistic=statistic))
-    return _mean(found)
-
-
-def retrieval(judged: Judged, ones: Sequence[Choice], others: Sequence[Choice] | None, teacher: bool) -> Interval:
-    """Share of right nearest neighbours (less that of ``others``): (mean, low, high) over the splits."""
-    from looseleaf.statistics import bootstrap
-
-    found = []
-    for seed, (one, other) in enumerate(paired(ones, others)):
-        values = judged.hits(one, judged.splits[seed], teacher)
-        found.append(bootstrap(values if other is None else values - judged.hits(other, judged.splits[seed], teacher),
-                               seed))
-    return _mean(found)
-
-
-def _mean(found: Iterable[Interval]) -> Interval:
-    mean, low, high = np.mean(list(found), axis=0).tolist()
-    return mean, low, high
-
-
-# ------------------------------------------------------------------------------------------------- the report
-
-def summarise(report: Report, judged: Judged, quick: bool = False) -> None:
-    """Tables, figures and the claims that need no clock."""
-    last = len(judged.exits) - 1
+def measure_split(judged: Judged, seed: int) -> dict[str, Any]:
+    """Every row of the tables, the layers chosen, the curves, and differences, as [value, low, high] over sentences."""
+    split = {name: Split.draw(some, seed) for name, some in judged.sets.items()}
+    judged = Judged(judged.sets, judged.exits, judged.ways, [split])
+    last, ends = len(judged.exits) - 1, end_layers(judged)
     default = judged.exits.index(default_exit(judged.exits[-1]))
-    ends = _ends(judged)
-
-    def fixed(way: str, leave: int = last) -> list[Choice]:
-        return [(way, leave)] * len(judged.splits)
-
-    rows: dict[str, list[Choice]] = {
-        "last token, last layer": fixed("last token"), "mean, last layer": fixed("mean"),
-        "mean, exit chosen": judged.chosen("mean"), BASE: fixed("prompteol"), EARLY: judged.chosen("prompteol"),
-        "PromptEOL and placeholder alone, exit chosen": judged.chosen("placeholder"),
-        "PromptEOL + TP, defaults": fixed(f"prompteol {ends[0]}", default),
-        OURS: judged.chosen(*(f"prompteol {end}" for end in ends))}
+    [ours], [early] = judged.chosen(*(f"prompteol {end}" for end in ends)), judged.chosen("prompteol")
+    rows: dict[str, Choice] = {
+        LAST: ("last token", last), MEAN: ("mean", last), "mean, exit chosen": judged.chosen("mean")[0],
+        BASE: ("prompteol", last), EARLY: early,
+        "PromptEOL and placeholder alone, exit chosen": judged.chosen("placeholder")[0],
+        "PromptEOL + TP, defaults": (f"prompteol {ends[0]}", default), OURS: ours}
     for prompt, name in PROMPTS.items():
         if prompt != "prompteol" and prompt in judged.ways:
-            rows |= {f"{name}, last layer": fixed(prompt), f"{name}, exit chosen": judged.chosen(prompt),
-                     f"{name} + TP, exit chosen": judged.chosen(f"{prompt} {ends[0]}")}
+            rows |= {f"{name}, last layer": (prompt, last), f"{name}, exit chosen": judged.chosen(prompt)[0],
+                     f"{name} + TP, exit chosen": judged.chosen(f"{prompt} {ends[0]}")[0]}
     if "other placeholder" in judged.ways:
-        rows["PromptEOL + TP, defaults, another placeholder"] = fixed("other placeholder", default)
-    table = report.table("Spearman's correlation with the teacher, test pairs", [
-        "embedding", *judged.sets, "mean", "low", "high"],
-        note="means over splits; interval: bootstrap over sentences, mean over splits")
-    near = report.table("Nearest neighbour among the test sentences", [
-        "embedding", "same topic", "low", "high", "the teacher's", "low ", "high "], note="share of sentences")
-    for name, choices in rows.items():
-        table.add(name, *(difference(judged, choices, None, s)[0] for s in judged.sets), *difference(judged, choices))
-        near.add(name, *retrieval(judged, choices, None, False), *retrieval(judged, choices, None, True))
-    report.table("Layers chosen on the development pairs", ["seed", "TP: end layer", "TP: exit", "PromptEOL: exit"], [
-        [seed, int(way.split()[1]), judged.exits[leave], judged.exits[rows[EARLY][seed][1]]]
-        for seed, (way, leave) in enumerate(rows[OURS])])
-    # what is prepended in the early layers is the last token's state there: does it know the sentence?
-    early = report.table("What is prepended: the last token's state of PromptEOL after the early layers", [
-        "layer", "Spearman with the teacher", "low", "high"])
-    for n in range(max(ends) - 1):
-        early.add(judged.exits[n], *difference(judged, fixed("prompteol", n)))
-    _figures(report, judged)
-    _claims(report, judged, rows, quick)
+        rows["PromptEOL + TP, defaults, another placeholder"] = ("other placeholder", default)
+
+    def correlation(one: Choice, other: Choice | None = None, of: Iterable[str] = split) -> Interval:
+        count, statistic = judged.resampled({name: split[name] for name in of}, one, other)
+        return bootstrap(range(count), seed, samples=1000, statistic=statistic)
+
+    def neighbours(one: Choice, other: Choice | None, teacher: bool) -> Interval:
+        values = judged.hits(one, split, teacher)
+        return bootstrap(values if other is None else values - judged.hits(other, split, teacher), seed)
+
+    def full(one: Choice, other: Choice | None = None) -> dict[str, Any]:
+        return {"spearman": correlation(one, other), "topic": neighbours(one, other, False),
+                "teacher": neighbours(one, other, True)}
+
+    gains = {name: correlation(rows[OURS if prompt == "prompteol" else f"{name} + TP, exit chosen"],
+                               rows[f"{name}, last layer"])
+             for prompt, name in PROMPTS.items() if prompt in judged.ways}
+    curves = {"prompteol": 0, "placeholder": 0, "mean": 0, **{f"prompteol {end}": 0 for end in ends}}
+    return {"rows": {name: {**full(choice), "sets": {s: correlation(choice, of=[s]).value for s in judged.sets}}
+                     for name, choice in rows.items()},
+            "ours minus": {name: full(ours, rows[name]) for name in (BASE, EARLY, MEAN, LAST)},
+            "early minus last": correlation(early, rows[BASE]), "gains": gains, "ends": ends, "exits": judged.exits,
+            "sizes": {name: len(some.texts) for name, some in judged.sets.items()},
+            "layers": [int(ours[0].split()[1]), judged.exits[ours[1]], judged.exits[early[1]]],
+            # what is prepended in the early layers is the last token's state there: does it know the sentence?
+            "early": [correlation(("prompteol", n)) for n in range(max(ends) - 1)],
+            "curves": {way: [judged.correlation((way, k), split) for k in range(len(judged.exits))] for way in curves}}
 
 
-def _ends(judged: Judged) -> list[int]:
+def end_layers(judged: Judged) -> list[int]:
+    """The end layers that Token Prepending over PromptEOL was run with."""
     return [int(way.split()[1]) for way in judged.ways if way.startswith("prompteol ")]
 
 
-def _figures(report: Report, judged: Judged) -> None:
-    def curve(way: str) -> list[float]:
-        return [float(np.mean([judged.correlation((way, k), split) for split in judged.splits]))
-                for k in range(len(judged.exits))]
+def timing(scale: Scale) -> dict[str, Any]:
+    """Time for the same sentences with and without Token Prepending, leaving at the same layer."""
+    model, tokenizer = models.load("smollm2")
+    return time_of(model, tokenizer, next(iter(embeddings(scale).sets.values())).texts, scale)
 
-    ends = sorted(_ends(judged))
+
+def time_of(model: Any, tokenizer: Any, texts: Sequence[str], scale: Scale) -> dict[str, Any]:
+    """Ratio with its interval, and sentences per second and tokens per sentence of both."""
+    texts = texts[:16 if scale.brief else 48]
+    encoders = {"with": TokenPrepending().encoder(model, tokenizer)}
+    leave = encoders["with"].settings.exit_layer
+    encoders["without"] = prompt_eol(model, tokenizer, exit_layer=leave)
+    taken = interleave({name: functools.partial(encoder.encode, texts, False) for name, encoder in encoders.items()},
+                       rounds=1 if scale.brief else 7)
+    return {"ratio": taken.ratio("without", "with"), "exit": leave, "sentences": len(texts),
+            "rounds": len(taken.seconds["with"]), "seconds": {name: taken.median(name) for name in encoders},
+            "tokens": {name: sum(len(r.ids) for r in encoder.rows(texts)) for name, encoder in encoders.items()}}
+
+
+def mean(results: Results, *path: str | int) -> Interval:
+    """Mean over splits of the numbers of an interval."""
+    return Interval(*np.mean(results.values(*path), axis=0).tolist())
+
+
+def facts(results: Results) -> dict[str, Any]:
+    """Models, sentences and pairs."""
+    return {"model": "SmolLM2-135M-Instruct, float32", "teacher": "all-MiniLM-L6-v2",
+            "sentences": ", ".join(f"{n} {name}" for name, n in results.rows[0]["sizes"].items()),
+            "pairs of each set and split": f"at most {TEST_PAIRS} for the test and {DEV_PAIRS} for choosing"}
+
+
+def show(report: Report, results: Results) -> None:
+    """Correlations, nearest neighbours, layers chosen, what is prepended, curves and time."""
+    first = results.rows[0]
+    table = report.table("Spearman's correlation with the teacher, test pairs", [
+        "embedding", *first["sizes"], "mean", "low", "high"],
+        note="means over splits; interval: bootstrap over sentences, mean over splits")
+    near = report.table("Nearest neighbour among the test sentences", [
+        "embedding", "same topic", "low", "high", "the teacher's", "low ", "high "], note="fraction of sentences")
+    for name in first["rows"]:
+        table.add(name, *(float(np.mean(results.values("rows", name, "sets", s))) for s in first["sizes"]),
+                  *mean(results, "rows", name, "spearman"))
+        near.add(name, *mean(results, "rows", name, "topic"), *mean(results, "rows", name, "teacher"))
+    report.table("Layers chosen on the development pairs", ["seed", "TP: end layer", "TP: exit", "PromptEOL: exit"],
+                 [[seed, *layers] for seed, layers in zip(results.seeds, results.values("layers"), strict=True)])
+    report.table("What is prepended: the last token's state of PromptEOL after the early layers",
+                 ["layer", "Spearman with the teacher", "low", "high"],
+                 [[first["exits"][n], *mean(results, "early", n)] for n in range(len(first["early"]))])
+    curves = {way: np.mean(results.values("curves", way), axis=0).tolist() for way in first["curves"]}
+    ends = sorted(first["ends"])
     lines = {"PromptEOL": "prompteol", "placeholder alone": "placeholder", "mean": "mean",
              **{f"TP, end layer {end}": f"prompteol {end}" for end in ends}}
     report.figure("Correlation by exit layer", x_label="exit layer", y_label="Spearman", series=[
-        Series(name, [float(n) for n in judged.exits], curve(way)) for name, way in lines.items()])
+        Series(name, [float(n) for n in first["exits"]], curves[way]) for name, way in lines.items()])
     report.figure("Correlation by end layer (rows) and exit layer (columns)", x_label="exit layer",
-                  y_label="end layer: " + ", ".join(map(str, ends)), image=[curve(f"prompteol {end}") for end in ends])
-
-
-def _claims(report: Report, judged: Judged, rows: dict[str, list[Choice]], quick: bool) -> None:
-    splits = f"{len(judged.splits)} splits"
-
-    def claim(statement: str, found: Interval, what: str, source: str = RULE, paper: str = "-") -> None:
-        report.claims.append(Claim.decide(
-            None if quick else found[1] > 0, statement=statement, source=source, paper=paper,
-            measured=f"{what} {found[0]:+.3f} ({found[1]:+.3f} to {found[2]:+.3f}); {splits}", rule=ABOVE))
-
-    for rival, source, paper in (
-            (BASE, "paper, tables", "70.03 -> 77.19 on LLaMA2-7B, STS average [memory]"),
-            (EARLY, f"{RULE}: what is left when both leave early", "-"),
-            ("mean, last layer", RULE, "-"), ("last token, last layer", RULE, "-")):
-        claim(f"PromptEOL with Token Prepending correlates better with the teacher than {rival}",
-              difference(judged, rows[OURS], rows[rival]), "Spearman", source, paper)
-    claim("A layer before the last gives better embeddings than the last", difference(judged, rows[EARLY], rows[BASE]),
-          "Spearman, PromptEOL", "paper, section on the early exit",
-          "intermediate layers are better than the last [memory]")
-    gains = {name: difference(judged, rows[OURS if prompt == "prompteol" else f"{name} + TP, exit chosen"],
-                              rows[f"{name}, last layer"])
-             for prompt, name in PROMPTS.items() if prompt in judged.ways}
-    report.claims.append(Claim.decide(
-        None if quick else all(low > 0 for _, low, _ in gains.values()),
-        statement="Every prompt method gains (with Token Prepending and early exit against without, as in the paper)",
-        source="abstract", paper="consistent gains for all prompt methods and LLMs [abstract]",
-        measured="; ".join(f"{n} {mean:+.3f} ({low:+.3f} to {high:+.3f})" for n, (mean, low, high) in gains.items())
-        + f"; {splits}, one model", rule=ABOVE + ", for each prompt"))
-    for teacher, what in ((False, "has the same topic"), (True, "is the teacher's")):
-        for rival in (BASE, EARLY):
-            claim(f"The nearest neighbour more often {what} by PromptEOL with Token Prepending than by {rival}",
-                  retrieval(judged, rows[OURS], rows[rival], teacher), "share of sentences")
-
-
-def timing(report: Report, model: Any, tokenizer: Any, texts: Sequence[str], quick: bool = False) -> None:
-    """Seconds for the same sentences with and without Token Prepending, leaving at the same layer."""
-    from looseleaf_lab.timing import interleave
-
-    texts = texts[:16 if quick else 48]
-    ours = TokenPrepending().encoder(model, tokenizer)
-    plain = prompt_eol(model, tokenizer, exit_layer=ours.settings.exit_layer)
-    taken = interleave({"with": lambda: ours.encode(texts, False), "without": lambda: plain.encode(texts, False)},
-                       rounds=1 if quick else 7)
-    ratio, low, high = taken.ratio("without", "with")
-    tokens = {"with": sum(len(r.ids) for r in ours.rows(texts)), "without": sum(len(r.ids) for r in plain.rows(texts))}
+                  y_label="end layer: " + ", ".join(map(str, ends)), image=[curves[f"prompteol {end}"] for end in ends])
+    once = results.once
     report.table("Time", ["embedding", "sentences per second", "tokens per sentence"], [
-        [name, len(texts) / taken.median(key), tokens[key] / len(texts)]
+        [name, once["sentences"] / once["seconds"][key], once["tokens"][key] / once["sentences"]]
         for name, key in (("PromptEOL + TP", "with"), ("PromptEOL", "without"))],
-        note=f"both leave after layer {ours.settings.exit_layer}")
-    report.claims.append(Claim.decide(
-        None if quick else ratio <= TIME_LIMIT, statement="Token Prepending costs almost no time",
-        source="paper, table of inference time", paper="1.04 times [abstract/paper]",
-        measured=f"{ratio:.3f} times ({low:.3f} to {high:.3f}) with {tokens['with'] / tokens['without']:.3f} times the "
-                 f"tokens, {len(texts)} sentences in {len(taken.seconds['with'])} alternating rounds",
-        rule=f"median ratio of {TIME_LIMIT:.2f} or less"))
+        note=f"both leave after layer {once['exit']}")
+
+
+def _differs(path: tuple[str, ...], what: str, results: Results) -> Decision:
+    found = mean(results, *path)
+    return None if results.quick else found.low > 0, f"{what} {found:+.3f}; {len(results.seeds)} splits"
+
+
+def every_prompt_gains(results: Results) -> Decision:
+    """Whether all prompt methods gain."""
+    gains = {name: mean(results, "gains", name) for name in results.rows[0]["gains"]}
+    return None if results.quick else all(g.low > 0 for g in gains.values()), "; ".join(
+        f"{name} {gain:+.3f}" for name, gain in gains.items()) + f"; {len(results.seeds)} splits, one model"
+
+
+def costs_no_time(results: Results) -> Decision:
+    """Whether it is about as fast."""
+    once = results.once
+    ratio, low, high = once["ratio"]
+    return None if results.quick else ratio <= TIME_LIMIT, (
+        f"{ratio:.3f} times ({low:.3f} to {high:.3f}) with {once['tokens']['with'] / once['tokens']['without']:.3f} "
+        f"times the tokens, {once['sentences']} sentences in {once['rounds']} alternating rounds")
+
+
+CLAIMS = [
+    *(StudyClaim(f"PromptEOL with Token Prepending correlates better with the teacher than {other}", source, paper,
+                 ABOVE, functools.partial(_differs, ("ours minus", other, "spearman"), "Spearman"))
+      for other, source, paper in (
+        (BASE, "paper, tables", "70.03 -> 77.19 on LLaMA2-7B, STS average [memory]"),
+        (EARLY, f"{RULE}: what is left when both leave early", "-"), (MEAN, RULE, "-"), (LAST, RULE, "-"))),
+    StudyClaim("A layer before the last gives better embeddings than the last", "paper, section on the early exit",
+               "intermediate layers are better than the last [memory]", ABOVE,
+               functools.partial(_differs, ("early minus last",), "Spearman, PromptEOL")),
+    StudyClaim("Every prompt method gains (with Token Prepending and early exit against without, as in the paper)",
+               "abstract", "consistent gains for all prompt methods and LLMs [abstract]", f"{ABOVE}, for each prompt",
+               every_prompt_gains),
+    *(StudyClaim(f"The nearest neighbour more often {what} by PromptEOL with Token Prepending than by {other}", RULE,
+                 "-", ABOVE, functools.partial(_differs, ("ours minus", other, key), "fraction of sentences"))
+      for key, what in (("topic", "has the same topic"), ("teacher", "is the teacher's")) for other in (BASE, EARLY)),
+    StudyClaim("Token Prepending costs almost no time", "paper, table of inference time", "1.04 times [abstract/paper]",
+               f"median ratio of {TIME_LIMIT:.2f} or less", costs_no_time),
+    StudyClaim("PromptEOL with Token Prepending on LLaMA2-7B gains 7 points on the average of seven STS tasks",
+               "paper, tables", "70.03 -> 77.19 Spearman [memory]", "none set",
+               unmeasured="not measured: needs LLaMA2-7B and the STS tasks")]
+
+study = Study("Token Prepending: sentence embeddings without training", measure, CLAIMS, show, once=timing,
+              full=Scale(), quick=Scale(brief=True), facts=facts, quick_seeds=1)
