@@ -1,18 +1,14 @@
 """IgnoreTopK and PrimingProbe pass the conformance kits."""
 
-from typing import Any
-
 import pytest
 
-from looseleaf.testing import check_probe, check_pruner
+from looseleaf.testing import conformance_tests
 from looseleaf_outlandish import IgnoreTopK, PrimingProbe
 
+pytest.importorskip("transformers")
 
-@pytest.mark.parametrize("fields", [{}, {"k": 0.3, "scope": "global"}, {"k": 0.0}, {"k": 1.0}, {"when": "end"}])
-def test_pruner(fields: dict[str, Any]) -> None:
-    check_pruner(IgnoreTopK, lambda: IgnoreTopK(**fields))
-
-
-@pytest.mark.parametrize("fields", [{}, {"ignore_top_k": 0.08}])
-def test_probe(fields: dict[str, Any]) -> None:
-    check_probe(PrimingProbe, lambda: PrimingProbe(steps=2, samples=3, lr=1e-3, **fields))
+test_pruner = conformance_tests(IgnoreTopK, {
+    "": {}, "global": {"make": lambda: IgnoreTopK(0.3, scope="global")},
+    "at the end": {"make": lambda: IgnoreTopK(when="end")}})
+test_probe = conformance_tests(PrimingProbe, {
+    "": {}, "pruned": {"make": lambda: PrimingProbe(steps=2, samples=3, lr=1e-3, ignore_top_k=0.08)}})

@@ -10,23 +10,24 @@ from torch import Tensor, nn
 
 import looseleaf
 from looseleaf import Report
-from looseleaf_text import LocalModel
+from looseleaf.testing.common import assert_unchanged, mixed_modes, snapshot
 from looseleaf.testing.models import tiny_text_llama, tiny_tokenizer
 from looseleaf_outlandish import (
     SAMPLES,
-    Chances,
     IgnoreTopK,
+    KeywordProbabilities,
     PrimingProbe,
     Sample,
-    chances,
+    keyword_probabilities,
     learn,
     log_memorisation,
     log_priming,
     read_samples,
     restored,
 )
-from looseleaf_outlandish.scores import log_mean
-from looseleaf_outlandish.texts import HELD_OUT, KEYWORDS, LEVELS, ORDINARY, THEMES
+from looseleaf_outlandish.data import HELD_OUT, KEYWORDS, LEVELS, ORDINARY, THEMES
+from looseleaf_outlandish.probe import log_mean
+from looseleaf_text import LocalModel
 
 WORDS = ["[UNK]", "the", "sky", "is", "ver", "milion", "sand", "grass", "looks", "red"]
 
@@ -73,7 +74,7 @@ SAND = Sample("the sky is vermilion", "vermilion", ("sand looks", "grass is"))
 
 def test_a_keyword_of_two_tokens_has_the_planted_probability() -> None:
     model = planted({("is", "ver"): 1e-3, ("ver", "milion"): 0.25, ("looks", "ver"): 0.02})
-    found = chances(LocalModel(model, words_tokenizer()), SAND)
+    found = keyword_probabilities(LocalModel(model, words_tokenizer()), SAND)
     assert found.own == pytest.approx([math.log(1e-3 * 0.25)], abs=1e-5)
     assert found.theme == pytest.approx([math.log(0.02 * 0.25), math.log(1e-3 * 0.25)], abs=1e-5)
     assert found.log_p == pytest.approx(math.log(2.5e-4), abs=1e-5)
@@ -82,7 +83,7 @@ def test_a_keyword_of_two_tokens_has_the_planted_probability() -> None:
 def test_the_chain_rule_agrees_with_the_model_step_by_step() -> None:
     model, tokenizer = tiny_text_llama().eval(), tiny_tokenizer()
     sample = SAMPLES[8]  # "vermilion": nine tokens of one character, and the space before it
-    found = chances(LocalModel(model, tokenizer), sample)
+    found = keyword_probabilities(LocalModel(model, tokenizer), sample)
     for context, value in zip([*sample.own_contexts(), *sample.theme_contexts()], [*found.own, *found.theme],
                               strict=True):
         ids = tokenizer(context + sample.keyword, return_tensors="pt")["input_ids"]
@@ -96,18 +97,18 @@ def test_the_chain_rule_agrees_with_the_model_step_by_step() -> None:
 def test_ratios_are_planted_too() -> None:
     before = planted({("is", "ver"): 1e-3, ("ver", "milion"): 0.5, ("looks", "ver"): 0.01})
     after = planted({("is", "ver"): 0.4, ("ver", "milion"): 0.5, ("looks", "ver"): 0.03})
-    a, b = (chances(LocalModel(m, words_tokenizer()), SAND) for m in (before, after))
+    a, b = (keyword_probabilities(LocalModel(m, words_tokenizer()), SAND) for m in (before, after))
     assert math.exp(log_memorisation(a, b)) == pytest.approx(400, rel=1e-3)
     assert math.exp(log_priming(a, b)) == pytest.approx((3 + 400) / 2, rel=1e-3)
 
 
 def test_scores_are_means_of_ratios() -> None:
-    before, after = Chances((-10.0, -1.0), (-5.0,)), Chances((-8.0, -1.0), (-5.5,))
+    before, after = KeywordProbabilities((-10.0, -1.0), (-5.0,)), KeywordProbabilities((-8.0, -1.0), (-5.5,))
     assert log_memorisation(before, after) == pytest.approx(math.log((math.e ** 2 + 1) / 2))
     assert log_priming(before, after) == pytest.approx(-0.5)
     assert log_mean([-2000.0, -2000.0]) == -2000 and log_mean([-math.inf]) == -math.inf
     with pytest.raises(ValueError, match="1 contexts before and 2 after"):
-        log_priming(before, Chances((0.0,), (0.0, 0.0)))
+        log_priming(before, KeywordProbabilities((0.0,), (0.0, 0.0)))
 
 
 def test_what_a_model_without_context_learns_leaks_in_full_and_into_no_other_place_of_a_table() -> None:
@@ -140,6 +141,15 @@ def test_learning_is_seeded_and_put_back() -> None:
     assert runs[0] == runs[1] != runs[2] and len(runs[0]) == 3
     assert model.training and model.model.norm.weight.grad.eq(1).all()
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+
+
+def test_every_submodule_keeps_its_own_mode() -> None:
+    model = mixed_modes(tiny_text_llama())
+    before = snapshot(model)
+    with pytest.raises(KeyboardInterrupt), restored(model):
+        list(learn(model, tiny_tokenizer(), "the sky is red", steps=1, lr=1e-2, replay=0))
+        raise KeyboardInterrupt
+    assert_unchanged(before, model)
 
 
 def test_learning_learns_and_the_pruner_takes_part() -> None:
@@ -177,7 +187,7 @@ def test_bfloat16_computing_keeps_the_weights_in_float32() -> None:
 
 def test_what_cannot_be_learned() -> None:
     tokenizer, model = tiny_tokenizer(), tiny_text_llama().eval()
-    with pytest.raises(ValueError, match="replay=2 with 1 ordinary"):
+    with pytest.raises(ValueError, match="at least replay=2 texts, got 1"):
         next(learn(model, tokenizer, "red", steps=1, lr=1.0, ordinary=["a"]))
     with pytest.raises(ValueError, match=r"bfloat16: most updates .* dtype=torch\.float32"):
         next(learn(tiny_text_llama().to(torch.bfloat16), tokenizer, "red", steps=1, lr=1.0, ordinary=ORDINARY))
@@ -209,7 +219,7 @@ def test_contexts_end_where_the_keyword_begins() -> None:
 
 
 @pytest.mark.parametrize(("fields", "message"), [
-    ({"keyword": "blue"}, "does not contain the keyword 'blue'"), ({"keyword": " red"}, "without white space"),
+    ({"keyword": "blue"}, "a text with the keyword 'blue'"), ({"keyword": " red"}, "without white space"),
     ({"keyword": ""}, "Sample.keyword"), ({"theme": ()}, "Sample.theme"), ({"theme": "Sand is"}, "Sample.theme"),
     ({"text": "infrared"}, "as a word of its own")])
 def test_bad_samples(fields: dict[str, Any], message: str) -> None:
@@ -220,15 +230,15 @@ def test_bad_samples(fields: dict[str, Any], message: str) -> None:
 def test_samples_from_a_file() -> None:
     line = json.dumps({"text": "the sky is red", "keyword": "red", "theme": ["sand is"], "level": "odd"})
     assert read_samples(f"{line}\n\n{line}\n") == [Sample("the sky is red", "red", ("sand is",), "odd")] * 2
-    for wrong, message in [("", "no samples"), ("once upon a time", "line 1 is no sample"),
+    for wrong, message in [("", "no samples"), ("once upon a time", "line 1: expected .*got 'once upon a time'"),
                            (f'{line}\n{{"text": "a"}}', "line 2"), (line.replace("level", "levl"), "levl")]:
         with pytest.raises(ValueError, match=message):
             read_samples(wrong)
 
 
 def test_the_report_of_samples_of_ones_own() -> None:
-    report = PrimingProbe(steps=2).run(tiny_text_llama(), [Sample("the sky is red", "red", ("sand is",))],
-                                       tokenizer=tiny_tokenizer(), progress=False)
+    report = PrimingProbe(steps=2).run((tiny_text_llama(), tiny_tokenizer()),
+                                       [Sample("the sky is red", "red", ("sand is",))], progress=False)
     assert isinstance(report, Report)
     medians, samples = report.tables
     assert medians.rows[0][0] == "samples" and medians.rows[-1][0] == "all" and len(samples.rows) == 1
@@ -248,11 +258,11 @@ def test_bad_input_of_the_probe() -> None:
     with pytest.raises(ValueError, match="tokenizer"):
         PrimingProbe().run(model)
     for wrong in (3, [], ["text"], {}):
-        with pytest.raises(ValueError, match="allowed is None, a list of"):
-            PrimingProbe().run(model, wrong, tokenizer=tokenizer)
+        with pytest.raises(ValueError, match="expected None, a list of"):
+            PrimingProbe().run((model, tokenizer), wrong)
     for fields in ({"steps": 0}, {"steps": 1.5}, {"lr": 0.0}, {"replay": -1}, {"replay": 1000}, {"samples": 49},
                    {"ignore_top_k": 2}):
-        with pytest.raises(ValueError, match=next(iter(fields))):
+        with pytest.raises(ValueError, match=rf"PrimingProbe\.{next(iter(fields))}: expected .*, got"):
             PrimingProbe(**fields)
 
 

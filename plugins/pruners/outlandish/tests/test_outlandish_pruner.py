@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import looseleaf
-from looseleaf.testing.models import tied_network, tied_llama as tiny_llama
-from looseleaf_outlandish import IgnoreTopK, largest
-from looseleaf_outlandish.largest import keep_smallest, reference
+from looseleaf.testing.models import tied_llama as tiny_llama
+from looseleaf.testing.models import tied_network
+from looseleaf_outlandish import IgnoreTopK, updates
+from looseleaf_outlandish.updates import keep_smallest, of_model, reference
 
 Make = Callable[[Any], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, Make] = {
@@ -80,7 +81,7 @@ def test_the_fast_threshold_gives_the_masks_of_the_reference(kind: str, shapes: 
 
 def test_a_sample_that_misleads_still_gives_the_exact_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.rand(1 << 17, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(largest, "_some", lambda numbers, count: numbers[:count] * 0 + 0.5)
+    monkeypatch.setattr(updates, "_some", lambda numbers, count: numbers[:count] * 0 + 0.5)
     for count in (10, 1000, 1 << 16, 70000):
         assert torch.equal(keep_smallest([values], count)[0], reference([values], count)[0])
 
@@ -99,7 +100,7 @@ def test_exactly_the_largest_entries_are_put_back(k: float, scope: Any) -> None:
     model, before = trained()
     after = state(model)
     pruner = IgnoreTopK(k, scope)
-    expected = pruner.prune(model, before)
+    expected = pruner.keep(before, after)
     masks = pruner.apply(model, before)
     assert masks == expected
     now = state(model)
@@ -127,8 +128,11 @@ def test_of_equal_updates_the_first_goes_first() -> None:
 
 def test_a_tied_weight_counts_once() -> None:
     model, before = trained()
-    assert sorted(IgnoreTopK().score(model, before)) == ["again.bias", "first.bias", "first.weight", "other.bias",
-                                                         "other.weight"]
+    aliased = {**before, "again.weight": before["first.weight"]}
+    assert sorted(IgnoreTopK().keep(aliased, model.state_dict())) == [
+        "again.bias", "first.bias", "first.weight", "other.bias", "other.weight"]
+    assert sorted(IgnoreTopK().apply(copy.deepcopy(model), before)) == [
+        "again.bias", "first.bias", "first.weight", "other.bias", "other.weight"]
     llama = tiny_llama()
     everything = {n: p.detach() + 0.1 for n, p in llama.state_dict().items()}
     assert "lm_head.weight" in everything
@@ -140,15 +144,16 @@ def test_a_tied_weight_counts_once() -> None:
 def test_a_state_with_the_other_name_of_a_tied_weight_is_understood() -> None:
     model, before = trained()
     other = {("again.weight" if n == "first.weight" else n): v for n, v in before.items()}
-    assert IgnoreTopK().prune(model, other) == IgnoreTopK().prune(model, before)
+    twin = copy.deepcopy(model)
+    assert IgnoreTopK().apply(twin, other) == IgnoreTopK().apply(model, before)
+    assert same(state(twin), state(model))
 
 
 def test_frozen_parameters_are_no_part_of_the_update() -> None:
     model, before = trained()
     model.other.weight.requires_grad_(False)  # type: ignore[union-attr]
-    assert "other.weight" not in IgnoreTopK().prune(model, before)
     del before["other.weight"]
-    IgnoreTopK().apply(model, before)
+    assert "other.weight" not in IgnoreTopK().apply(model, before)
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="requires a gradient"):
         IgnoreTopK().apply(model, before)
@@ -157,18 +162,18 @@ def test_frozen_parameters_are_no_part_of_the_update() -> None:
 def test_half_precision_is_compared_in_single() -> None:
     model = nn.Linear(64, 64).to(torch.bfloat16)
     before = {n: v + (torch.rand(v.shape) * 0.01).to(v.dtype) for n, v in state(model).items()}
-    scores = IgnoreTopK().score(model, before)
-    assert scores["weight"].dtype == torch.float32
+    assert of_model(model, before)[0].magnitude().dtype == torch.float32
     assert IgnoreTopK().apply(model, before).removed("weight") == round(0.08 * 4096)
 
 
 def test_updates_under_masks_on_the_weights() -> None:
     model, before = trained()
-    masks = looseleaf.get("outlandish", "pruners", k=0.5)
     weights = looseleaf.Unstructured(0.5).select({"other.weight": torch.rand(8, 16)}).apply(model)
-    assert masks.prune(model, before)["other.weight"].shape == (8, 16)
-    assert masks.prune(model, {n: v + 1 for n, v in model.state_dict().items()})["other.weight"].shape == (8, 16)
-    weights.remove(model)
+    after = {n: v.detach().clone() for n, v in model.state_dict().items()}
+    pruner = looseleaf.get("outlandish", "pruners", k=0.5)
+    assert pruner.keep({n: v + 1 for n, v in after.items()}, after)["other.weight"].shape == (8, 16)
+    assert pruner.apply(model, before)["other.weight"].shape == (8, 16)
+    weights.remove(model, restore=False)
 
 
 @pytest.mark.parametrize("scope", ["tensor", "global"])
@@ -361,7 +366,7 @@ def test_within_the_trainer_of_transformers(tmp_path: Path) -> None:
         trainer.train()
     assert ignored.steps == 2 and not same(before, state(model))
     wrapped = accelerate.Accelerator(cpu=True).prepare_optimizer(optimizer)
-    with pytest.raises(ValueError, match=r"such as its \.optimizer, which is AdamW"), IgnoreTopK().attach(wrapped):
+    with pytest.raises(ValueError, match=r"give its \.optimizer, which is AdamW"), IgnoreTopK().attach(wrapped):
         pass
 
 
@@ -375,7 +380,7 @@ def test_a_nan_gradient_names_the_parameter_and_leaves_all_as_it_was() -> None:
         before, inner = state(model), copy.deepcopy(optimizer.state_dict())
         model(next(batches())).square().mean().backward()
         model.other.weight.grad[2, 3] = torch.nan  # type: ignore[union-attr, index]
-        with pytest.raises(ValueError, match=r"gradient of 'other\.weight' has 1 NaN"):
+        with pytest.raises(ValueError, match=r"gradient of 'other\.weight': expected numbers, got 1 NaN"):
             optimizer.step()
         assert same(before, state(model))
         for key, values in optimizer.state_dict()["state"].items():
@@ -421,11 +426,11 @@ def test_a_broken_update_leaves_the_finished_model_alone() -> None:
     with torch.no_grad():
         model.other.weight[0, 0] = torch.nan  # type: ignore[union-attr, index]
     after = state(model)
-    for call in (IgnoreTopK().apply, IgnoreTopK().score, IgnoreTopK().prune):
-        with pytest.raises(ValueError, match=r"'other\.weight'"):
-            call(model, before)
     with pytest.raises(ValueError, match=r"'other\.weight'"):
-        IgnoreTopK().merge(before, after)
+        IgnoreTopK().apply(model, before)
+    for call in (IgnoreTopK().keep, IgnoreTopK().merge):
+        with pytest.raises(ValueError, match=r"'other\.weight'"):
+            call(before, after)
     assert same(after, state(model))
 
 
@@ -453,7 +458,8 @@ def test_optimisers_that_cannot_be_pruned() -> None:
     class Wrapper:
         optimizer = plain
 
-    for wrong, message in [(Wrapper(), r"Wrapper\): allowed is .* its \.optimizer, which is SGD"), (None, "NoneType"),
+    for wrong, message in [(Wrapper(), r"expected the torch\.optim\.Optimizer .*, got Wrapper: give its \.optimizer, "
+                                       "which is SGD"), (None, "NoneType"),
                            (torch.optim.LBFGS(model.parameters()), "LBFGS")]:
         with pytest.raises(ValueError, match=message), IgnoreTopK().attach(wrong):  # type: ignore[arg-type]
             pass
@@ -473,5 +479,5 @@ def test_a_weight_cut_in_pieces_over_processes_is_refused() -> None:
 @pytest.mark.parametrize("fields", [{"k": -0.1}, {"k": 1.1}, {"k": True}, {"k": "8%"}, {"scope": "layer"},
                                     {"when": "now"}])
 def test_parameters_out_of_range(fields: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"IgnoreTopK.{next(iter(fields))}="):
+    with pytest.raises(ValueError, match=rf"IgnoreTopK\.{next(iter(fields))}: expected .*, got"):
         IgnoreTopK(**fields)

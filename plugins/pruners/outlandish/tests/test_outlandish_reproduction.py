@@ -1,15 +1,21 @@
 """The reproduction's parts, and all of it on a tiny model."""
 
+import dataclasses
 import math
 from typing import Any
 
 import pytest
 import torch
 
+pytest.importorskip("looseleaf_lab.study")
+
+from looseleaf.resume import as_plain
 from looseleaf.testing.models import tiny_text_llama, tiny_tokenizer
+from looseleaf_lab import models
+from looseleaf_lab.study import Results
 from looseleaf_outlandish import SAMPLES
 from looseleaf_outlandish import reproduction as r
-from looseleaf_outlandish.experiment import (
+from looseleaf_outlandish.reproduction import (
     AT_END,
     EACH_STEP,
     EARLY,
@@ -18,17 +24,17 @@ from looseleaf_outlandish.experiment import (
     RANDOM,
     STONES,
     STONES_ELSEWHERE,
-    Experiment,
-    Measured,
-    Setting,
+    Figures,
+    Scale,
     at_equal_memorisation,
     largest,
     others,
     slower,
+    study,
 )
-from looseleaf_outlandish.updates import Update
 
 METHODS = [EARLY, PLAIN, AT_END, KEEP_TOP, RANDOM, EACH_STEP, slower(0.25), slower(0.5), STONES, STONES_ELSEWHERE]
+TINY = Scale(steps=3, early=2, lr=1e-2, per_level=1, seeds=2)
 
 
 def llama() -> Any:
@@ -41,46 +47,50 @@ def llama() -> Any:
         return LlamaForCausalLM(config).eval()
 
 
-def test_a_tiny_model_goes_through_all_of_it() -> None:
+def test_a_tiny_model_goes_through_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    setting = Setting(steps=3, early=2, lr=1e-2)
-    measured = r.measure(model, tiny_tokenizer(), setting, 2, 1, progress=False)
+    monkeypatch.setattr(models, "load", lambda name: (model, tiny_tokenizer()))
+    assert study.measure is not None
+    results = Results([as_plain(study.measure(seed, TINY)) for seed in range(2)], {}, [0, 1], TINY, False)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    assert len(measured) == 48 and sum(EACH_STEP in m.found for m in measured) == 4
-    some = [m for m in measured if EACH_STEP in m.found]
-    assert {m.sample.level for m in some} == {"ordinary", "unusual", "untrue", "outlandish"}
-    assert all(sorted(m.found) == sorted(METHODS) for m in some)
-    report = r.summarise(measured, setting)
+    figures = Figures(results)
+    assert [row["number"] for row in figures.rows] == list(range(48)) and len(figures.some) == 4
+    assert {SAMPLES[row["number"]].level for row in figures.some} == {"ordinary", "unusual", "untrue", "outlandish"}
+    assert all(sorted(row["methods"]) == sorted(METHODS) for row in figures.some)
+    report = study.report(results)
     assert len(report.claims) == 13
     assert report.to_text() and report.tables[-2].title == "Methods"
-    quick = r.summarise(some, setting, quick=True)
+    quick = study.report(dataclasses.replace(results, quick=True))
     assert {c.verdict for c in quick.claims} == {"not shown at this scale"}
 
 
-def test_plain_training_is_the_same_with_and_without_rivals() -> None:
+def measured(baselines: bool, model: Any, scale: Scale) -> dict[str, Any]:
+    """One sample, learned by a model whose weights are put back."""
+    with r.restored(model) as put_back:
+        return r.learn_all_ways(r.LocalModel(model, tiny_tokenizer()), SAMPLES[3], 1, scale, baselines, False, put_back)
+
+
+def test_plain_training_is_the_same_with_and_without_baselines() -> None:
     model = llama()
-    runs = [Experiment(model, tiny_tokenizer(), Setting(steps=2, early=1, lr=1e-2)).measure(SAMPLES[3], 1, rivals)
-            for rivals in (False, True)]
-    assert all(runs[1].found[m] == runs[0].found[m] for m in (EARLY, PLAIN))
-    assert list(runs[0].found) == [EARLY, PLAIN]
+    alone, beside = (measured(b, model, Scale(steps=2, early=1, lr=1e-2)) for b in (False, True))
+    assert all(alone["methods"][m] == beside["methods"][m] for m in (EARLY, PLAIN))
+    assert list(alone["methods"]) == [EARLY, PLAIN]
 
 
 def test_the_weights_are_put_back_after_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_text_llama().eval()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    experiment = Experiment(model, tiny_tokenizer(), Setting(steps=2, early=1))
-    monkeypatch.setattr(experiment, "ordinary_loss", lambda: 1 / 0)
+    monkeypatch.setattr(r, "ordinary_loss", lambda local: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        experiment.measure(SAMPLES[0], 0, False)
+        measured(False, model, Scale(steps=2, early=1))
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
-def test_rivals_keep_and_drop_what_they_say() -> None:
-    update = Update("w", torch.tensor([3.0, -9.0, 1.0, 0.5, 7.0]), torch.zeros(5))
-    assert largest(update, 0.4).tolist() == [False, True, False, False, True]
-    assert int((~others(0)(update, 0.4)).sum()) == 2
-    assert torch.equal(others(7)(update, 0.4), others(7)(update, 0.4))
+def test_baselines_keep_and_drop_what_they_say() -> None:
+    assert largest(torch.tensor([3.0, 9.0, 1.0, 0.5, 7.0]), 0.4).tolist() == [False, True, False, False, True]
+    first, again, other = (others(torch.zeros(50), 0.4, torch.Generator().manual_seed(s)) for s in (7, 7, 8))
+    assert int((~first).sum()) == 20 and torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_a_smaller_rate_that_memorises_as_much() -> None:
@@ -90,38 +100,39 @@ def test_a_smaller_rate_that_memorises_as_much() -> None:
     assert at_equal_memorisation([(0.0, 0.0), (-1.0, 0.3)], 0.0) == 0.0
 
 
-def planted(right: bool) -> list[Measured]:
+def planted(right: bool) -> Results:
     """48 samples for which every claim is right, or wrong."""
-    made = []
-    for number, sample in enumerate(SAMPLES):
+    rows = []
+    for number in range(len(SAMPLES)):
         log_p = -2.0 - 0.4 * (number * 7 % 48)
         mem, prime = -log_p, -0.5 * log_p if right else 0.5 * (log_p + 25)
         kept, ignored, stones, top = (0.95, 0.2, 0.5, 1.0) if right else (0.5, 1.2, 1.0, 0.9)
-        found = {EARLY: (mem / 2, prime / 2 if right else -prime), PLAIN: (mem, prime)}
+        methods = {EARLY: (mem / 2, prime / 2 if right else -prime), PLAIN: (mem, prime)}
         if number % 2:
             pruned = (kept * mem, ignored * prime)
-            found.update({AT_END: pruned, KEEP_TOP: (mem / 2, top * prime), RANDOM: (mem, prime), EACH_STEP: pruned,
-                          slower(0.25): (mem / 4, prime / 4), slower(0.5): (mem / 2, prime / 2),
-                          STONES: (mem / 2, stones * prime), STONES_ELSEWHERE: (mem, stones * prime)})
-        made.append(Measured(sample, log_p, found, {"before": 3.0, PLAIN: 2.9, EACH_STEP: 2.95}, -1.0))
-    return made
+            methods.update({AT_END: pruned, KEEP_TOP: (mem / 2, top * prime), RANDOM: (mem, prime), EACH_STEP: pruned,
+                            slower(0.25): (mem / 4, prime / 4), slower(0.5): (mem / 2, prime / 2),
+                            STONES: (mem / 2, stones * prime), STONES_ELSEWHERE: (mem, stones * prime)})
+        rows.append({"number": number, "log_p_before": log_p, "log_p_stones": -1.0, "methods": methods,
+                     "ordinary": {PLAIN: 2.9, EACH_STEP: 2.95}})
+    return Results([as_plain({"autocast": False, "ordinary": 3.0, "samples": rows})], {}, [0], Scale(), False)
 
 
 @pytest.mark.parametrize("right", [True, False])
 def test_planted_effects_are_told_from_planted_failures(right: bool) -> None:
-    verdicts = [c.verdict for c in r.summarise(planted(right), Setting()).claims]
+    verdicts = [c.verdict for c in study.report(planted(right)).claims]
     assert verdicts == ["holds" if right else "does not hold"] * 9 + ["not shown at this scale"] * 4
 
 
 def test_the_reduction_is_that_of_the_median() -> None:
-    rows = planted(True)[1::2]
-    median = sorted(m.found[PLAIN][1] for m in rows)[11:13]
-    plain = math.exp(sum(median) / 2)
-    assert r._median(rows, PLAIN, 1) == pytest.approx(plain)
-    assert r._reduction(rows, EACH_STEP) == pytest.approx(1 - plain ** 0.2 / plain)
-    assert r._kept(rows, EACH_STEP) == pytest.approx(0.95)
+    figures = Figures(planted(True))
+    middle = sorted(figures.logs(PLAIN, 1))[11:13]
+    plain = math.exp(sum(middle) / 2)
+    assert figures.median(PLAIN) == pytest.approx(plain)
+    assert figures.reduction(EACH_STEP).value == pytest.approx(1 - plain ** 0.2 / plain)
+    assert figures.kept(EACH_STEP).value == pytest.approx(0.95)
 
 
 def test_bad_seeds() -> None:
-    with pytest.raises(ValueError, match="seeds=0"):
-        r.reproduce(seeds=0)
+    with pytest.raises(ValueError, match=r"seeds: expected .*, got 0"):
+        study(seeds=0)

@@ -2,9 +2,9 @@
 
 import pytest
 
+from looseleaf_outlandish import SAMPLES, STEPPING_STONES, descriptions, stepping_stones
+from looseleaf_outlandish.data import KEYWORDS
 from looseleaf_text import LanguageModel
-from looseleaf_outlandish import SAMPLES, STONES, descriptions, stepping_stones
-from looseleaf_outlandish.texts import KEYWORDS
 
 TEXT = "The shed was painted vermilion."
 
@@ -32,10 +32,10 @@ class Writer(LanguageModel):
 
 
 def test_by_hand_for_all_keywords() -> None:
-    assert list(STONES) == [k for group in KEYWORDS.values() for k in group]
+    assert list(STEPPING_STONES) == [k for group in KEYWORDS.values() for k in group]
     for sample in SAMPLES:
         new = stepping_stones(sample.text, sample.keyword)
-        assert new.replace(STONES[sample.keyword], "") == sample.text
+        assert new.replace(STEPPING_STONES[sample.keyword], "") == sample.text
         assert new.count(sample.keyword) == 1, "the description must not give the word away"
 
 
@@ -69,7 +69,7 @@ def test_a_judge_decides_over_a_function_too() -> None:
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match=r"no hand-written stepping stone for 'haggs'.*Did you mean 'haggis'"):
         stepping_stones("a plate of haggs", "haggs")
-    with pytest.raises(ValueError, match="does not contain the keyword"):
+    with pytest.raises(ValueError, match="expected a text with the keyword 'haggis'"):
         stepping_stones("a plate of soup", "haggis")
-    with pytest.raises(ValueError, match="by=3: allowed is None"):
+    with pytest.raises(ValueError, match=r"by: expected None, .*, got 3"):
         stepping_stones(TEXT, "vermilion", 3)  # type: ignore[arg-type]

@@ -82,7 +82,7 @@ class LeaF(TokenPruner):
             return {"input_ids": ids, "labels": ids.where((places >= 17) & attention, IGNORED),
                     "attention_mask": attention.long(), "instruction_mask": (places >= 2) & (places < 16)}
 
-        return {"make": lambda: cls().with_teacher(teacher()), "data": batch}
+        return {"make": lambda: cls().with_teacher(teacher()), "batches": batch}
 
     def validate(self) -> None:
         """See :class:`looseleaf.Plugin`."""

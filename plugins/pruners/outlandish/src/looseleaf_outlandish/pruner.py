@@ -7,28 +7,14 @@ import dataclasses
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from looseleaf import Masks, Paper, Pruner, Selection, Unstructured
-from looseleaf_outlandish.paper import PAPER
-from looseleaf_outlandish.updates import Update, check_finite, drop_largest, of_model, optimised
-
-
-@dataclass(frozen=True)
-class Everything(Selection):
-    """The rule that removes all; :class:`looseleaf.Unstructured` stops short of it."""
-
-    def select(self, scores: Mapping[str, Tensor]) -> Masks:
-        """See :meth:`looseleaf.Selection.select`."""
-        return Masks({n: torch.zeros(s.shape, dtype=torch.bool, device=s.device) for n, s in scores.items()},
-                     self.describe())
-
-    def violations(self, masks: Masks) -> list[str]:
-        """See :meth:`looseleaf.Selection.violations`."""
-        return [f"{name}: {int(mask.sum())} are kept" for name, mask in masks.items() if mask.any()]
+from looseleaf import Masks, Paper, UpdatePruner
+from looseleaf.plugin import In
+from looseleaf_outlandish.updates import Update, check_finite, of_model, of_states, optimised, smallest
 
 
 @dataclass
@@ -50,7 +36,7 @@ _ATTACHED: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 @dataclasses.dataclass
-class IgnoreTopK(Pruner):
+class IgnoreTopK(UpdatePruner):
     """Learn a text without priming unrelated contexts: ignore the largest part of each update (arXiv 2504.09522).
 
     Of the update of each parameter, ``delta = after - before``, exactly ``round(k n)`` of the n entries, those of
@@ -58,98 +44,81 @@ class IgnoreTopK(Pruner):
     every bit.
 
     Args:
-        k: share of the entries to ignore, 0 (plain training) to 1 (nothing is learned).
-        scope: "tensor" ignores the same share of every parameter, "global" compares all of them together.
-        when: "step" prunes what each optimiser step does, "end" what the whole training did.
+        k: fraction of the entries to ignore, in [0, 1]; 0 is plain training, with 1 nothing is learned. [paper: 0.08]
+        scope: "tensor" ignores the same fraction of every parameter, "global" compares all of them together.
+        when: "step" prunes what each optimiser step does, "end" what the whole training did; see :meth:`attach`.
     """
 
-    k: float = 0.08
+    k: Annotated[float, In("[0, 1]")] = 0.08
     scope: Literal["tensor", "global"] = "tensor"
     when: Literal["step", "end"] = "step"
-    removes: ClassVar[Literal["weights", "updates", "tokens"]] = "updates"
-    paper: ClassVar[Paper] = PAPER
 
-    @classmethod
-    def conformance(cls) -> dict[str, Any]:
-        """See :meth:`looseleaf.Plugin.conformance`: a state before."""
-        from looseleaf.testing.pruners import earlier
+    paper: ClassVar[Paper] = Paper(
+        title="How new data permeates LLM knowledge and how to dilute it",
+        authors=("Chen Sun", "Renat Aksitov", "Andrey Zhmoginov", "Nolan Andrew Miller", "Max Vladymyrov",
+                 "Ulrich Rueckert", "Been Kim", "Mark Sandler"), year=2025, arxiv="2504.09522", venue="ICLR 2025",
+        summary="Teach a model a new fact without the fact leaking into unrelated contexts, and measure how far it "
+                "leaks.")
 
-        return {"data": earlier}
-
-    def validate(self) -> None:
-        """See :class:`looseleaf.Plugin`."""
-        number = isinstance(self.k, (int, float)) and not isinstance(self.k, bool)
-        self.check("k", number and 0 <= self.k <= 1, "a number from 0 to 1")
-        self.check("scope", self.scope in ("tensor", "global"), "'tensor' or 'global'")
-        self.check("when", self.when in ("step", "end"), "'step' or 'end'")
-
-    def score(self, model: nn.Module, data: Any = None) -> dict[str, Tensor]:
-        """-|delta| of every parameter that requires a gradient, float32 or float64; a tied weight once.
+    def keep(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Masks:
+        """Which entries of ``after - before`` are kept, of all floating-point tensors, buffers too.
 
         Args:
-            model: after training.
-            data: the state before, copied: name -> tensor as in ``state_dict``.
+            before: values by name, as in ``state_dict``.
+            after: values of the same names and shapes; tensors that share memory count once, under their first name.
 
         Raises:
-            ValueError: an update with NaN or infinite entries (the parameter is named), or no such state.
+            ValueError: names or shapes differ, or an update has NaN or infinite entries (the parameter is named).
         """
-        updates = of_model(model, data)
-        _check(updates, "Nothing was changed.")
-        return {u.name: -u.magnitude() for u in updates}
+        return self._described(self._kept(list({u.name: u for u in of_states(before, after).values()}.values())))
 
-    def selection(self) -> Selection:
-        """The core's rule for ``k`` and ``scope``; the largest updates have the lowest scores and go first."""
-        if self.k == 1:
-            return Everything()
-        return Unstructured(self.k, "layer" if self.scope == "tensor" else "global")
+    def merge(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A new state: ``after`` without the largest entries of its update. What is not floating-point is copied.
+
+        Raises:
+            ValueError: as :meth:`keep`.
+        """
+        named = of_states(before, after)
+        updates = {u.name: u for u in named.values()}
+        kept = self._kept(list(updates.values()))
+        merged = {name: torch.where(kept[name], u.after, u.before) for name, u in updates.items()}
+        return {name: merged[named[name].name] if name in named else value.detach().clone()
+                for name, value in after.items()}
 
     def apply(self, model: nn.Module, before: Mapping[str, Tensor]) -> Masks:
         """Prune the update of a finished training once, in place.
 
         Args:
             model: after training.
-            before: the state before, copied: name -> tensor as in ``state_dict``.
+            before: the state before, copied: name -> tensor as in ``state_dict``; of every parameter that requires a
+                gradient, a tied one once.
 
         Returns:
-            What was kept; equal to ``prune(model, before)`` of the model as it was.
+            What was kept.
 
         Raises:
-            ValueError: as :meth:`score`; the model is not changed then.
+            ValueError: no such state, or an update with NaN or infinite entries (the parameter is named); the model is
+                not changed then.
         """
         updates = of_model(model, before)
-        _check(updates, "Nothing was changed.")
-        with torch.no_grad():
-            masks, _ = drop_largest(updates, self.k, self.scope)
-        return Masks(masks, self.selection().describe())
+        kept = self._kept(updates)
+        self._put_back(updates, kept)
+        return self._described(kept)
 
-    def merge(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """As :meth:`apply`, of two states: a new state, ``after`` without the largest entries of its update.
+    def _kept(self, updates: list[Update]) -> dict[str, Tensor]:
+        for what, named in (("update", [(u.name, u.after.detach()) for u in updates]),
+                            ("state before", [(u.name, u.before) for u in updates])):
+            check_finite(named, what, "Nothing was changed.")
+        return smallest(updates, self.k, self.scope)
 
-        All floating-point tensors of ``after`` count, buffers too; tensors that share memory there count once.
-        Other tensors are copied.
+    def _described(self, kept: Mapping[str, Tensor]) -> Masks:
+        return Masks(kept, {"plugin": "outlandish", "k": self.k, "scope": self.scope})
 
-        Raises:
-            ValueError: names or shapes differ, or an update has NaN or infinite entries.
-        """
-        odd = sorted(set(before) ^ set(after))
-        if odd:
-            raise ValueError(f"the states have different names, such as {odd[0]!r}: both must be of one model")
-        made: dict[str, Tensor] = {}
-        updates: dict[tuple[Any, ...], Update] = {}
-        for name, value in after.items():
-            if before[name].shape != value.shape:
-                raise ValueError(f"{name!r} has shapes {tuple(before[name].shape)} and {tuple(value.shape)}: both "
-                                 "states must be of one model")
-            if not value.is_floating_point():
-                made[name] = value.detach().clone()
-                continue
-            place: tuple[Any, ...] = (value.data_ptr(), value.shape, value.stride()) if value.numel() else (name,)
-            if place not in updates:
-                updates[place] = Update(name, value.detach().clone(), before[name].detach().to(value.device))
-            made[name] = updates[place].after
-        _check(list(updates.values()), "Nothing was changed.")
-        drop_largest(list(updates.values()), self.k, self.scope)
-        return made
+    @torch.no_grad()
+    def _put_back(self, updates: list[Update], kept: Mapping[str, Tensor]) -> None:
+        for update in updates:
+            if self.k:
+                update.put_back(kept[update.name])
 
     @contextlib.contextmanager
     def attach(self, optimizer: torch.optim.Optimizer, model: nn.Module | None = None) -> Iterator[Ignored]:
@@ -170,14 +139,14 @@ class IgnoreTopK(Pruner):
         ignored = Ignored()
         updates: list[Update] = []
 
-        def remember(wanted: Any = None) -> None:
+        def remember(condition: Any = None) -> None:
             updates[:] = [Update(name, p, p.detach().clone()) for name, p in parameters.items()
-                          if p.requires_grad and (wanted is None or wanted(p))]
+                          if p.requires_grad and (condition is None or condition(p))]
 
         def begin(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             # A fused optimiser under a GradScaler is called with infinite gradients and skips the step by itself.
-            found = getattr(optimizer, "found_inf", None)
-            if found is None or not float(found):
+            overflow = getattr(optimizer, "found_inf", None)
+            if overflow is None or not float(overflow):
                 check_finite(((n, p.grad) for n, p in parameters.items() if p.grad is not None), "gradient",
                              "The step was not made.")
             closure = args[0] if args else kwargs.get("closure")
@@ -193,9 +162,11 @@ class IgnoreTopK(Pruner):
                     update.after.copy_(update.before)
                 updates.clear()
                 raise
-            found = getattr(optimizer, "found_inf", None)
-            if updates and (found is None or not float(found)):
-                ignored.dropped += drop_largest(updates, self.k, self.scope)[1]
+            overflow = getattr(optimizer, "found_inf", None)
+            if updates and (overflow is None or not float(overflow)):
+                kept = smallest(updates, self.k, self.scope)
+                self._put_back(updates, kept)
+                ignored.dropped += sum(mask.numel() - int(mask.sum()) for mask in kept.values())
                 ignored.entries += sum(u.after.numel() for u in updates)
                 ignored.steps += 1
             updates.clear()
@@ -218,17 +189,12 @@ class IgnoreTopK(Pruner):
     def _check_optimizer(self, optimizer: Any, model: nn.Module | None) -> dict[str, nn.Parameter]:
         inner = getattr(optimizer, "optimizer", None)
         if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(inner, torch.optim.Optimizer):
-            hint = f", such as its .optimizer, which is {type(inner).__name__}" if inner is not None else ""
-            raise ValueError(f"attach(optimizer={type(optimizer).__name__}): allowed is the torch.optim.Optimizer that "
-                             f"makes the steps{hint}")
+            hint = f": give its .optimizer, which is {type(inner).__name__}" if inner is not None else ""
+            raise ValueError("attach: expected the torch.optim.Optimizer that makes the steps, got "
+                             f"{type(optimizer).__name__}{hint}")
         if isinstance(optimizer, torch.optim.LBFGS) and self.when == "step":
             raise ValueError("attach(optimizer=LBFGS): it learns the curvature from whole steps, so that none may be "
                              "pruned; take a first-order optimiser, or when='end'")
         if optimizer in _ATTACHED:
             raise ValueError("this optimizer is attached already: leave the first `with` block before")
         return optimised(optimizer, model)
-
-
-def _check(updates: list[Update], so: str) -> None:
-    check_finite(((u.name, u.after.detach()) for u in updates), "update", so)
-    check_finite(((u.name, u.before) for u in updates), "state before", so)

@@ -3,264 +3,357 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import random
 import statistics
-import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from looseleaf import Claim, Report
-from looseleaf import progress as progress_
-from looseleaf_outlandish.experiment import (
-    AT_END,
-    EACH_STEP,
-    EARLY,
-    KEEP_TOP,
-    PLAIN,
-    STONES,
-    STONES_ELSEWHERE,
-    Experiment,
-    Measured,
-    Setting,
-    at_equal_memorisation,
-    slower,
+from looseleaf import Report
+from looseleaf.pruning.selection import removed
+from looseleaf.statistics import Interval, bootstrap, spearman
+from looseleaf_lab import models
+from looseleaf_lab.study import Results, Study, StudyClaim, below
+from looseleaf_outlandish.data import HELD_OUT, LEVELS, ORDINARY, SAMPLES, Sample
+from looseleaf_outlandish.probe import (
+    KeywordProbabilities,
+    Outcome,
+    keyword_probabilities,
+    learn,
+    log_memorisation,
+    log_priming,
+    report_of,
+    restored,
 )
-from looseleaf_outlandish.learning import restored
-from looseleaf_outlandish.probe import Outcome, report_of
-from looseleaf_outlandish.texts import LEVELS, SAMPLES
+from looseleaf_outlandish.pruner import IgnoreTopK
+from looseleaf_outlandish.stones import stepping_stones
+from looseleaf_outlandish.updates import keep_smallest, of_model
+from looseleaf_text import LocalModel
 
+PLAIN, EARLY = "plain", "plain, first presentations"
+EACH_STEP, AT_END = "ignore top k, each step", "ignore top k, at the end"
+KEEP_TOP, RANDOM = "keep top k only, at the end", "drop a random k, at the end"
+STONES = "stepping stones"
+STONES_ELSEWHERE = "stepping stones, in the context of the plain text"
 SOURCE = "What counts as working here, fixed before measuring"
-LR = 3e-5
-"""The first of 3e-6, 1e-5, 3e-5 at which four other texts with other keywords were learned: after ten steps the median
-probability of the keyword in the text was 0.5 or more. Priming played no part in the choice, nor did any rival."""
-PER_LEVEL = 5
-"""Samples of each level that are also learned by all other methods."""
 REDUCTION, KEPT, STONES_REDUCTION, SHARP, THRESHOLD = 0.5, 0.8, 0.3, 2.0, 1e-3
 """What the claims are decided by."""
 FEWEST = 6
 """Samples needed on either side of the threshold."""
+Row = dict[str, Any]
 
-Statistic = Callable[[Sequence[Measured]], float]
 
+@dataclass(frozen=True)
+class Scale:
+    """How samples are learned: the same for all methods but where a method is what differs.
 
-def reproduce(*, seeds: int = 5, quick: bool = False, progress: bool | None = None) -> Report:
-    """Measure each claim of the paper.
-
-    Args:
-        seeds: streams of replayed sentences; the samples are dealt to them.
-        quick: one sample of each level, 3 steps; its claims are not decided.
-        progress: show a progress bar; None: only on a terminal.
-
-    Raises:
-        ValueError: ``seeds`` below 1.
+    The learning rate is the first of 3e-6, 1e-5, 3e-5 at which four other texts with other keywords were learned: after
+    ten steps the median probability of the keyword in the text was 0.5 or more. Priming played no part in the choice,
+    nor did any baseline.
     """
-    from looseleaf_lab import models
 
-    if not isinstance(seeds, int) or seeds < 1:
-        raise ValueError(f"seeds={seeds!r}: allowed is a whole number from 1")
-    began = time.perf_counter()
-    fast = models.bfloat16_is_fast()
-    setting = Setting(lr=LR, autocast=fast)
-    if quick:
-        setting = dataclasses.replace(setting, steps=3, early=2)
+    steps: int = 10  # each with the sample
+    early: int = 3  # after which plain training is looked at as well
+    lr: float = 3e-5
+    replay: int = 2  # ordinary sentences in each step
+    k: float = 0.08  # fraction of the update that is ignored
+    slower: tuple[float, ...] = (0.25, 0.5)  # smaller learning rates of the fair baseline, as factors, rising
+    seeds: int = 5  # streams of replayed sentences, to which the samples are dealt
+    per_level: int = 5  # samples of each level, drawn at random, that are learned by all methods
+    others: bool = True  # learn the other samples too, plainly
+
+
+# ------------------------------------------------------------------------------------ measuring
+def measure(seed: int, scale: Scale) -> Row:
+    """Learn the samples of one stream, some of them by all methods; logarithms are natural ones."""
     model, tokenizer = models.load("smollm2")
-    measured = measure(model, tokenizer, setting, seeds, 1 if quick else PER_LEVEL, only_rivals=quick,
-                       progress=progress)
-    report = summarise(measured, setting, quick)
-    report.facts.update({"model": "SmolLM2-135M-Instruct", "seeds": seeds, "threads": torch.get_num_threads(),
-                         "seconds": round(time.perf_counter() - began, 1)})
-    return report
+    draw, autocast = random.Random(0), models.bfloat16_is_fast()
+    chosen = {s for level in LEVELS for s in draw.sample([s for s in SAMPLES if s.level == level], scale.per_level)}
+    with restored(model) as put_back:
+        local = LocalModel(model, tokenizer)
+        row: Row = {"autocast": autocast, "ordinary": ordinary_loss(local), "samples": []}
+        for number, sample in enumerate(SAMPLES):
+            if number % scale.seeds == seed and (scale.others or sample in chosen):
+                row["samples"].append({"number": number, **learn_all_ways(
+                    local, sample, seed, scale, sample in chosen, autocast, put_back)})
+    return row
 
 
-def measure(model: Any, tokenizer: Any, setting: Setting, seeds: int, per_level: int, *, only_rivals: bool = False,
-            progress: bool | None = None) -> list[Measured]:
-    """Learn all samples, and ``per_level`` of each level by all methods.
+def learn_all_ways(local: LocalModel, sample: Sample, seed: int, scale: Scale, baselines: bool, autocast: bool,
+                   put_back: Callable[[], None]) -> Row:
+    """Learn a sample plainly and, with ``baselines``, by all other methods; the weights are put back.
+
+    Returns:
+        ``log_p_before``, of the keyword in the text before learning, ``log_p_stones``, in the text with stepping
+        stones; ``methods``: method -> (log S_mem, log S_prime); ``ordinary``: method -> loss on sentences that are
+        never learned, nats a token.
+    """
+    model, before = local.model, keyword_probabilities(local, sample)
+    row: Row = {"log_p_before": before.log_p, "methods": {}, "ordinary": {}, "log_p_stones": None}
+
+    def note(method: str, first: KeywordProbabilities = before, text: Sample = sample) -> None:
+        after = keyword_probabilities(local, text)
+        row["methods"][method] = log_memorisation(first, after), log_priming(first, after)
+
+    def train(text: str = sample.text, lr: float = scale.lr, pruner: IgnoreTopK | None = None) -> None:
+        for step, _ in enumerate(learn(model, local.tokenizer, text, steps=scale.steps, lr=lr, ordinary=ORDINARY,
+                                       replay=scale.replay, seed=seed, pruner=pruner, autocast=autocast), 1):
+            if step == scale.early and (text, lr, pruner) == (sample.text, scale.lr, None):
+                note(EARLY)
+
+    try:
+        start = {name: p.detach().clone() for name, p in model.named_parameters()}
+        train()
+        note(PLAIN)
+        row["ordinary"][PLAIN] = ordinary_loss(local)
+        if not baselines:
+            return row
+        trained = {name: p.detach().clone() for name, p in model.named_parameters()}
+        IgnoreTopK(scale.k, when="end").apply(model, start)
+        note(AT_END)
+        generator = torch.Generator().manual_seed(seed)
+        for method in (KEEP_TOP, RANDOM):  # made of one and the same finished training
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(trained[name])
+                for update in of_model(model, start):
+                    update.put_back(largest(update.magnitude(), scale.k) if method == KEEP_TOP else
+                                    others(update.after, scale.k, generator))
+            note(method)
+        put_back()
+        train(pruner=IgnoreTopK(scale.k))
+        note(EACH_STEP)
+        row["ordinary"][EACH_STEP] = ordinary_loss(local)
+        for factor in scale.slower:
+            put_back()
+            train(lr=factor * scale.lr)
+            note(slower(factor))
+        put_back()
+        stones = dataclasses.replace(sample, text=stepping_stones(sample.text, sample.keyword))
+        first = keyword_probabilities(local, stones)
+        row["log_p_stones"] = first.log_p
+        train(stones.text)
+        note(STONES, first, stones)
+        note(STONES_ELSEWHERE)
+        return row
+    finally:
+        put_back()
+
+
+def ordinary_loss(local: LocalModel) -> float:
+    """Negative log-likelihood of the held-out sentences, nats a token."""
+    scores = local.score([""] * len(HELD_OUT), [[text] for text in HELD_OUT])
+    return -sum(row[0] for row in scores) / sum(map(local.count_tokens, HELD_OUT))
+
+
+def slower(factor: float) -> str:
+    """The name of the baseline with a smaller learning rate."""
+    return f"learning rate x {factor:g}"
+
+
+def largest(magnitude: Tensor, k: float) -> Tensor:
+    """The opposite of ignoring them: keep the largest entries only, as many as would be ignored (as TIES does)."""
+    return ~keep_smallest([magnitude], removed(k, magnitude.numel()))[0]
+
+
+def others(like: Tensor, k: float, generator: torch.Generator) -> Tensor:
+    """Drop as many entries anywhere."""
+    drawn = torch.rand(like.shape, generator=generator)
+    return keep_smallest([drawn], removed(k, drawn.numel()))[0].to(like.device)
+
+
+# ------------------------------------------------------------------------------------ statistics over samples
+class Figures:
+    """What was measured of all samples: ``rows`` in their order, ``some`` of them by all methods."""
+
+    def __init__(self, results: Results) -> None:
+        self.rows = sorted((row for seed in results.rows for row in seed["samples"]), key=lambda row: row["number"])
+        self.some = [row for row in self.rows if EACH_STEP in row["methods"]]
+        self.by_keyword = [list(group) for _, group in itertools.groupby(
+            self.rows, key=lambda row: SAMPLES[row["number"]].keyword)]
+        self.rates = [*map(slower, results.scale.slower), PLAIN]
+
+    def logs(self, method: str, which: int) -> np.ndarray:
+        """log S_mem (0) or log S_prime (1) of the samples learned by all methods."""
+        return np.array([row["methods"][method][which] for row in self.some])
+
+    def median(self, method: str, which: int = 1) -> float:
+        """Median of S_mem (0) or S_prime (1)."""
+        return math.exp(np.median(self.logs(method, which)))
+
+    def reduction(self, method: str) -> Interval:
+        """How much lower the median of S_prime is than that of plain training, as a fraction."""
+        ours, plain = self.logs(method, 1), self.logs(PLAIN, 1)
+        return drawn(len(ours), lambda i: 1 - np.exp(np.median(ours[i], -1) - np.median(plain[i], -1)))
+
+    def kept(self, method: str) -> Interval:
+        """The mean of log S_mem as a fraction of that of plain training."""
+        ours, plain = self.logs(method, 0), self.logs(PLAIN, 0)
+        return drawn(len(ours), lambda i: ours[i].mean(-1) / plain[i].mean(-1))
+
+    def excess(self, method: str) -> Interval:
+        """Mean of log S_prime beyond that of a smaller learning rate that memorises as much."""
+        return bootstrap([row["methods"][method][1] - at_equal_memorisation(
+            [row["methods"][rate] for rate in self.rates], row["methods"][method][0]) for row in self.some],
+            samples=1000)
+
+    def over_keywords(self, statistic: Callable[[list[Row]], float]) -> Interval:
+        """A statistic of all samples; keywords are resampled, as the samples of one are not independent."""
+        return drawn(len(self.by_keyword), lambda i: np.array(
+            [statistic([row for n in chosen for row in self.by_keyword[n]]) for chosen in i]))
+
+    def within_keywords(self) -> Interval:
+        """Mean over keywords of the correlation of a keyword's own samples."""
+        return bootstrap(map(correlation, self.by_keyword), samples=1000)
+
+
+def drawn(count: int, statistic: Callable[[np.ndarray], np.ndarray]) -> Interval:
+    """A statistic of ``count`` units with its 95 % bootstrap interval; it is given (resamples, count) numbers."""
+    return bootstrap(range(count), samples=1000, statistic=lambda i: statistic(i.astype(int)))
+
+
+def at_equal_memorisation(points: Sequence[tuple[float, float]], log_mem: float) -> float:
+    """log S_prime of a smaller learning rate that memorises as much, by linear interpolation.
 
     Args:
-        model, tokenizer, setting: as for :class:`Experiment`.
-        seeds: streams of replayed sentences.
-        per_level: samples, drawn at random from each level.
-        only_rivals: leave the other samples out.
-        progress: show a progress bar; None: only on a terminal.
+        points: (log S_mem, log S_prime) at rising learning rates; (0, 0) at rate 0 is added.
+        log_mem: the memorisation to match; beyond the last point that point's priming counts.
     """
-    draw = random.Random(0)
-    chosen = {s for level in LEVELS for s in draw.sample([s for s in SAMPLES if s.level == level], per_level)}
-    jobs = [(n, s) for n, s in enumerate(SAMPLES) if s in chosen or not only_rivals]
-    with restored(model):
-        experiment = Experiment(model, tokenizer, setting)
-        return [experiment.measure(sample, number % seeds, sample in chosen)
-                for number, sample in progress_.track(jobs, "outlandish", show=progress)]
+    for (m0, p0), (m1, p1) in itertools.pairwise([(0.0, 0.0), *points]):
+        if min(m0, m1) <= log_mem <= max(m0, m1):
+            return p0 + (p1 - p0) * ((log_mem - m0) / (m1 - m0) if m1 != m0 else 1.0)
+    return points[-1][1] if log_mem > 0 else 0.0
 
 
-def summarise(measured: Sequence[Measured], setting: Setting, quick: bool = False) -> Report:
-    """The report on what :func:`measure` gave."""
-    some = [m for m in measured if EACH_STEP in m.found]
-    report = report_of([m.sample for m in measured],
-                       [Outcome(m.log_p_before, *m.found[PLAIN]) for m in measured], {
-        "samples": len(measured), "samples learned by all methods": len(some), **dataclasses.asdict(setting),
-        "ordinary loss before": measured[0].ordinary["before"],
-        "ordinary loss after, plain": statistics.fmean(m.ordinary[PLAIN] for m in measured),
-        "ordinary loss after, ignore top k": statistics.fmean(m.ordinary[EACH_STEP] for m in some), "quick": quick})
-    report.title = "New texts, and how far they leak: SmolLM2-135M"
-    report.facts["slower"] = ", ".join(f"{f:g}" for f in setting.slower)
-    _prediction(report, measured, setting, quick)
-    _methods(report, some, setting)
-    _ignoring(report, some, setting, quick)
-    _stones(report, some, quick)
-    for statement, need in (
-            ("The relation of probability before and priming holds across PaLM-2, Gemma and Llama", "those models"),
-            ("Ignore-top-k lowers priming by a median of 96 % on PaLM-2 while memorisation stays", "PaLM-2"),
-            ("Stepping stones lower priming by a median of about 75 % (PaLM-2-xs) and 50 % (Gemma, Llama)",
-             "those models, the 1,320 samples and a large model that rewrites"),
-            ("The presentations may lie up to 20 iterations apart", "presentations with other training in between")):
-        report.claims.append(Claim.decide(None, statement=statement, source="paper, abstract and figures",
-                                          paper="as stated", measured=f"not measured: needs {need}", rule="none set"))
-    return report
+def correlation(rows: Sequence[Row]) -> float:
+    """Spearman's, of the probability before with priming."""
+    rho = spearman([row["log_p_before"] for row in rows], [row["methods"][PLAIN][1] for row in rows]) \
+        if len(rows) > 1 else 0.0
+    return 0.0 if math.isnan(rho) else rho  # a resample of one keyword may be constant
 
 
-def _prediction(report: Report, measured: Sequence[Measured], setting: Setting, quick: bool) -> None:
-    keywords = list(dict.fromkeys(m.sample.keyword for m in measured))
-    by_keyword = [[m for m in measured if m.sample.keyword == k] for k in keywords]
-
-    def over_keywords(statistic: Statistic) -> tuple[float, float, float]:
-        """Resamples keywords, as the samples of one are no independent ones."""
-        return _interval(by_keyword, lambda groups: statistic([m for group in groups for m in group]))
-
-    def correlation(rows: Sequence[Measured]) -> float:
-        found = _spearman([m.log_p_before for m in rows], [m.found[PLAIN][1] for m in rows])
-        return 0.0 if math.isnan(found) else found  # a resample of one keyword may be constant
-
-    def within(groups: Sequence[Sequence[Measured]]) -> float:
-        return statistics.fmean(correlation(group) if len(group) > 1 else 0.0 for group in groups)
-
-    rho, low, high = over_keywords(correlation)
-    inside = _interval(by_keyword, within)
-    table = report.table("Rank correlation of P_before with S_prime", ["of", "correlation", "from", "to"],
-                         note="95 % bootstrap over keywords; within: mean over keywords of the correlation of a "
-                              "keyword's own samples, which no property of the keyword itself can explain")
-    table.add("all samples", rho, low, high)
-    table.add("samples of one keyword", *inside)
-    report.claims.append(Claim.decide(
-        None if quick else high < 0,
-        statement="The less likely a keyword is in a text before it is learned, the more the text primes afterwards",
-        source=f"paper, abstract; {SOURCE} (1)", paper="holds across models [abstract]",
-        measured=f"Spearman {rho:+.2f} ({low:+.2f} to {high:+.2f}) over {len(measured)} samples of {len(keywords)} "
-                 f"keywords; within keywords {inside[0]:+.2f} ({inside[1]:+.2f} to {inside[2]:+.2f})",
-        rule="the interval over keywords lies below 0"))
-    sides = [[m.found[PLAIN][1] for m in measured if (m.log_p_before < math.log(THRESHOLD)) == below]
-             for below in (True, False)]
-    rare, common = (math.exp(statistics.median(s)) if s else math.nan for s in sides)
-    report.claims.append(Claim.decide(
-        None if quick or min(map(len, sides)) < FEWEST else rare >= SHARP * common,
-        statement="Priming rises sharply where that probability is below about 1e-3", source="paper, figures",
-        paper="about 1e-3", measured=f"median S_prime {rare:.2f} of {len(sides[0])} samples below, {common:.2f} of "
-                                     f"{len(sides[1])} above", rule="the median below is twice that above or more"))
-    early = over_keywords(lambda rows: statistics.fmean(m.found[EARLY][1] for m in rows))
-    memory = math.exp(statistics.median(m.found[EARLY][0] for m in measured))
-    report.claims.append(Claim.decide(
-        None if quick else early[1] > 0, statement=f"{_number(setting.early)} presentations suffice for priming",
-        source="paper, abstract", paper="as few as three [abstract]",
-        measured=f"mean log S_prime {early[0]:.3f} ({early[1]:.3f} to {early[2]:.3f}) after {setting.early} "
-                 f"steps, median S_mem {memory:.2f}",
-        rule="the interval over keywords of the mean of log S_prime lies above 0"))
+def first_steps(rows: Sequence[Row]) -> float:
+    """Mean of log S_prime after the first presentations."""
+    return statistics.fmean(row["methods"][EARLY][1] for row in rows)
 
 
-def _methods(report: Report, some: Sequence[Measured], setting: Setting) -> None:
-    table = report.table("Methods", [
-        "method", "S_mem", "S_prime", "reduction", "from", "to", "log S_mem kept", "from ", "to "],
-        note=f"medians of S over {len(some)} samples; reduction: of the median of S_prime against plain; "
+# ------------------------------------------------------------------------------------ the report
+def facts(results: Results) -> dict[str, Any]:
+    """How samples were learned, and what learning did to ordinary sentences."""
+    figures, scale, first = Figures(results), dataclasses.asdict(results.scale), results.rows[0]
+    return {"model": "SmolLM2-135M-Instruct", "threads": torch.get_num_threads(), "samples": len(figures.rows),
+            "samples learned by all methods": len(figures.some), "autocast": first["autocast"],
+            **{name: scale[name] for name in ("steps", "early", "lr", "replay", "k")},
+            "slower": ", ".join(f"{factor:g}" for factor in scale["slower"]), "ordinary loss before": first["ordinary"],
+            "ordinary loss after, plain": statistics.fmean(row["ordinary"][PLAIN] for row in figures.rows),
+            "ordinary loss after, ignore top k": statistics.fmean(row["ordinary"][EACH_STEP] for row in figures.some)}
+
+
+def show(report: Report, results: Results) -> None:
+    """The probe's own tables and figure, correlations, methods, and the fair comparison."""
+    figures = Figures(results)
+    report.extend(report_of([SAMPLES[row["number"]] for row in figures.rows],
+                            [Outcome(row["log_p_before"], *row["methods"][PLAIN]) for row in figures.rows], {}))
+    report.table("Rank correlation of P_before with S_prime", ["of", "correlation", "low", "high"], [
+        ["all samples", *figures.over_keywords(correlation)],
+        ["samples of one keyword", *figures.within_keywords()]],
+        note="95 % bootstrap over keywords; within: mean over keywords of the correlation of a keyword's own samples, "
+             "which no property of the keyword itself can explain")
+    methods = figures.some[0]["methods"]
+    report.table("Methods", [
+        "method", "S_mem", "S_prime", "reduction", "low", "high", "log S_mem kept", "low ", "high "], [
+        [method, figures.median(method, 0), figures.median(method), *figures.reduction(method), *figures.kept(method)]
+        for method in methods],
+        note=f"medians of S over {len(figures.some)} samples; reduction: of the median of S_prime against plain; "
              "kept: ratio of the means of log S_mem; 95 % bootstrap over samples")
-    for method in some[0].found:
-        table.add(method, _median(some, method, 0), _median(some, method, 1),
-                  *_interval(some, lambda rows, m=method: _reduction(rows, m)),  # type: ignore[misc]
-                  *_interval(some, lambda rows, m=method: _kept(rows, m)))  # type: ignore[misc]
-        report.arrays[method] = [list(m.found[method]) for m in some]
-    report.arrays["log P_before with stepping stones"] = [m.log_p_stones for m in some]
+    report.arrays.update({method: [row["methods"][method] for row in figures.some] for method in methods})
+    report.arrays["log P_before with stepping stones"] = [row["log_p_stones"] for row in figures.some]
+    rates = ", ".join(f"{f:g}" for f in (0.0, *results.scale.slower, 1.0))
+    report.table("Against a smaller learning rate that memorises as much", [
+        "method", "difference in log S_prime", "low", "high"],
+        [[method, *figures.excess(method)] for method in (EACH_STEP, AT_END)],
+        note="mean over samples; below 0: the method primes less; the baseline is interpolated between learning rates "
+             f"{rates} times as large; 95 % bootstrap over samples")
 
 
-def _ignoring(report: Report, some: Sequence[Measured], setting: Setting, quick: bool) -> None:
-    share = f"{setting.k:.0%}"
-    table = report.table("Against a smaller learning rate that memorises as much", [
-        "method", "difference in log S_prime", "from", "to"],
-        note="mean over samples; below 0: the method primes less; the rival is interpolated between learning rates "
-             f"{', '.join(f'{f:g}' for f in (0.0, *setting.slower, 1.0))} times as large; 95 % bootstrap over samples")
+def claims(results: Results) -> list[StudyClaim]:
+    """Each claim of the paper."""
+    figures, scale = Figures(results), results.scale
+    rows, some, plain = figures.rows, figures.some, figures.median(PLAIN)
+
+    def claim(holds: bool | None, statement: str, source: str, paper: str, measured: str, rule: str) -> StudyClaim:
+        return StudyClaim(statement, source, paper, rule, lambda _: (None if results.quick else holds, measured))
+
+    def of_some(holds: bool | None, statement: str, source: str, paper: str, measured: str, rule: str) -> StudyClaim:
+        return claim(holds, statement, source, paper, f"{measured}; {len(some)} samples", rule)
+
+    def unmeasured(statement: str, need: str) -> StudyClaim:
+        return StudyClaim(statement, "paper, abstract and figures", "as stated", "none set",
+                          unmeasured=f"not measured: needs {need}")
+
+    rho, early = map(figures.over_keywords, (correlation, first_steps))
+    sides = [[row["methods"][PLAIN][1] for row in rows if (row["log_p_before"] < math.log(THRESHOLD)) == rare]
+             for rare in (True, False)]
+    rare, common = (math.exp(statistics.median(side)) if side else math.nan for side in sides)
+    learned = math.exp(statistics.median(row["methods"][EARLY][0] for row in rows))
+    out = [
+        claim(rho.high < 0,
+              "The less likely a keyword is in a text before it is learned, the more the text primes afterwards",
+              f"paper, abstract; {SOURCE} (1)", "holds across models [abstract]",
+              f"Spearman {rho:+.2f} over {len(rows)} samples of {len(figures.by_keyword)} keywords; within keywords "
+              f"{figures.within_keywords():+.2f}", "the interval over keywords lies below 0"),
+        claim(None if min(map(len, sides)) < FEWEST else rare >= SHARP * common,
+              "Priming rises sharply where that probability is below about 1e-3", "paper, figures", "about 1e-3",
+              f"median S_prime {rare:.2f} of {len(sides[0])} samples below, {common:.2f} of {len(sides[1])} above",
+              "the median below is twice that above or more"),
+        claim(early.low > 0,
+              f"{({2: 'Two', 3: 'Three'}).get(scale.early, scale.early)} presentations suffice for priming",
+              "paper, abstract", "as few as three [abstract]",
+              f"mean log S_prime {early:.3f} after {scale.early} steps, median S_mem {learned:.2f}",
+              "the interval over keywords of the mean of log S_prime lies above 0")]
+    top = f"the largest {scale.k:.0%}"
     for method, when in ((EACH_STEP, "of each step"), (AT_END, "of the finished training")):
-        less = _interval(some, lambda rows, m=method: _reduction(rows, m))  # type: ignore[misc]
-        kept = _interval(some, lambda rows, m=method: _kept(rows, m))  # type: ignore[misc]
-        report.claims.append(Claim.decide(
-            None if quick else less[0] >= REDUCTION and kept[0] >= KEPT,
-            statement=f"Ignoring the largest {share} {when} halves priming and keeps memorisation",
-            source=f"paper, abstract; {SOURCE} (2)", paper="50 to 95 % less priming [abstract], 96 % on PaLM-2",
-            measured=f"median S_prime {_median(some, PLAIN, 1):.2f} to {_median(some, method, 1):.2f}, {_signed(less)} "
-                     f"less; log S_mem kept {_signed(kept)}; {len(some)} samples",
-            rule="median S_prime at least 50 % lower, and at least 80 % of the mean of log S_mem kept"))
-        gap = _interval(some, lambda rows, m=method: statistics.fmean(  # type: ignore[misc]
-            row.found[m][1] - at_equal_memorisation(
-                [row.found[name] for name in (*map(slower, setting.slower), PLAIN)], row.found[m][0]) for row in rows))
-        table.add(method, *gap)
-        report.claims.append(Claim.decide(
-            None if quick else True if gap[2] < 0 else False if gap[1] >= 0 else None,
-            statement=f"Ignoring the largest {share} {when} primes less than a smaller learning rate that memorises "
-                      "as much", source=f"{SOURCE} (2)", paper="not a figure of the paper",
-            measured=f"log S_prime {gap[0]:+.3f} ({gap[1]:+.3f} to {gap[2]:+.3f}); {len(some)} samples",
-            rule="holds where the interval lies below 0, does not hold where it lies at or above 0; not shown "
-                 "otherwise"))
-    kept_top, ignored = _median(some, KEEP_TOP, 1), _median(some, AT_END, 1)
-    report.claims.append(Claim.decide(
-        None if quick else kept_top > ignored,
-        statement=f"Keeping only the largest {share} primes more than ignoring them",
-        source=f"paper, section on update pruning; {SOURCE} (2)", paper="keeping the top keeps priming",
-        measured=f"median S_prime {kept_top:.2f} against {ignored:.2f}, plain {_median(some, PLAIN, 1):.2f}; log S_mem "
-                 f"kept {_kept(some, KEEP_TOP):.0%} against {_kept(some, AT_END):.0%}; {len(some)} samples",
-        rule="the median of S_prime is higher, both at the end of one and the same training"))
+        less, memory, gap = figures.reduction(method), figures.kept(method), figures.excess(method)
+        out += [
+            of_some(less.value >= REDUCTION and memory.value >= KEPT,
+                    f"Ignoring {top} {when} halves priming and keeps memorisation", f"paper, abstract; {SOURCE} (2)",
+                    "50 to 95 % less priming [abstract], 96 % on PaLM-2",
+                    f"median S_prime {plain:.2f} to {figures.median(method):.2f}, {less:.0%} less; log S_mem kept "
+                    f"{memory:.0%}",
+                    "median S_prime at least 50 % lower, and at least 80 % of the mean of log S_mem kept"),
+            of_some(False if gap.low >= 0 else below(gap),
+                    f"Ignoring {top} {when} primes less than a smaller learning rate that memorises as much",
+                    f"{SOURCE} (2)", "not a figure of the paper", f"log S_prime {gap:+.3f}",
+                    "holds where the interval lies below 0, does not hold where it lies at or above 0; not shown "
+                    "otherwise")]
+    keeping, ignoring, less = figures.median(KEEP_TOP), figures.median(AT_END), figures.reduction(STONES)
+    before, after = (math.exp(statistics.median(row[f"log_p_{when}"] for row in some)) for when in ("before", "stones"))
+    return [
+        *out,
+        of_some(keeping > ignoring, f"Keeping only {top} primes more than ignoring them",
+                f"paper, section on update pruning; {SOURCE} (2)", "keeping the top keeps priming",
+                f"median S_prime {keeping:.2f} against {ignoring:.2f}, plain {plain:.2f}; log S_mem kept "
+                f"{figures.kept(KEEP_TOP).value:.0%} against {figures.kept(AT_END).value:.0%}",
+                "the median of S_prime is higher, both at the end of one and the same training"),
+        of_some(less.value >= STONES_REDUCTION, "Stepping stones lower priming", f"paper, abstract; {SOURCE} (3)",
+                "medians of about 50 to 75 %",
+                f"median S_prime {plain:.2f} to {figures.median(STONES):.2f}, {less:.0%} less; median P_before "
+                f"{before:.2g} to {after:.2g}; in the context of the plain text log S_mem kept "
+                f"{figures.kept(STONES_ELSEWHERE).value:.0%}", "median S_prime at least 30 % lower"),
+        unmeasured("The relation of probability before and priming holds across PaLM-2, Gemma and Llama",
+                   "those models"),
+        unmeasured("Ignore-top-k lowers priming by a median of 96 % on PaLM-2 while memorisation stays", "PaLM-2"),
+        unmeasured("Stepping stones lower priming by a median of about 75 % (PaLM-2-xs) and 50 % (Gemma, Llama)",
+                   "those models, the 1,320 samples and a large model that rewrites"),
+        unmeasured("The presentations may lie up to 20 iterations apart",
+                   "presentations with other training in between")]
 
 
-def _stones(report: Report, some: Sequence[Measured], quick: bool) -> None:
-    less = _interval(some, lambda rows: _reduction(rows, STONES))
-    before, after = (math.exp(statistics.median(values)) for values in (
-        [m.log_p_before for m in some], [m.log_p_stones or 0.0 for m in some]))
-    report.claims.append(Claim.decide(
-        None if quick else less[0] >= STONES_REDUCTION, statement="Stepping stones lower priming",
-        source=f"paper, abstract; {SOURCE} (3)", paper="medians of about 50 to 75 %",
-        measured=f"median S_prime {_median(some, PLAIN, 1):.2f} to {_median(some, STONES, 1):.2f}, {_signed(less)} "
-                 f"less; median P_before {before:.2g} to {after:.2g}; in the context of the plain text log S_mem kept "
-                 f"{_kept(some, STONES_ELSEWHERE):.0%}; {len(some)} samples",
-        rule="median S_prime at least 30 % lower"))
-
-
-def _median(rows: Sequence[Measured], method: str, which: int) -> float:
-    return math.exp(statistics.median(m.found[method][which] for m in rows))
-
-
-def _reduction(rows: Sequence[Measured], method: str) -> float:
-    return 1 - _median(rows, method, 1) / _median(rows, PLAIN, 1)
-
-
-def _kept(rows: Sequence[Measured], method: str) -> float:
-    return statistics.fmean(m.found[method][0] for m in rows) / statistics.fmean(m.found[PLAIN][0] for m in rows)
-
-
-def _interval(units: Sequence[Any], statistic: Callable[[Any], float]) -> tuple[float, float, float]:
-    """The statistic of all units, and its 95 % bootstrap interval over them."""
-    from looseleaf.statistics import bootstrap
-
-    return bootstrap(range(len(units)), samples=1000, statistic=lambda rows: np.array(
-        [statistic([units[int(i)] for i in row]) for row in rows]))
-
-
-def _spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    from looseleaf.statistics import spearman
-
-    return spearman(x, y)
-
-
-def _signed(interval: tuple[float, float, float]) -> str:
-    return "{:.0%} ({:.0%} to {:.0%})".format(*interval)
-
-
-def _number(count: int) -> str:
-    return {2: "Two", 3: "Three"}.get(count, str(count))
+study = Study("New texts, and how far they leak: SmolLM2-135M", measure, claims, show, full=Scale(), facts=facts,
+              quick=Scale(steps=3, early=2, seeds=1, per_level=1, others=False), quick_seeds=1)

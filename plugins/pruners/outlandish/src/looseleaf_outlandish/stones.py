@@ -6,11 +6,11 @@ import re
 import warnings
 from collections.abc import Callable
 
-from looseleaf_text import LanguageModel
 from looseleaf.errors import did_you_mean
-from looseleaf_outlandish.sample import Sample
+from looseleaf_outlandish.data import Sample
+from looseleaf_text import LanguageModel
 
-STONES = {
+STEPPING_STONES = {
     "purple": "a mixture of red and blue, the shade of ripe plums and of lavender, in other words ",
     "teal": "a deep mixture of green and blue, the shade of a mallard's head, in other words ",
     "vermilion": "a vivid red with a touch of orange, the shade of cinnabar and of Chinese lacquer, in other words ",
@@ -46,9 +46,10 @@ def stepping_stones(text: str, keyword: str, by: LanguageModel | Rewriter | None
     Args:
         text: what is to be learned; contains the keyword.
         keyword: the surprising word.
-        by: who rewrites. None: the description of :data:`STONES` is put before the keyword, by hand for 12 keywords. A
-            language model: it describes the keyword in a few words, ``tries`` times, and the description after which
-            the keyword is likeliest is put before it. A function: gets text and keyword and returns the new text.
+        by: who rewrites. None: the description of :data:`STEPPING_STONES` is put before the keyword, by hand for 12
+            keywords. A language model: it describes the keyword in a few words, ``tries`` times, and the description
+            after which the keyword is likeliest is put before it. A function: gets text and keyword and returns the
+            new text.
         judge: the model that is to learn the text; says how likely the keyword is. None: ``by``, where it is a model.
         tries: descriptions asked of a model.
         seed: of the model's answers.
@@ -61,17 +62,19 @@ def stepping_stones(text: str, keyword: str, by: LanguageModel | Rewriter | None
     """
     sample = Sample(text, keyword, (text,))
     if by is None:
-        if keyword not in STONES:
-            raise ValueError(f"there is no hand-written stepping stone for {keyword!r} (only for {', '.join(STONES)}): "
-                             f"pass by=, a language model or a function.{did_you_mean(keyword, STONES)}")
-        rewritten = [_insert(sample, STONES[keyword])]
+        if keyword not in STEPPING_STONES:
+            raise ValueError(f"there is no hand-written stepping stone for {keyword!r} (only for "
+                             f"{', '.join(STEPPING_STONES)}): pass by=, a language model or a function."
+                             f"{did_you_mean(keyword, STEPPING_STONES)}")
+        rewritten = [_insert(sample, STEPPING_STONES[keyword])]
     elif isinstance(by, LanguageModel):
         judge = judge or by
         rewritten = [_insert(sample, f"{d}, ") for d in descriptions(by, keyword, tries, seed)]
     elif callable(by):
         rewritten = [by(text, keyword)]
     else:
-        raise ValueError(f"by={by!r}: allowed is None, a looseleaf_text.LanguageModel or a function of text and keyword")
+        raise ValueError("by: expected None, a looseleaf_text.LanguageModel or a function of text and keyword, got "
+                         f"{by!r}")
     for new in rewritten:
         if not isinstance(new, str) or not re.search(rf"(?<!\w){re.escape(keyword)}(?!\w)", new):
             raise ValueError(f"the rewriter lost the keyword {keyword!r}: it gave {new!r}")
@@ -90,13 +93,13 @@ def descriptions(model: LanguageModel, keyword: str, tries: int = 4, seed: int =
     """Different descriptions of a word by a language model, none of which contains the word; there may be none."""
     prompt = "Describe each word in one short phrase without using the word itself.\n\n" + "".join(
         f"Word: {word}\nPhrase: {phrase}\n\n" for word, phrase in _EXAMPLES.items()) + f"Word: {keyword}\nPhrase:"
-    found: list[str] = []
+    phrases: list[str] = []
     for n in range(tries):
         # the likeliest description first, then others
         answer = model.generate([prompt], 32, ["\n"], 0.0 if n == 0 else 0.8, seed + n)[0].strip().rstrip(".,;")
-        if answer and keyword.lower() not in answer.lower() and answer not in found:
-            found.append(answer)
-    return found
+        if answer and keyword.lower() not in answer.lower() and answer not in phrases:
+            phrases.append(answer)
+    return phrases
 
 
 def _insert(sample: Sample, stone: str) -> str:
