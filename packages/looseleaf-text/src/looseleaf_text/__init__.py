@@ -15,7 +15,7 @@ _HOME = {
     "TextTask": "task", "Template": "template", "Verbalizer": "verbalizer", "TextPrompt": "prompts",
     "ChatPrompt": "prompts", "ClozePrompt": "prompts", "RetrievedPrompt": "prompts", "TextOptimizer": "prompts",
     "EnsemblePrompt": "ensemble", "CalibratedPrompt": "calibration", "calibrate": "calibration",
-    "SoftPrompt": "soft", "LogitLens": "lens", "decoder_layers": "layers", "scale_layers": "scaling",
+    "SoftPrompt": "soft", "LogitLens": "lens", "decoder_layers": "layers", "scale_layers": "layers",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]
@@ -38,13 +38,12 @@ if TYPE_CHECKING:
     from looseleaf_text.calibration import CalibratedPrompt, calibrate
     from looseleaf_text.endpoint import EndpointModel
     from looseleaf_text.ensemble import EnsemblePrompt
-    from looseleaf_text.layers import decoder_layers
+    from looseleaf_text.layers import decoder_layers, scale_layers
     from looseleaf_text.lens import LogitLens
     from looseleaf_text.local import LocalModel
     from looseleaf_text.masked import MaskedModel
     from looseleaf_text.model import LanguageModel
     from looseleaf_text.prompts import ChatPrompt, ClozePrompt, RetrievedPrompt, TextOptimizer, TextPrompt
-    from looseleaf_text.scaling import scale_layers
     from looseleaf_text.soft import SoftPrompt
     from looseleaf_text.task import TextTask
     from looseleaf_text.template import Template
