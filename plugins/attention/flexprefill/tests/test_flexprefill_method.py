@@ -141,7 +141,7 @@ def test_chunked_prefill_with_all_mass_is_one_pass() -> None:
     ids = torch.randint(0, 64, (1, 200), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         whole = model(ids).logits
-        with attach(model, FlexPrefill(gamma=1.0, min_budget=16, block_size=16)) as attached:
+        with attach(model, FlexPrefill(gamma=1.0, min_budget=16, block_size=16), chunked_prefill=True) as attached:
             first = model(ids[:, :90])
             second = model(ids[:, 90:], past_key_values=first.past_key_values)
     torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole, atol=1e-4, rtol=1e-3)

@@ -219,7 +219,7 @@ def test_chunked_prefill_with_all_columns_is_one_pass() -> None:
     config = [[Pattern("vertical_slash", 200, 50)] * 4] * 2
     with torch.no_grad():
         whole = model(ids).logits
-        with attach(model, MInference(config=config, **SMALL)) as attached:
+        with attach(model, MInference(config=config, **SMALL), chunked_prefill=True) as attached:
             first = model(ids[:, :90])
             second = model(ids[:, 90:], past_key_values=first.past_key_values)
     torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole, atol=1e-4, rtol=1e-3)

@@ -49,7 +49,7 @@ def pooled(scores: Tensor, block: int, count: int) -> Tensor:
 
 
 def budget_blocks(scores: Tensor, gamma: float, block: int, smallest: int, largest: int | None) -> Tensor:
-    """Blocks that the smallest set of tokens with a share ``gamma`` of the attention would fill, (B, Hq).
+    """Blocks that the smallest set of tokens with a fraction ``gamma`` of the attention would fill, (B, Hq).
 
     Args:
         scores: (B, Hq, Lk) attention by key or by distance.
@@ -100,7 +100,7 @@ def query_aware_blocks(query_blocks: Tensor, key_blocks: Tensor, layout: Layout,
         query_blocks: (B, Hq, Nq, D) and key_blocks: (B, Hkv, Nk, D), means over the valid rows of each block.
         layout: where the blocks lie.
         scale: factor of the scores.
-        gamma: share of the estimated attention, over all rows, to keep.
+        gamma: fraction of the estimated attention, over all rows, to keep.
 
     Returns:
         (B, Hq, Nq, Nk) bool.

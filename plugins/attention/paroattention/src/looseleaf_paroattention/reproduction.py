@@ -4,35 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from looseleaf import AttentionCall, Report, Series, attach
 from looseleaf.statistics import Interval, bootstrap
+from looseleaf_lab import attention_claims as shared
 from looseleaf_lab import video
 from looseleaf_lab.attention import SideBySide
-from looseleaf_lab.study import Decision, Results, Study, StudyClaim
+from looseleaf_lab.study import Results, Study, StudyClaim
 from looseleaf_lab.timing import interleave
+from looseleaf_paroattention import calibration
 from looseleaf_paroattention.backend import PAROAttention
-from looseleaf_paroattention.calibration import (
-    LayerStatistics,
-    Observer,
-    block_masks,
-    density_for,
-    expected_mass,
-    observe,
-    planted,
-)
+from looseleaf_paroattention.calibration import LayerStatistics, block_masks, density_for
 from looseleaf_paroattention.grid import PERMUTATIONS, inverse, permute
 from looseleaf_paroattention.plan import LayerPlan, Plan
 
-SHARE, FACTOR_MARGIN, HALF, INT8_LIMIT, OVERHEAD_LIMIT = 0.99, 0.25, 0.5, 2e-2, 0.01
-DENSITIES, DENSITY = (0.2, 0.3, 0.5), 0.3
+DENSITIES, DENSITY, MOST = (0.2, 0.3, 0.5), 0.3, 0.99
 BLOCK, SMALL_BLOCK = 64, 16
 """A block of 64 tokens is a whole plane of this model's grid, so that the order inside of planes does not count."""
 AS_IS = PERMUTATIONS[0]
@@ -60,9 +52,6 @@ class Scale:
     rounds: int = 5
 
 
-QUICK = Scale(training=60, sampler=5, videos=32, speed_grid=(8, 16, 16), rounds=2)
-
-
 @functools.lru_cache(maxsize=1)
 def ready(scale: Scale) -> tuple[Any, PAROAttention, dict[int, dict[int, LayerStatistics]]]:
     """The video model, a backend of floats for it, and by block size what calibration observes."""
@@ -72,7 +61,7 @@ def ready(scale: Scale) -> tuple[Any, PAROAttention, dict[int, dict[int, LayerSt
     def run(_: Any) -> Tensor:
         return sample(model, scale.calibration_videos, 1000, scale.error_steps)
 
-    return model, base, {block: observe(model, run, base.token_grid, block=block, steps=scale.error_steps,
+    return model, base, {block: calibration.observe(model, run, base.token_grid, block=block, steps=scale.error_steps,
                                         progress=False) for block in (BLOCK, SMALL_BLOCK)}
 
 
@@ -131,8 +120,8 @@ def known_heads(seed: int, scale: Scale) -> dict[str, Any]:
     """Orders found for heads whose right order is known, blocks needed in it, and what integers gain by it."""
     grid, block = scale.planted_grid, scale.planted_block
     plugin = PAROAttention(grid=grid, block=block, density=1.0)
-    call = AttentionCall(*planted(grid, seed), 1.0, False, phase="bidirectional")
-    observer = Observer(plugin.token_grid, block, plugin.eps)
+    call = AttentionCall(*calibration.planted(grid, seed), 1.0, False, phase="bidirectional")
+    observer = calibration.Observer(plugin.token_grid, block, plugin.eps)
     exact = observer.attend(call)
     layer = observer.layers[0]
     right, heads, integers = {}, {}, {}
@@ -142,8 +131,9 @@ def known_heads(seed: int, scale: Scale) -> dict[str, Any]:
         assert weighted.plan is not None
         right[str(alpha)] = [a == b for a, b in zip(weighted.plan.layers[0].permutations, PERMUTATIONS, strict=True)]
     for h, name in enumerate(PERMUTATIONS):
-        needed = [float(density_for(layer.mass[0, layer.names.index(order), h], SHARE)) for order in (AS_IS, name)]
-        expected = [float(density_for(expected_mass(name, order, grid, block), SHARE)) for order in (AS_IS, name)]
+        needed, expected = ([float(density_for(mass(order), MOST)) for order in (AS_IS, name)] for mass in (
+            lambda order, h=h: layer.mass[0, layer.names.index(order), h],
+            lambda order, name=name: calibration.expected_mass(name, order, grid, block)))
         heads[name] = {"density": needed[1], "expected": expected[0] / expected[1], "measured": needed[0] / needed[1]}
     for bits in (8, 4):
         own, plain = (dataclasses.replace(plugin, pv_bits=bits, permutations=names).attend(call) - exact
@@ -243,70 +233,61 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _ratio(values: Mapping[str, Sequence[float]], one: str, two: str) -> Interval:
-    """Sum of ``one`` over sum of ``two``, paired, with its 95 % bootstrap interval."""
-    pairs = np.array([values[one], values[two]])
-
-    def statistic(rows: Any) -> Any:
-        above, below = pairs[:, rows.astype(int)].sum(-1)
-        return above / below
-
-    return bootstrap(range(pairs.shape[1]), statistic=statistic)
-
-
-def _errors(results: Results) -> dict[str, list[float]]:
-    """The relative error of each way, by seed."""
-    return {name: results.values("error", name) for name in results.rows[0]["error"]}
-
-
-def _orders_found(results: Results) -> Decision:
+def _claims(results: Results) -> list[StudyClaim]:
+    claim, videos = functools.partial(shared.claim, results), results.once["videos"]["distances"]
+    errors = {name: results.values("error", name) for name in results.rows[0]["error"]}
     hits = [hit for row in results.values("planted", "right", str(PAROAttention.alpha)) for hit in row]
-    return all(hits), f"{sum(hits)} of {len(hits)} heads"
-
-
-def _factors(results: Results) -> Decision:
     heads = [head for row in results.values("planted", "heads") for head in row.values()]
-    ratios = [head["measured"] / head["expected"] for head in heads]
-    return all(1 - FACTOR_MARGIN <= r <= 1 + FACTOR_MARGIN for r in ratios), (
-        f"measured over expected factor {min(ratios):.2f} to {max(ratios):.2f}; the largest factor is "
-        f"{max(head['measured'] for head in heads):.1f}")
-
-
-def _lower_error(other: str, results: Results) -> Decision:
-    errors, one, two = _errors(results), f"reordered, density {DENSITY}", f"{other}, density {DENSITY}"
-    ratio = _ratio(errors, one, two)
-    return None if results.quick else ratio.high <= HALF, (
-        f"ratio of errors {ratio:.3f}: {_mean(errors[one]):.3f} against {_mean(errors[two]):.3f}")
-
-
-def _int8(results: Results) -> Decision:
+    factors = [head["measured"] / head["expected"] for head in heads]
     int8, int4 = (results.interval("error", f"reordered, {BITS[8, pv]}") for pv in (8, 4))
-    return None if results.quick else int8.high < INT8_LIMIT, (
-        f"relative error {int8:.4f}; with 4 bits for P and V {int4:.4f}")
-
-
-def _integers(bits: str, results: Results) -> Decision:
-    ratio = _ratio(_errors(results), f"reordered, {bits}", f"as they come, {bits}")
-    return None if results.quick else ratio.high < 1, f"ratio of errors {ratio:.3f}"
-
-
-def _nearer_videos(other: str, results: Results) -> Decision:
-    ratio = _ratio(results.once["videos"]["distances"], "reordered", other)
-    return None if results.quick else ratio.high <= HALF, (
-        f"ratio of squared distances {ratio:.3f} over {results.scale.videos} videos")
-
-
-def _faster(bits: str, results: Results) -> Decision:
-    ratios = {density: Interval(*results.once["seconds"][f"{density}, {bits}"][1:]) for density in DENSITIES}
-    return None if results.quick else all(r.value >= HALF / d for d, r in ratios.items()), ", ".join(
-        f"{r.value:.2f}x ({r.low:.2f} to {r.high:.2f}) at {d}" for d, r in ratios.items())
-
-
-def _overhead(results: Results) -> Decision:
-    times = results.once["seconds"]
-    fraction = times["reordering"][0] / times[f"{DENSITY}, {BITS[16, 16]}"][0]
-    return None if results.quick else fraction < OVERHEAD_LIMIT, (
-        f"{fraction:.1%} of the attention at density {DENSITY}, not fused")
+    times = {name: Interval(*row[1:]) for name, row in results.once["seconds"].items()}
+    overhead = results.once["seconds"]["reordering"][0] / results.once["seconds"][f"{DENSITY}, {BITS[16, 16]}"][0]
+    half, here = "at most half, with its 95 % interval", "here: a small video model"
+    claims = [
+        claim("Calibration finds the order of each head that has one", "paper, token reordering; here: heads made to "
+              "have one", "-", "all heads of all seeds, alpha 0.5", all(hits), f"{sum(hits)} of {len(hits)} heads",
+              any_scale=True),
+        claim("In its order a head needs as many fewer blocks as the geometry of its pattern says",
+              "this project's rule", "-", "within 25 % of the expected factor for each head of each seed",
+              all(0.75 <= factor <= 1.25 for factor in factors), f"measured over expected factor {min(factors):.2f} to "
+              f"{max(factors):.2f}; the largest factor is {max(head['measured'] for head in heads):.1f}",
+              any_scale=True),
+        claim("Eight bits for Q, K, P and V cost little", "paper, quantised attention", "lossless metrics",
+              "below 2e-2 with its 95 % interval, all blocks computed", int8.high < 2e-2,
+              f"relative error {int8:.4f}; with 4 bits for P and V {int4:.4f}"),
+        claim("Reordering costs next to nothing", "paper, overheads", "below 1 %, fused into other kernels",
+              "below 1 %", overhead < 0.01, f"{overhead:.1%} of the attention at density {DENSITY}, not fused")]
+    for way, against in WAYS.items():
+        if against:
+            one, two = (errors[f"{each}, density {DENSITY}"] for each in ("reordered", way))
+            error, distance = shared.ratio_of_sums(one, two), shared.ratio_of_sums(videos["reordered"], videos[way])
+            claims += [
+                claim(f"At density {DENSITY} the error of the attention is much lower reordered than {against}",
+                      f"paper, sparse attention; {here}", "qualitative", half, error.high <= 0.5,
+                      f"ratio of errors {error:.3f}: {_mean(one):.3f} against {_mean(two):.3f}"),
+                claim(f"At density {DENSITY} videos stay much nearer to those of exact attention reordered than "
+                      f"{against}", f"paper, tables of CogVideoX and Flux; {here}", "lossless metrics", half,
+                      distance.high <= 0.5, f"ratio of squared distances {distance:.3f} over {results.scale.videos} "
+                      "videos")]
+    for pv in (8, 4):
+        ratio = shared.ratio_of_sums(*(errors[f"{way}, {BITS[8, pv]}"] for way in ("reordered", "as they come")))
+        claims.append(claim(
+            f"Reordering makes the error of the integers smaller, {BITS[8, pv]}", "paper, quantised attention",
+            "qualitative", "below 1 with its 95 % interval, all blocks computed", ratio.high < 1,
+            f"ratio of errors {ratio:.3f}"))
+    for bits in (BITS[16, 16], BITS[8, 8]):
+        ratios = {density: times[f"{density}, {bits}"] for density in DENSITIES}
+        claims.append(claim(
+            f"Attention is faster by near 1/density, {bits}", "paper, kernel benchmark; here: CPU",
+            "close to 1/density at 0.2 to 0.5", "median of paired ratios at least half of 1/density at each density, "
+            "float32 against torch's kernel", all(ratio.value >= 0.5 / d for d, ratio in ratios.items()),
+            ", ".join(f"{r.value:.2f}x ({r.low:.2f} to {r.high:.2f}) at {d}" for d, r in ratios.items())))
+    return claims + [claim(*words, None, "not measured: needs a GPU and those models") for words in (
+        ("Metrics of CogVideoX and Flux are lossless at 20 to 30 % density and INT8 or INT4", "abstract",
+         "nearly identical to full precision", "metrics within the noise of exact attention"),
+        ("Images and videos are made faster end to end", "abstract", "1.9x to 2.7x", "ratio above 1.5 on a GPU"),
+        ("At equal quality it is faster than SpargeAttn and SparseVideoGen", "paper, kernel benchmark", "as stated",
+         "ratio above 1 on a GPU"))]
 
 
 def _show(report: Report, results: Results) -> None:
@@ -338,7 +319,18 @@ def _show(report: Report, results: Results) -> None:
             "layer", "reordered", "as they come", "best order"], rows,
             note="fraction of the calibration's attention that the heaviest blocks hold, means over heads; best: the "
                  "order of each head that holds most")
-    _show_errors(report, results)
+    densities = results.rows[-1]["density"]
+    report.table("Relative error of the attention output", ["what", "density", "error", "low", "high"],
+                 [[name, density, *results.interval("error", name)] for name, density in densities.items()],
+                 note=f"mean over layers and {scale.error_steps} denoising steps, inputs of exact attention; 95 % "
+                      f"bootstrap intervals over {len(results.seeds)} sets of {scale.error_videos} videos; floats, "
+                      f"blocks of {BLOCK} unless named")
+    figure = report.figure("Error of the attention output by density", x_label="density", y_label="relative error",
+                           y_log=True)
+    for way in WAYS:
+        names = [f"{way}, density {density}" for density in DENSITIES]
+        values, low, high = map(list, zip(*(results.interval("error", name) for name in names), strict=True))
+        figure.series.append(Series(way, [densities[name] for name in names], values, low, high))
     table = report.table(f"{scale.videos} videos at density {DENSITY}", [
         "attention", "distance to exact", "low", "high", "PSNR, dB", "Fréchet distance to real"],
         note=f"{scale.sampler} steps from the same noise; distance: mean squared difference of pixels in [-1, 1] to "
@@ -359,22 +351,6 @@ def _show(report: Report, results: Results) -> None:
                       "blocks")
 
 
-def _show_errors(report: Report, results: Results) -> None:
-    scale, densities = results.scale, results.rows[-1]["density"]
-    report.table("Relative error of the attention output", ["what", "density", "error", "low", "high"],
-                 [[name, densities[name], *bootstrap(values)] for name, values in _errors(results).items()],
-                 note=f"mean over layers and {scale.error_steps} denoising steps, inputs of exact attention; 95 % "
-                      f"bootstrap intervals over {len(results.seeds)} sets of {scale.error_videos} videos; floats, "
-                      f"blocks of {BLOCK} unless named")
-    figure = report.figure("Error of the attention output by density", x_label="density", y_label="relative error",
-                           y_log=True)
-    for way in WAYS:
-        names = [f"{way}, density {density}" for density in DENSITIES]
-        spans = [results.interval("error", name) for name in names]
-        figure.series.append(Series(way, [densities[name] for name in names], [s.value for s in spans],
-                                    [s.low for s in spans], [s.high for s in spans]))
-
-
 def _facts(results: Results) -> dict[str, Any]:
     found = results.once["orders"]
     return {"model": f"CogVideoX transformer, 4 layers of 4 heads of 16, trained for {results.scale.training} steps of "
@@ -384,35 +360,6 @@ def _facts(results: Results) -> dict[str, Any]:
             "incoherence, reordered over as they come": f"{found['incoherence']:.3f} (mean over heads)"}
 
 
-HALF_RULE, VIDEO = "at most half, with its 95 % interval", "here: a small video model"
-study = Study("PAROAttention on planted heads and on a small video model", measure, [
-    StudyClaim("Calibration finds the order of each head that has one",
-               "paper, token reordering; here: heads made to have one", "-", "all heads of all seeds, alpha 0.5",
-               _orders_found),
-    StudyClaim("In its order a head needs as many fewer blocks as the geometry of its pattern says",
-               "this project's rule", "-", "within 25 % of the expected factor for each head of each seed", _factors),
-    *(StudyClaim(f"At density {DENSITY} the error of the attention is much lower reordered than {against}",
-                 f"paper, sparse attention; {VIDEO}", "qualitative", HALF_RULE, functools.partial(_lower_error, way))
-      for way, against in WAYS.items() if against),
-    StudyClaim("Eight bits for Q, K, P and V cost little", "paper, quantised attention", "lossless metrics",
-               "below 2e-2 with its 95 % interval, all blocks computed", _int8),
-    *(StudyClaim(f"Reordering makes the error of the integers smaller, {BITS[8, pv]}", "paper, quantised attention",
-                 "qualitative", "below 1 with its 95 % interval, all blocks computed",
-                 functools.partial(_integers, BITS[8, pv])) for pv in (8, 4)),
-    *(StudyClaim(f"At density {DENSITY} videos stay much nearer to those of exact attention reordered than {against}",
-                 f"paper, tables of CogVideoX and Flux; {VIDEO}", "lossless metrics", HALF_RULE,
-                 functools.partial(_nearer_videos, way)) for way, against in WAYS.items() if against),
-    *(StudyClaim(f"Attention is faster by near 1/density, {BITS[bits]}", "paper, kernel benchmark; here: CPU",
-                 "close to 1/density at 0.2 to 0.5", "median of paired ratios at least half of 1/density at each "
-                 "density, float32 against torch's kernel", functools.partial(_faster, BITS[bits]))
-      for bits in ((16, 16), (8, 8))),
-    StudyClaim("Reordering costs next to nothing", "paper, overheads", "below 1 %, fused into other kernels",
-               "below 1 %", _overhead),
-    *(StudyClaim(statement, source, paper, rule, unmeasured="not measured: needs a GPU and those models")
-      for statement, source, paper, rule in (
-          ("Metrics of CogVideoX and Flux are lossless at 20 to 30 % density and INT8 or INT4", "abstract",
-           "nearly identical to full precision", "metrics within the noise of exact attention"),
-          ("Images and videos are made faster end to end", "abstract", "1.9x to 2.7x", "ratio above 1.5 on a GPU"),
-          ("At equal quality it is faster than SpargeAttn and SparseVideoGen", "paper, kernel benchmark", "as stated",
-           "ratio above 1 on a GPU"))),
-], show=_show, once=once, full=Scale(), quick=QUICK, quick_seeds=1, facts=_facts)
+study = Study("PAROAttention on planted heads and on a small video model", measure, _claims, show=_show, once=once,
+              facts=_facts, full=Scale(), quick_seeds=1,
+              quick=Scale(training=60, sampler=5, videos=32, speed_grid=(8, 16, 16), rounds=2))

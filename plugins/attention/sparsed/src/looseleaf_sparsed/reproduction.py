@@ -15,17 +15,17 @@ from torch import Tensor
 
 from looseleaf import AttentionBackend, AttentionCall, Report, Series, attach
 from looseleaf.attention.call import Phase
-from looseleaf.statistics import Interval, bootstrap
+from looseleaf.statistics import Interval, bootstrap, paired
 from looseleaf_kernels import block_importance
+from looseleaf_lab import attention_claims as shared
 from looseleaf_lab import data, masked_diffusion
 from looseleaf_lab.attention import BlockWindow
-from looseleaf_lab.study import Decision, Results, Study, StudyClaim
+from looseleaf_lab.study import Results, Study, StudyClaim
 from looseleaf_lab.timing import interleave, peak_memory
 from looseleaf_sparsed.backend import SparseD
 from looseleaf_sparsed.patterns import blocks_kept
 
 BLOCK, SKIP, SELECT = 16, 0.2, 0.3
-LEARNED, SIMILAR, MEMORY_SHARE = 0.9, 0.9, 0.1
 HEADS, HEAD_DIM = 4, 64
 ALTERNATIVES = ("skip 0, the same pattern density", "skip 0, the same density over the run",
                 "window, the same pattern density and skip", "window, the same density over the run")
@@ -48,9 +48,6 @@ class Scale:
     timed_steps: int = 20
     rounds: int = 5
     memory_length: int = 8192
-
-
-QUICK = Scale(every=1, selections=(), training=100, lengths=(512, 1024), rounds=3, memory_length=2048)
 
 
 def measure(seed: int, scale: Any) -> dict[str, Any]:
@@ -190,71 +187,67 @@ def _mean(values: list[float]) -> float:
     return float(torch.tensor(values, dtype=torch.float64).mean())
 
 
-def _similarities(results: Results) -> tuple[int, Tensor, Tensor]:
-    """The step of the pattern, and (texts, steps) cosines of a head with itself in it, and of two heads."""
-    return SparseD(skip=SKIP).full_steps(results.scale.steps), torch.tensor(_joined(results, "own")), torch.tensor(
-        _joined(results, "others"))
-
-
-def _learned(results: Results) -> Decision:
-    entropy = masked_diffusion.unigram_entropy(torch.tensor(_joined(results, "ids")),
-                                               masked_diffusion.Characters.vocabulary)
+def _claims(results: Results) -> list[StudyClaim]:
+    claim, scale, once = functools.partial(shared.claim, results), results.scale, results.once
+    ids, first = torch.tensor(_joined(results, "ids")), SparseD(skip=SKIP).full_steps(scale.steps)
+    entropy = masked_diffusion.unigram_entropy(ids, masked_diffusion.Characters.vocabulary)
     loss = bootstrap(_joined(results, "text nats"))
-    return None if results.quick else loss.high < LEARNED * entropy, (
-        f"{loss:.3f} nats a character on {len(_joined(results, 'ids'))} texts it has not seen; without context "
-        f"{entropy:.3f}")
+    own, others = torch.tensor(_joined(results, "own")), torch.tensor(_joined(results, "others"))  # (texts, steps)
+    later, other, gap = (bootstrap(x.tolist()) for x in (
+        own[:, first + 1:].mean(1), others[:, first], own[:, first + 1:].mean(1) - others[:, first]))
+    ratios = {row[0]: Interval(*row[3:]) for row in once["times"]}
+    faster = [n for n in ratios if n > max((m for m, ratio in ratios.items() if ratio.value <= 1), default=0)]
+    return [
+        claim("The model has learned from its context", "this project's rule", "-", "bound of the negative "
+              "log-likelihood, with its 95 % interval, below 0.9 of the unigram entropy", loss.high < 0.9 * entropy,
+              f"{loss:.3f} nats a character on {len(ids)} texts it has not seen; without context {entropy:.3f}"),
+        claim("What is important to a head hardly changes over the steps", "abstract; figures of patterns",
+              "high, as pictures", "mean over heads and later steps at least 0.9", later.value >= 0.9,
+              f"cosine {later:.3f} between step {first} and the later ones, {len(own)} texts; step 0 with step "
+              f"{first}: {float(own[:, 0].mean()):.3f}"),
+        claim("Patterns differ between heads more than over steps", "abstract; figures of patterns", "as pictures",
+              "paired difference above 0 with its 95 % interval, over texts", gap.low > 0,
+              f"cosine {other:.3f} between heads of a layer, lower by {gap:.3f}"),
+        *(_better(results, name) for name in ALTERNATIVES),
+        claim("The attention of a whole denoising run is faster than full attention", "abstract; here: CPU",
+              "up to 1.50x end to end at 64k tokens and 1024 steps on a GPU",
+              f"ratio above 1 with its 95 % interval at {scale.lengths[-1]} tokens", ratios[scale.lengths[-1]].low > 1,
+              "; ".join(f"{n} tokens: {r.value:.2f}x ({r.low:.2f} to {r.high:.2f})" for n, r in ratios.items())
+              + (f"; faster from {faster[0]} tokens on" if faster else "; not faster at the longest")),
+        claim("Finding the pattern never holds the matrix of all probabilities", "this project's rule", "-",
+              f"peak memory below 10 % of the matrix at {scale.memory_length} tokens",
+              once["peak"] < 0.1 * once["matrix"] if once["peak"] else None, f"{once['peak'] / 2 ** 20:.0f} MiB at "
+              f"{scale.memory_length} tokens and {HEADS} heads; the matrix would be {once['matrix'] / 2 ** 20:.0f} "
+              "MiB"),
+        claim("Generation of Dream-7B and LLaDA-1.5 is faster than with FlashAttention", "abstract",
+              "up to 1.50x at 64k tokens and 1024 steps", "ratio above 1 to SDPA's flash kernel at 64k tokens", None,
+              "not measured: needs a GPU and an 8B model"),
+        claim("On MMLU, GSM8K, HumanEval and RULER quality is that of full attention", "paper, tables", "near lossless",
+              "averages within one point of full attention", None, "not measured: needs an 8B model")]
 
 
-def _stable(results: Results) -> Decision:
-    first, own, _ = _similarities(results)
-    later = bootstrap(own[:, first + 1:].mean(1).tolist())
-    return None if results.quick else later.value >= SIMILAR, (
-        f"cosine {later:.3f} between step {first} and the later ones, {len(own)} texts; step 0 with step {first}: "
-        f"{float(own[:, 0].mean()):.3f}")
-
-
-def _different(results: Results) -> Decision:
-    first, own, others = _similarities(results)
-    other, gap = bootstrap(others[:, first].tolist()), bootstrap(
-        (own[:, first + 1:].mean(1) - others[:, first]).tolist())
-    return None if results.quick else gap.low > 0, f"cosine {other:.3f} between heads of a layer, lower by {gap:.3f}"
-
-
-def _better(name: str, results: Results) -> Decision:
+def _better(results: Results, name: str) -> StudyClaim:
+    """SparseD's responses against those of an alternative."""
     ours, theirs = (_joined(results, "methods", method, "agreement") for method in ("SparseD", name))
-    gain = bootstrap([a - b for a, b in zip(ours, theirs, strict=True)])
-    nearer = bootstrap([b - a for a, b in zip(*(_difference(results, method) for method in ("SparseD", name)),
-                                              strict=True)])
+    gain = paired(ours, theirs)
+    nearer = paired(_difference(results, name), _difference(results, "SparseD"))
     densities = [results.interval("methods", method, "density").value for method in ("SparseD", name)]
-    return None if results.quick else gain.low > 0 and nearer.value >= 0, (
-        f"{_mean(ours):.3f} against {_mean(theirs):.3f} of the tokens, {gain.value:+.3f} ({gain.low:+.3f} to "
-        f"{gain.high:+.3f}); nats a token nearer by {nearer.value:+.3f} ({nearer.low:+.3f} to {nearer.high:+.3f}); "
-        f"density over the run {densities[0]:.3f} against {densities[1]:.3f}; {len(ours)} texts")
-
-
-def _faster(results: Results) -> Decision:
-    ratios = {row[0]: Interval(*row[3:]) for row in results.once["times"]}
-    slow = [n for n, ratio in ratios.items() if ratio.value <= 1]
-    faster = [n for n in ratios if n > max(slow, default=0)]
-    return None if results.quick else list(ratios.values())[-1].low > 1, "; ".join(
-        f"{n} tokens: {r.value:.2f}x ({r.low:.2f} to {r.high:.2f})" for n, r in ratios.items()) + (
-        f"; faster from {faster[0]} tokens on" if faster else "; not faster at the longest")
-
-
-def _memory(results: Results) -> Decision:
-    peak, matrix = results.once["peak"], results.once["matrix"]
-    return None if results.quick or not peak else peak < MEMORY_SHARE * matrix, (
-        f"{peak / 2 ** 20:.0f} MiB at {results.scale.memory_length} tokens and {HEADS} heads; the matrix would be "
-        f"{matrix / 2 ** 20:.0f} MiB")
+    return shared.claim(
+        results, f"Responses agree with exact attention's better than by: {name}",
+        "paper, ablations; here: a small model", "better, on tasks", "paired difference of agreement above 0 with its "
+        "95 % interval, and nats a token no further from exact", gain.low > 0 and nearer.value >= 0,
+        f"{_mean(ours):.3f} against {_mean(theirs):.3f} of the tokens, {gain:+.3f}; nats a token nearer by "
+        f"{nearer:+.3f}; density over the run {densities[0]:.3f} against {densities[1]:.3f}; {len(ours)} texts")
 
 
 def _show(report: Report, results: Results) -> None:
-    first, own, others = _similarities(results)
+    own, others = torch.tensor(_joined(results, "own")), torch.tensor(_joined(results, "others"))
     steps = [float(step) for step in range(results.scale.steps)]
     report.figure("Similarity of block importance over steps", x_label="denoising step", y_label="cosine", series=[
         Series("a head with itself at the pattern's step", steps, own.mean(0).tolist()),
         Series("two heads of a layer", steps, others.mean(0).tolist())],
-        note=f"exact attention, means over heads, layers and {len(own)} texts; the pattern's step is {first}")
+        note=f"exact attention, means over heads, layers and {len(own)} texts; the pattern's step is "
+             f"{SparseD(skip=SKIP).full_steps(results.scale.steps)}")
     exact = _joined(results, "exact nats")
     table = report.table("Responses against those of exact attention", [
         "method", "density of the pattern", "density over the run", "agreement", "low", "high", "nats a token",
@@ -278,32 +271,11 @@ def _show(report: Report, results: Results) -> None:
              "of interleaved rounds; defaults but for min_length")
 
 
-study = Study("SparseD on a small masked diffusion model", measure, [
-    StudyClaim("The model has learned from its context", "this project's rule", "-", "bound of the negative "
-               f"log-likelihood, with its 95 % interval, below {LEARNED} of the unigram entropy", _learned),
-    StudyClaim("What is important to a head hardly changes over the steps", "abstract; figures of patterns",
-               "high, as pictures", f"mean over heads and later steps at least {SIMILAR}", _stable),
-    StudyClaim("Patterns differ between heads more than over steps", "abstract; figures of patterns", "as pictures",
-               "paired difference above 0 with its 95 % interval, over texts", _different),
-    *(StudyClaim(f"Responses agree with exact attention's better than by: {name}",
-                 "paper, ablations; here: a small model", "better, on tasks", "paired difference of agreement above 0 "
-                 "with its 95 % interval, and nats a token no further from exact", functools.partial(_better, name))
-      for name in ALTERNATIVES),
-    StudyClaim("The attention of a whole denoising run is faster than full attention", "abstract; here: CPU",
-               "up to 1.50x end to end at 64k tokens and 1024 steps on a GPU",
-               lambda scale: f"ratio above 1 with its 95 % interval at {scale.lengths[-1]} tokens", _faster),
-    StudyClaim("Finding the pattern never holds the matrix of all probabilities", "this project's rule", "-",
-               lambda scale: f"peak memory below {MEMORY_SHARE:.0%} of the matrix at {scale.memory_length} tokens",
-               _memory),
-    StudyClaim("Generation of Dream-7B and LLaDA-1.5 is faster than with FlashAttention", "abstract",
-               "up to 1.50x at 64k tokens and 1024 steps", "ratio above 1 to SDPA's flash kernel at 64k tokens",
-               unmeasured="not measured: needs a GPU and an 8B model"),
-    StudyClaim("On MMLU, GSM8K, HumanEval and RULER quality is that of full attention", "paper, tables",
-               "near lossless", "averages within one point of full attention",
-               unmeasured="not measured: needs an 8B model"),
-], show=_show, once=once, full=Scale(), quick=QUICK, quick_seeds=1, facts=lambda results: {
-    "model": f"{results.once['parameters'] / 1e6:.1f} million parameters, characters, trained on Python's "
-             "documentation",
-    "seconds to train or load": results.once["loaded"], "texts": len(_joined(results, "ids")),
-    "prompt": results.scale.prompt, "response": results.scale.response, "steps": results.scale.steps, "block": BLOCK,
-    "threads": torch.get_num_threads()})
+study = Study(
+    "SparseD on a small masked diffusion model", measure, _claims, show=_show, once=once, full=Scale(), quick_seeds=1,
+    quick=Scale(every=1, selections=(), training=100, lengths=(512, 1024), rounds=3, memory_length=2048),
+    facts=lambda results: {
+        "model": f"{results.once['parameters'] / 1e6:.1f} million parameters, characters, trained on Python's "
+                 "documentation", "seconds to train or load": results.once["loaded"],
+        "texts": len(_joined(results, "ids")), "prompt": results.scale.prompt, "response": results.scale.response,
+        "steps": results.scale.steps, "block": BLOCK, "threads": torch.get_num_threads()})
