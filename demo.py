@@ -29,20 +29,20 @@ def installed(kind: str, *names: str) -> dict[str, Any]:
 
     The demo has a time to keep, so that its parts name what they take; `looseleaf compare` takes all that there is.
     """
-    found = {}
+    classes = {}
     for entry in looseleaf.plugins(kind):
         if names and entry.name not in names:
             continue
         try:
-            found[entry.name] = looseleaf.load(entry)
+            classes[entry.name] = looseleaf.load(entry)
         except looseleaf.PluginError as error:  # one broken plugin must not stop the others
             print(f"left out: {error}", file=sys.stderr)
-    return found
+    return classes
 
 
 def attention(model: Any, tokenizer: Any, quick: bool) -> Report:
     """An attention backend against dense attention."""
-    from looseleaf_lab.compare import compare_attention
+    from looseleaf_lab.benches import compare_attention
 
     contexts = (512, 1024, 1536) if quick else (2048, 4096, 8192)
     backends = {name: cls() for name, cls in installed("attention", "flexprefill").items()}
@@ -51,7 +51,7 @@ def attention(model: Any, tokenizer: Any, quick: bool) -> Report:
 
 def pruning(model: Any, tokenizer: Any, quick: bool) -> Report:
     """One-shot pruning over a sweep of sparsities."""
-    from looseleaf_lab.compare import compare_pruners
+    from looseleaf_lab.benches import compare_pruners
 
     sweep = (0.3, 0.6) if quick else (0.1, 0.3, 0.5, 0.7)
     pruners = installed("pruners", "essential-sparsity")
@@ -62,7 +62,7 @@ def pruning(model: Any, tokenizer: Any, quick: bool) -> Report:
 def prompting(model: Any, tokenizer: Any, quick: bool) -> Report:
     """Two prompt optimisers on a classification task, with equal budgets."""
     from looseleaf_lab import data
-    from looseleaf_lab.compare import compare_prompts
+    from looseleaf_lab.benches import compare_prompts
 
     size = 16 if quick else 32
     task = data.classification_task("sentiment", 0, train=size, dev=size, test=2 * size)
@@ -73,7 +73,7 @@ def prompting(model: Any, tokenizer: Any, quick: bool) -> Report:
 
 def steering(model: Any, tokenizer: Any, quick: bool) -> Report:
     """LinEAS steers the model."""
-    from looseleaf_lab.compare import compare_probes
+    from looseleaf_lab.benches import compare_probes
 
     probes = {}
     for name, cls in installed("probes", "lineas").items():

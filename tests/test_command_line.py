@@ -43,8 +43,15 @@ def rows(report: dict[str, Any], title: str) -> list[dict[str, Any]]:
     return [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
 
 
-NOT_COMPARED = {"lottery-ticket", "lottery-rewinding", "outlandish", "leaf", "sparsed", "paroattention"}
-"""Pruners that need a training function or remove something other than weights, and methods for denoising models."""
+LEFT_OUT = {
+    "attention": {("prefill", "sparsed"), ("prefill", "paroattention"), *(
+        ("denoising", name) for name in ("flexprefill", "minference", "sliding-window", "sparsed", "paroattention"))},
+    "pruners": {("pruned-weights", "lottery-ticket"), ("pruned-weights", "lottery-rewinding"),
+                ("pruned-weights", "(Wanda), (SparseGPT)"), *(
+        (bench, name) for bench in ("pruned-weights", "lotteries") for name in ("outlandish", "leaf"))},
+    "prompts": set(), "probes": set()}
+"""(bench, plugin): methods for other phases of attention, or that train, or that remove something else; with
+``--denoising`` and no name none is compared in denoising."""
 
 
 def test_list_and_info(place: Path) -> None:
@@ -68,7 +75,7 @@ def test_run_an_attention_backend(place: Path) -> None:
     assert "gamma" in looseleaf(place, "run", "flexprefill", "--gamma", "1.5", code=2).stderr
     assert "--gamma" in looseleaf(place, "run", "flexprefill", "--help-plugin").stdout
     assert "cannot read" in looseleaf(place, "run", "flexprefill", "--text", "none.txt", code=2).stderr
-    assert "unknown" in looseleaf(place, "run", "flexprefill", "--model", "smolm2", code=2).stderr
+    assert "Did you mean 'smollm2'" in looseleaf(place, "run", "flexprefill", "--model", "smolm2", code=2).stderr
 
 
 def test_run_a_pruner_and_use_its_masks(place: Path) -> None:
@@ -84,9 +91,9 @@ def test_run_a_pruner_and_use_its_masks(place: Path) -> None:
 def test_run_an_optimiser_and_load_its_prompt(place: Path) -> None:
     looseleaf(place, "run", "tapruning", "--model", "tiny", "--task", "sentiment", "--calls", "120",
               "--save", "prompt.json", "--json")
-    from looseleaf_text import Prompt
+    from looseleaf_text import TextPrompt
 
-    assert "{text}" in Prompt.load(place / "prompt.json").text
+    assert "{text}" in TextPrompt.load(place / "prompt.json").text
     assert "Did you mean" in looseleaf(place, "run", "tapruning", "--task", "sentimant", code=2).stderr
 
 
@@ -95,26 +102,124 @@ def test_run_a_probe(place: Path) -> None:
     assert rows(report, "Effect on held-out sentences")
 
 
-@pytest.mark.parametrize("kind", ["attention", "pruners", "probes"])
-def test_compare(place: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "options", "titles"), [
     # the denoising models would be trained here for ten minutes
-    options = {"attention": ["--context", "256", "512", "--denoising"], "pruners": ["--sparsity", "0.5"],
-               "probes": ["--plugins", "lineas"]}
-    done = looseleaf(place, "compare", kind, "--model", "tiny", *options[kind], "--json", "--out", f"{kind}.html",
+    ("attention", ["--context", "256", "512", "--denoising"], ["Prefill"]),
+    ("pruners", ["--sparsity", "0.5", "--steps", "40", "--seeds", "1"],
+     ["Pruning without retraining", "Pruning with training"]),
+    ("prompts", ["--plugins", "tapruning", "--task", "subjects", "--calls", "100"], ["Prompts found"]),
+    ("probes", ["--plugins", "lineas"], ["Probes"])])
+def test_compare(place: Path, kind: str, options: list[str], titles: list[str]) -> None:
+    done = looseleaf(place, "compare", kind, "--model", "tiny", *options, "--json", "--out", f"{kind}.html",
                      "--state", f"state-{kind}")
     report = json.loads(done.stdout)
-    left_out = [row[0] for t in report["tables"] if t["title"] == "Left out" for row in t["rows"]]
-    assert report["tables"] and set(left_out) <= {"(Wanda), (SparseGPT)", *NOT_COMPARED}, report["tables"][-1]
+    left_out = {(row[0], row[1]) for t in report["tables"] if t["title"] == "Left out" for row in t["rows"]}
+    assert left_out <= LEFT_OUT[kind], report["tables"][-1]
+    assert {t["title"] for t in report["tables"]} >= set(titles)
     assert (place / f"{kind}.html").stat().st_size > 5000 and list((place / f"state-{kind}").glob("*.json"))
+
+
+def test_every_weight_pruner_is_compared_somewhere(place: Path) -> None:
+    """A continuation of the comparison above: what is finished is taken from its folder."""
+    done = looseleaf(place, "compare", "pruners", "--model", "tiny", "--sparsity", "0.5", "--steps", "40", "--seeds",
+                     "1", "--state", "state-pruners", "--json")
+    report = json.loads(done.stdout)
+    compared = {r["pruner"] for title in ("Pruning without retraining", "Pruning with training")
+                for r in rows(report, title)}
+    assert compared >= {"essential-sparsity", "lottery-ticket", "lottery-rewinding"}
+    reasons = {row[1]: row[2] for t in report["tables"] if t["title"] == "Left out" for row in t["rows"]}
+    assert reasons["leaf"] == "expected a WeightPruner, got TokenPruner"
+    assert reasons["outlandish"] == "expected a WeightPruner, got UpdatePruner"
+
+
+def test_benches_and_their_options(place: Path) -> None:
+    shown = looseleaf(place, "compare", "pruners", "--help-benches").stdout
+    assert all(text in shown for text in ("--bench pruned-weights", "--bench lotteries", "--sparsity", "--network",
+                                          "fractions of the weights to remove"))
+    only = looseleaf(place, "compare", "pruners", "--bench", "lotteries", "--help-benches").stdout
+    assert "--network" in only and "--windows" not in only
+    for options, message in ((["--bench", "lotery"], "Did you mean 'lotteries'"), (["--sparsty", "1"], "'sparsity'"),
+                             (["--sparsity", "1.5"], "[0, 1)"), (["--task", "topic"], "Did you mean 'topics'")):
+        refused = looseleaf(place, "compare", "pruners", *options, code=2).stderr
+        assert message in " ".join(refused.replace("│", " ").split()), refused
+    refused = looseleaf(place, "compare", "attention", "--model", "a", "--model", "b", code=2).stderr
+    assert "--model: expected one value for the bench prefill, got a b" in refused
+
+
+@pytest.fixture
+def third_party(place: Path, tmp_path: Path) -> dict[str, str]:
+    """The environment with a package of somebody else: a bench, and two reproductions, a function and a study."""
+    (tmp_path / "somebody.py").write_text("""
+import dataclasses
+from looseleaf import Probe, Report
+from looseleaf_lab.study import Study, StudyClaim
+
+
+@dataclasses.dataclass
+class Loudness:
+    '''How loud.
+
+    Args:
+        volume: from 0 on.
+    '''
+
+    volume: int = 3
+    interface = Probe
+
+    def suits(self, plugin):
+        return None if plugin.__name__ == "LinEAS" else "too quiet"
+
+    def run(self, plugins, *, state=None, seed=0, progress=None):
+        return Report("Loudness", {"plugins": ", ".join(plugins), "volume": self.volume, "state": str(state)})
+
+
+def plain(*, seeds=5, quick=False):
+    return Report("plain", {"seeds": seeds, "quick": quick})
+
+
+def measure(seed, scale):
+    return {"value": seed}
+
+
+study = Study("study", measure, [StudyClaim("It grows", "abstract", "up", "above 9", lambda r: (False, "less"))],
+              facts=lambda results: {"values": results.values("value")})
+""")
+    folder = tmp_path / "looseleaf_somebody-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: looseleaf-somebody\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text(
+        "[looseleaf.benches]\nloudness = somebody:Loudness\n"
+        "[looseleaf.reproductions]\nplain = somebody:plain\ngrows = somebody:study\n")
+    return {**_environment(place), "PYTHONPATH": str(tmp_path)}
+
+
+def test_a_bench_and_reproductions_of_somebody_else(place: Path, third_party: dict[str, str]) -> None:
+    def run(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, cwd=place, env=third_party)
+        assert done.returncode == code and "Traceback" not in done.stderr, done.stderr[-2000:]
+        return done
+
+    report = json.loads(run("compare", "probes", "--bench", "loudness", "--volume", "7", "--state", "s",
+                            "--json").stdout)
+    assert report["facts"] == {"plugins": "lineas", "volume": 7, "state": "s"}
+    assert "too quiet" in json.dumps(report["tables"])
+    assert json.loads(run("reproduce", "plain", "--quick", "--seeds", "2", "--json").stdout)["facts"] == {
+        "seeds": 2, "quick": True}
+    assert "--jobs: expected a reproduction that takes jobs" in run("reproduce", "plain", "--jobs", "2", code=2).stderr
+    done = run("reproduce", "grows", "--seeds", "3", "--jobs", "2", "--state", "grown", "--json", "--strict", code=1)
+    assert json.loads(done.stdout)["facts"]["values"] == [0, 1, 2] and len(list((place / "grown").iterdir())) == 3
+    assert run("reproduce", "grows", "--jobs", "0", code=2).stderr == (
+        "looseleaf: jobs: expected an integer >= 1, got 0\n")
 
 
 def test_an_interrupted_comparison_keeps_what_it_has_and_resumes(place: Path) -> None:
     state = place / "interrupted"
     # in a group of its own, and hearing SIGINT even where this process was started in the background, deaf to it
     process = subprocess.Popen(
-        [*COMMAND, "compare", "pruners", "--model", "tiny", "--sparsity", *(str(n / 20) for n in range(1, 19)),
-         "--state", str(state), "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=place,
-        env=_environment(place), start_new_session=True,
+        [*COMMAND, "compare", "pruners", "--bench", "pruned-weights", "--task", "--model", "tiny",
+         "--sparsity", *(str(n / 20) for n in range(1, 19)), "--state", str(state), "--json"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=place, env=_environment(place),
+        start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     until = time.monotonic() + 120
     while len(list(state.glob("*.json"))) < 3 and process.poll() is None and time.monotonic() < until:
@@ -124,8 +229,8 @@ def test_an_interrupted_comparison_keeps_what_it_has_and_resumes(place: Path) ->
     assert process.returncode == 130 and "resumes" in said, said[-2000:]
     kept = {p: p.stat().st_mtime_ns for p in state.glob("*.json")}
     assert len(kept) >= 3
-    done = looseleaf(place, "compare", "pruners", "--model", "tiny", "--sparsity",
-                     *(str(n / 20) for n in range(1, 19)), "--state", str(state), "--json")
+    done = looseleaf(place, "compare", "pruners", "--bench", "pruned-weights", "--task", "--model", "tiny",
+                     "--sparsity", *(str(n / 20) for n in range(1, 19)), "--state", str(state), "--json")
     found = rows(json.loads(done.stdout), "Pruning without retraining")
     assert len({(r["pruner"], r["asked for"]) for r in found}) == len(found) >= 1 + 3 * 18
     assert {p: p.stat().st_mtime_ns for p in kept} == kept, "finished cells were measured again"
@@ -146,7 +251,8 @@ def test_a_full_disk_is_reported_and_leaves_the_former_file(place: Path) -> None
 
 def test_check_and_doctor(place: Path) -> None:
     checked = json.loads(looseleaf(place, "check", "sliding-window", "--json").stdout)
-    assert checked["passes"] and checked["problem"] is None
+    assert checked["passes"] and len(checked["checks"]) > 5
+    assert all(c["problem"] is None for c in checked["checks"])
     doctor = json.loads(looseleaf(place, "doctor", "--json").stdout)
     chosen = {(r["operation"], r["device"]): r for r in rows(doctor, "Kernels")}
     assert chosen["block_sparse_attention", "cpu"]["implementation"] == "cpu"

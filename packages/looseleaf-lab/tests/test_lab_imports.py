@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-MODULES = ["models", "data", "metrics", "timing", "html", "compare", "commands", "sweep", "state", "activations"]
+MODULES = ["models", "data", "metrics", "timing", "html", "sweep", "study", "facts"]
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -265,11 +265,11 @@ def _at(row: Any, path: Sequence[str | int]) -> Any:
 def _code(package: str) -> str:
     """A digest of the Python files of a package or module, so that what other code measured is not taken."""
     spec = importlib.util.find_spec(package) if package != "__main__" else None
-    if spec is None or spec.origin is None:
-        return ""
-    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
-    files = sorted(path for folder in folders for path in folder.rglob("*.py")) or [Path(spec.origin)]
-    return digest([hashlib.sha256(path.read_bytes()).hexdigest() for path in files])
+    folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
+    files = sorted(path for folder in folders for path in folder.rglob("*.py"))
+    if not files and spec is not None and spec.has_location:
+        files = [Path(str(spec.origin))]
+    return digest([hashlib.sha256(path.read_bytes()).hexdigest() for path in files]) if files else ""
 
 
 class _Log(io.TextIOWrapper):
