@@ -47,6 +47,8 @@ def _take_over(module: nn.Module, function: Callable[..., Any], args: tuple[Any,
     """One call of a watched module."""
     attached, layer = module.__dict__[PLACE]
     mode = _Mode(attached, layer, module, crosses(module, args, kwargs))
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    mode.tokens = hidden.shape[1] if isinstance(hidden, Tensor) and hidden.dim() == 3 else 0
     with mode:
         out = function(*args, **kwargs)
     if layer is not None and not mode.calls:
@@ -60,7 +62,7 @@ class _Mode(TorchFunctionMode):
     def __init__(self, attached: Attached, layer: int | None, module: nn.Module, is_cross: bool) -> None:
         super().__init__()
         self.attached, self.layer, self.module, self.is_cross = attached, layer, module, is_cross
-        self.calls = 0
+        self.calls = self.tokens = 0
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (),
                            kwargs: dict[str, Any] | None = None) -> Any:
@@ -90,6 +92,8 @@ class _Mode(TorchFunctionMode):
         attached, layer = self.attached, self.layer
         assert layer is not None
         lq, lk = query.shape[-2], key.shape[-2]
+        if lq == lk > self.tokens > 0:  # joint attention: the other sequence is among the queries, too
+            self.is_cross = False
         phase: Phase = "prefill" if is_causal else "decode" if lq == 1 < lk and not self.is_cross else "bidirectional"
         reason = None
         if dropout_p and "dropout" not in attached.backend.score_changes:
