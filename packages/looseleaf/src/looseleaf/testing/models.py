@@ -32,6 +32,16 @@ def tied_llama() -> Any:
                       initializer_range=0.02)
 
 
+def tiny_bert(seed: int = 0, **config: Any) -> Any:
+    """A BERT without pooler and dropout: 2 layers, width 64, 4 heads, vocabulary 64; ``config`` overrides."""
+    from transformers import BertConfig, BertModel
+
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "max_position_embeddings": 2048, "initializer_range": 0.2,
+             "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **config}
+    return seeded(lambda: BertModel(BertConfig(**sizes), add_pooling_layer=False), seed).eval()
+
+
 def tiny_gemma3(seed: int = 0) -> Any:
     """A Gemma 3, whose layer 0 has a sliding window."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
@@ -105,5 +115,5 @@ def tied_network() -> nn.Module:
     return made
 
 
-__all__ = ["SmallNetwork", "TiedNetwork", "seeded", "small_network", "tied_llama", "tied_network", "tiny_gemma3",
-           "tiny_llama", "tiny_text_llama", "tiny_tokenizer"]
+__all__ = ["SmallNetwork", "TiedNetwork", "seeded", "small_network", "tied_llama", "tied_network", "tiny_bert",
+           "tiny_gemma3", "tiny_llama", "tiny_text_llama", "tiny_tokenizer"]
