@@ -42,15 +42,15 @@ def sparsity_curve(model: nn.Module, evaluate: Evaluate, levels: Sequence[float]
     pruner = pruner or MagnitudePruner()
     if "sparsity" not in pruner.hyperparameters():
         raise ValueError(f"pruner: expected one with a field sparsity, got {type(pruner).__name__}")
-    wanted = sorted({0.0, *(float(s) for s in levels)})
-    if len(wanted) < 2:
+    swept = sorted({0.0, *(float(s) for s in levels)})
+    if len(swept) < 2:
         raise ValueError(f"levels: expected at least one sparsity above 0, got {list(levels)!r}")
     replace: Any = dataclasses.replace
-    pruners = [replace(pruner, sparsity=s) for s in wanted]  # all levels are checked before the first is measured
+    pruners = [replace(pruner, sparsity=s) for s in swept]  # all levels are checked before the first is measured
     rows = []
-    for level, at in track(list(zip(wanted, pruners)), f"sparsity of {name}", show=progress):
+    for level, at in track(list(zip(swept, pruners)), f"sparsity of {name}", show=progress):
         rows.append(masked_metric(model, evaluate, at, data) if level else _numbers(evaluate(model)))
-    return Curve(wanted, rows, name, higher_is_better, mean)
+    return Curve(swept, rows, name, higher_is_better, mean)
 
 
 def masked_metric(model: nn.Module, evaluate: Evaluate, pruner: WeightPruner, data: Any = None) -> list[float]:
@@ -117,7 +117,7 @@ def add_curves(report: Report, curves: Mapping[str, Curve], points: Mapping[str,
     values = report.table(f"{name} by sparsity", ["pruner", "sparsity", name, "low", "high", "relative drop"],
                           note="low, high: 95% bootstrap over evaluation batches")
     figure = report.figure(f"{name} by sparsity", x_label="sparsity", y_label=name, y_log=first.mean == "exp-mean")
-    found = report.table(f"essential sparsity ({name})", [
+    estimates = report.table(f"essential sparsity ({name})", [
         "pruner", *(f"s*({t:.0%})" for t in tolerances), "knee", "step of the sweep"],
         note="s*(t): largest level within a relative drop of t; knee: largest distance to the chord of the curve")
     for label, curve in curves.items():
@@ -129,7 +129,7 @@ def add_curves(report: Report, curves: Mapping[str, Curve], points: Mapping[str,
             values.add(label, level, value, low, high, drop)
         figure.series.append(Series(label, curve.levels, y, [a for a, _ in around], [b for _, b in around]))
         knee = essential_sparsity(curve, tolerances, seed=seed)
-        found.add(label, *(str(i) for i in knee.within.values()), str(knee.knee), knee.step)
+        estimates.add(label, *(str(i) for i in knee.within.values()), str(knee.knee), knee.step)
         report.arrays[f"{name}: {label}"] = curve.batches
     for label, (level, batches) in points.items():
         pair = Curve([0.0, level], [first.batches[0], batches], name, first.higher_is_better, first.mean)

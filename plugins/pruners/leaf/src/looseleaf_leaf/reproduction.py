@@ -194,7 +194,7 @@ def distil(student: Any, teacher: Any, pairs: list[dict[str, list[int]]], change
             seed=seed, use_cpu=True, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return model.eval()
+    return model
 
 
 # ------------------------------------------------------------------------------------ all seeds
