@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from looseleaf_text import LocalModel, LogitLens
 from looseleaf_prior_distribution import (
     PriorProbe,
     answer_scores,
@@ -20,6 +19,7 @@ from looseleaf_prior_distribution import (
     split_by_answer,
 )
 from looseleaf_prior_distribution.controls import planted
+from looseleaf_text import LocalModel, LogitLens
 
 
 @pytest.mark.parametrize("span", [1, 2])
@@ -117,12 +117,12 @@ def test_mitigation_in_the_planted_layer_helps_answers_never_trained_on() -> Non
 
 def test_the_probe_as_a_whole() -> None:
     model, tokenizer, task, _ = planted()
-    report = PriorProbe(layers=1, scaled=32, alpha=0.0).run(model, task, tokenizer=tokenizer, progress=False)
+    report = PriorProbe(layers=1, scaled=32, alpha=0.0).run((model, tokenizer), task, progress=False)
     assert report.facts["copying: located layers"] == "3"
     assert report.facts["copying: dominated by the prior"] is True
     assert len(report.figures) == 5 and report.examples
     calm, tokenizer, task, _ = planted(spread=0.0)
-    report = PriorProbe(layers=1).run(calm, task, tokenizer=tokenizer, progress=False)
+    report = PriorProbe(layers=1).run((calm, tokenizer), task, progress=False)
     assert report.facts["copying: dominated by the prior"] is False
 
 

@@ -8,36 +8,44 @@ import pytest
 import torch
 
 from looseleaf import Report
-from looseleaf_text import LocalModel, LogitLens
+from looseleaf.resume import as_plain
 from looseleaf.testing.models import tiny_text_llama, tiny_tokenizer
+from looseleaf_lab.study import Results
 from looseleaf_prior_distribution import acronym, behaviour, lens_scores, mitigate, reproduction
-from looseleaf_prior_distribution.reproduction import Sizes, measure, run_control, summarise
+from looseleaf_prior_distribution.reproduction import Scale, control, measure, peaks, study
+from looseleaf_text import LocalModel, LogitLens
 
 
 def test_control() -> None:
-    assert set(run_control().values()) == {True}
+    assert set(control(Scale()).values()) == {True}
 
 
 def test_every_claim_is_measured_and_decided_by_its_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reproduction, "EPOCHS", 1)
     model, tokenizer = tiny_text_llama(), tiny_tokenizer()
+    monkeypatch.setattr(reproduction, "smollm2", lambda: (model, tokenizer))
     before = {n: p.clone() for n, p in model.state_dict().items()}
-    sizes = Sizes(questions=16, answers=8, counting=6, observed=6, scaled=2)
-    measured = [measure(model, tokenizer, seed, sizes) for seed in range(2)]
+    scale = Scale(questions=16, answers=8, counting=6, observed=6, scaled=2)
+    rows = [as_plain(measure(seed, scale)) for seed in range(2)]
     assert all(torch.equal(before[n], p) for n, p in model.state_dict().items())
-    for seed in measured:
+    for row in rows:
         for name in ("acronym", "middle word"):
-            assert not set(seed.located[name]) & set(seed.control[name])
-            assert len(seed.located[name]) == len(seed.control[name]) == 1
-    report = summarise(measured)
+            assert not set(row["located"][name]) & set(row["control"][name])
+            assert len(row["located"][name]) == len(row["control"][name]) == 1
+    assert as_plain(measure(1, scale)) == rows[1]
+    report = study.report(Results(rows, control(scale), [0, 1], scale, quick=False))
     assert len(report.claims) == 8 and report.claims[0].verdict == "holds"
     by_statement = {c.statement: c for c in report.claims}
     tuning = by_statement["Tuning the located layers reaches high held-out accuracy"]
     assert tuning.verdict in ("holds", "does not hold")
     assert Report.from_dict(report.to_dict()).to_json() == report.to_json()
-    again = summarise([measure(tiny_text_llama(), tokenizer, seed, sizes) for seed in range(2)])
-    assert again.to_json() == report.to_json()
-    assert {c.verdict for c in summarise(measured[:1], decided=False).claims} == {"not shown at this scale"}
+    quick = study.report(Results(rows[:1], control(scale), [0], scale, quick=True))
+    assert {c.verdict for c in quick.claims} == {"not shown at this scale"}
+
+
+def test_the_layer_is_chosen_without_the_seed_it_is_measured_on() -> None:
+    assert peaks([[0.0, 9.0, 0.0], [1.0, 0.0, 3.0], [0.0, 0.0, 5.0]]) == [0.0, 0.0, 0.0]
+    assert peaks([[0.0, 9.0, 0.0]]) == [9.0]
 
 
 @pytest.mark.slow

@@ -1,11 +1,18 @@
 """The influence of the prior distribution in language models (arXiv 2504.12585)."""
 
-from looseleaf_prior_distribution.answers import Behaviour, behaviour
-from looseleaf_prior_distribution.generators import acronym, counting, middle_word, reversal, shift_cipher
+from looseleaf_prior_distribution.answers import Behaviour, answer_scores, behaviour, lens_scores, priors
 from looseleaf_prior_distribution.localisation import layer_prior_correlation, locate, observe, scaling
 from looseleaf_prior_distribution.probe import PriorProbe
-from looseleaf_prior_distribution.scoring import answer_scores, lens_scores, priors
-from looseleaf_prior_distribution.tasks import Instance, PriorTask, split_by_answer
+from looseleaf_prior_distribution.tasks import (
+           Instance,
+           PriorTask,
+           acronym,
+           counting,
+           middle_word,
+           reversal,
+           shift_cipher,
+           split_by_answer,
+)
 from looseleaf_prior_distribution.tuning import Tuned, mitigate
 
 __all__ = ["Behaviour", "Instance", "PriorProbe", "PriorTask", "Tuned", "acronym", "answer_scores", "behaviour",

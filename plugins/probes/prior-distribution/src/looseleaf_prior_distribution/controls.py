@@ -139,7 +139,7 @@ def planted(answers: int = 16, instances: int = 64, *, copy: float = 2.0, spread
         Model, tokenizer, task, and answer -> log prior, nats a token.
     """
     if span not in (1, 2) or answers < 2:
-        raise ValueError(f"span={span}, answers={answers}: allowed is 1 or 2, and 2 or more")
+        raise ValueError(f"planted: expected span 1 or 2 and answers >= 2, got span={span}, answers={answers}")
     generator = torch.Generator().manual_seed(seed)
     letters = [f"w{n}" for n in range(answers)]
     tokenizer = Words(["->", *letters])
@@ -156,6 +156,3 @@ def planted(answers: int = 16, instances: int = 64, *, copy: float = 2.0, spread
         ids = [0, *tokenizer(answer)["input_ids"]]
         known[answer] = float(sum(table[a, b] for a, b in itertools.pairwise(ids))) / span
     return model, tokenizer, task, known
-
-
-__all__ = ["PlantedPrior", "Words", "planted"]

@@ -8,11 +8,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from looseleaf_text import LocalModel, LogitLens, decoder_layers, scale_layers
 from looseleaf import progress as progress_
-from looseleaf_prior_distribution.scoring import favoured, lens_scores
-from looseleaf_prior_distribution.statistics import correlation
+from looseleaf_prior_distribution.answers import correlation, favoured, lens_scores
 from looseleaf_prior_distribution.tasks import PriorTask
+from looseleaf_text import LocalModel, LogitLens, decoder_layers, scale_layers
 
 
 @dataclasses.dataclass
@@ -43,8 +42,8 @@ def layer_prior_correlation(values: np.ndarray, prior: Sequence[float]) -> np.nd
         ValueError: not equally many questions, or fewer than two.
     """
     if values.ndim != 2 or values.shape[1] != len(prior) or len(prior) < 2:
-        raise ValueError(f"values of shape {values.shape} for {len(prior)} priors: allowed is (layers, n) for n "
-                         "priors, two or more")
+        raise ValueError("layer_prior_correlation: expected values (layers, n) and n priors, two or more, got "
+                         f"{tuple(values.shape)} and {len(prior)}")
     return np.asarray([correlation(row, prior) for row in values])
 
 
@@ -57,7 +56,7 @@ def locate(correlations: Sequence[float], count: int) -> list[int]:
         ValueError: more layers asked for than there are.
     """
     if not 1 <= count <= len(correlations):
-        raise ValueError(f"count={count}: allowed is 1 to {len(correlations)}, the number of layers")
+        raise ValueError(f"count: expected 1 to {len(correlations)}, the number of layers, got {count}")
     rises = np.diff(np.asarray(correlations, dtype=np.float64), prepend=0.0)
     # a stable sort: of equal rises the earlier layer is taken
     return sorted(int(layer) for layer in np.argsort(-rises, kind="stable")[:count])
@@ -91,7 +90,7 @@ class Scaled:
 
     Attributes:
         correlation: layer -> correlation over questions of the right answer's log-likelihood with its prior.
-        accuracy: layer -> share of questions where the right answer is likelier than each of its rivals.
+        accuracy: layer -> fraction of questions where the right answer is likelier than each of its rivals.
     """
 
     correlation: dict[int, float]
@@ -117,7 +116,7 @@ def scaling(model: LocalModel, task: PriorTask, prior: dict[str, float], alpha: 
         ValueError: a factor out of range, or no rivals.
     """
     if not 0 <= alpha <= 1 or rivals < 1:
-        raise ValueError(f"alpha={alpha}, rivals={rivals}: allowed is 0 to 1, and 1 or more")
+        raise ValueError(f"scaling: expected 0 <= alpha <= 1 and rivals >= 1, got alpha={alpha}, rivals={rivals}")
     net: Any = model.model
     ranked = sorted(task.answers, key=lambda a: -prior[a])
     rows = [[i.answer, *[a for a in ranked if a != i.answer][:rivals]] for i in task.instances]
@@ -133,6 +132,3 @@ def scaling(model: LocalModel, task: PriorTask, prior: dict[str, float], alpha: 
         out.correlation[layer] = correlation(gold, wanted)
         out.accuracy[layer] = float(np.mean([row[0] > max(row[1:]) for row in scores]))
     return out
-
-
-__all__ = ["Layers", "Scaled", "layer_prior_correlation", "locate", "observe", "scaling"]

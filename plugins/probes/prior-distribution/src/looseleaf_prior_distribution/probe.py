@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from looseleaf import Paper, Probe, Report, Series
-from looseleaf_text import LocalModel, LogitLens
 from looseleaf import progress as progress_
-from looseleaf_prior_distribution.answers import Behaviour, behaviour
-from looseleaf_prior_distribution.generators import TASKS, generate
+from looseleaf.modes import evaluating
+from looseleaf.plugin import In, OneOf
+from looseleaf.probes.subject import parts
+from looseleaf_prior_distribution.answers import Behaviour, behaviour, bins
 from looseleaf_prior_distribution.localisation import Layers, Scaled, locate, observe, scaling
-from looseleaf_prior_distribution.statistics import bins
-from looseleaf_prior_distribution.tasks import PriorTask
-from looseleaf_prior_distribution.tuning import evaluating
-
-PARTS = ("attention", "mlp", "both")
+from looseleaf_prior_distribution.tasks import TASKS, PriorTask, generate
+from looseleaf_text import LocalModel, LogitLens
 
 
 @dataclasses.dataclass
@@ -36,49 +34,46 @@ class PriorProbe(Probe):
     """
 
     tasks: tuple[str, ...] = ("counting", "acronym", "middle_word")
-    instances: int = 48
-    demonstrations: int = 8
-    bins: int = 4
-    layers: int = 4
-    scaled: int = 16
-    alpha: float = 0.5
-    part: Literal["attention", "mlp", "both"] = "both"
+    instances: Annotated[int, In(">= 2")] = 48
+    demonstrations: Annotated[int, In(">= 0")] = 8
+    bins: Annotated[int, In(">= 1")] = 4
+    layers: Annotated[int, In(">= 1")] = 4
+    scaled: Annotated[int, In(">= 2")] = 16
+    alpha: Annotated[float, In("[0, 1]")] = 0.5
+    part: Annotated[Literal["attention", "mlp", "both"], OneOf("attention", "mlp", "both")] = "both"
     paper: ClassVar[Paper] = Paper(
         title="Identifying and Mitigating the Influence of the Prior Distribution in Large Language Models",
         authors=("Liyi Zhang", "Veniamin Veselovsky", "R. Thomas McCoy", "Thomas L. Griffiths"), year=2025,
         arxiv="2504.12585",
         summary="Is a model wrong because it cannot compute the answer, or because a likelier answer drowns it?")
 
+    @classmethod
+    def conformance(cls) -> dict[str, Any]:
+        """See :meth:`looseleaf.Plugin.conformance`: one task of few questions."""
+        return {"make": lambda: cls(tasks=("counting",), instances=5, demonstrations=1, scaled=3, layers=1)}
+
     def validate(self) -> None:
+        """See :meth:`looseleaf.Plugin.validate`."""
         known = not isinstance(self.tasks, str) and all(task in TASKS for task in self.tasks)
         self.check("tasks", known and bool(self.tasks), f"one or more of {', '.join(TASKS)}")
-        self.check("instances", isinstance(self.instances, int) and self.instances >= 2, "a whole number from 2")
-        self.check("demonstrations", isinstance(self.demonstrations, int) and self.demonstrations >= 0,
-                   "a whole number from 0")
-        self.check("bins", isinstance(self.bins, int) and self.bins >= 1, "a whole number from 1")
-        self.check("layers", isinstance(self.layers, int) and self.layers >= 1, "a whole number from 1")
-        self.check("scaled", isinstance(self.scaled, int) and self.scaled >= 2, "a whole number from 2")
-        self.check("alpha", 0 <= self.alpha <= 1, "a number from 0 to 1")
-        self.check("part", self.part in PARTS, f"one of {', '.join(PARTS)}")
 
-    def run(self, model: Any, data: Any = None, *, tokenizer: Any = None, seed: int = 0,
-            progress: bool | None = None) -> Report:
+    def run(self, subject: Any, data: Any = None, *, seed: int = 0, progress: bool | None = None) -> Report:
         """Ask the questions of every task, plainly and with the instruction, and look into the layers.
 
         Args:
-            model: a decoder of transformers.
+            subject: a ``(model, tokenizer)`` pair, a text pipeline or a LocalModel; the model is a decoder of
+                transformers, and its tokenizer need not have a padding token.
             data: a :class:`PriorTask`, several, or one as JSON text (``PriorTask.to_json``); None: the built-in tasks
                 that the field ``tasks`` names.
-            tokenizer: the model's; needed. It need not have a padding token.
             seed: of the built-in tasks and of the bootstrap.
             progress: show a progress bar; None: only on a terminal.
 
         Raises:
+            TypeError: another subject.
             ValueError: no tokenizer, data of another kind, a task that cannot be used, or a model whose final norm the
                 lens cannot find.
         """
-        if tokenizer is None:
-            raise ValueError("tokenizer=None: the tasks are text, pass the model's tokenizer")
+        model, tokenizer = parts(subject, needs="tokenizer")
         tasks = self._tasks(data, seed)
         local, lens = LocalModel(model, tokenizer), LogitLens(model)
         report = Report("Influence of the prior", {
@@ -104,8 +99,8 @@ class PriorProbe(Probe):
             return [PriorTask.from_json(data)]
         found = [data] if isinstance(data, PriorTask) else data
         if not isinstance(found, Sequence) or not found or not all(isinstance(t, PriorTask) for t in found):
-            raise ValueError(f"data is {type(data).__name__}: allowed is None, a PriorTask, a list of them, or a task "
-                             "in JSON")
+            raise ValueError("data: expected None, a PriorTask, a list of them, or a task in JSON, got "
+                             f"{type(data).__name__}")
         return list(found)
 
 
@@ -170,6 +165,3 @@ def show_layers(report: Report, name: str, layers: Layers, located: Sequence[int
             report.figure(f"{name}: {title} with one layer turned down", x_label="layer", y_label=title, series=[
                 Series(f"contribution times {alpha:g}", xs, [found[n] for n in range(count)]),
                 Series("as it is", [0.0, xs[-1]], [found[-1], found[-1]], style="line")])
-
-
-__all__ = ["PriorProbe", "show_behaviour", "show_layers"]

@@ -1,4 +1,5 @@
-"""Tasks with one right answer each, whose answers differ in how likely they are beforehand."""
+"""Tasks with one right answer each whose answers differ in how likely they are beforehand, and some made from a seed:
+counting, acronyms, shift cipher, reversal and looking up."""
 
 from __future__ import annotations
 
@@ -6,11 +7,14 @@ import dataclasses
 import itertools
 import json
 import random
+import string
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from looseleaf.errors import did_you_mean
+
+T = TypeVar("T")
 
 CAREFUL = ("The right answer may be an unlikely one. Do not rely on how common an answer is or on what you expect: "
            "work it out from the input alone.\n\n")
@@ -64,22 +68,22 @@ class PriorTask:
 
     def __post_init__(self) -> None:
         if self.template.count("{input}") != 1:
-            raise ValueError(f"task {self.name!r} has template={self.template!r}: allowed is a text with {{input}} "
-                             "once")
+            raise ValueError(f"task {self.name!r}: expected a template with {{input}} once, got {self.template!r}")
         if not self.instances:
-            raise ValueError(f"task {self.name!r} has no instances: give at least one")
+            raise ValueError(f"task {self.name!r}: expected one instance or more, got none")
         if len(self.answers) < 2 or not all(a.strip() for a in self.answers):
-            raise ValueError(f"task {self.name!r} has the answers {list(self.answers)[:3]}: allowed are two or more "
-                             "texts, none empty")
+            raise ValueError(f"task {self.name!r}: expected two answers or more, none empty, got "
+                             f"{list(self.answers)[:3]}")
         twice = [a for a, n in Counter(a.strip() for a in self.answers).items() if n > 1]
         if twice:
-            raise ValueError(f"task {self.name!r}: {twice[0]!r} is in the answer space more than once (of {len(twice)} "
-                             "such answers): allowed is each answer once, or the model cannot tell them apart")
+            raise ValueError(f"task {self.name!r}: expected each answer once, or the model cannot tell them apart, got "
+                             f"{twice[0]!r} more than once (and {len(twice) - 1} more such answers)")
         known = set(self.answers)
         for instance in self.instances:
             if instance.answer not in known:
-                raise ValueError(f"task {self.name!r}: the right answer {instance.answer!r} is not in the answer space "
-                                 f"of {len(known)}: add it.{did_you_mean(instance.answer, known)}")
+                raise ValueError(f"task {self.name!r}: expected right answers that are in the answer space of "
+                                 f"{len(known)}, got {instance.answer!r}: add it."
+                                 f"{did_you_mean(instance.answer, known)}")
 
     def prompt(self, instance: Instance, careful: bool = False) -> str:
         """What the model is shown; ``careful``: with the instruction in front."""
@@ -121,11 +125,12 @@ class PriorTask:
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"a task in JSON is wanted ({error}): PriorTask.to_json writes one") from error
+            raise ValueError("expected a task in JSON, as PriorTask.to_json writes it, got something else "
+                             f"({error})") from error
         fields = {f.name for f in dataclasses.fields(cls)}
         unknown = [key for key in data if key not in fields] if isinstance(data, dict) else []
         if not isinstance(data, dict) or unknown or not {"name", "instances", "answers"} <= set(data):
-            raise ValueError(f"a task has the fields {', '.join(sorted(fields))}; got "
+            raise ValueError(f"expected a task with the fields {', '.join(sorted(fields))}, got "
                              f"{', '.join(data) or 'none' if isinstance(data, dict) else type(data).__name__}."
                              + (did_you_mean(unknown[0], fields) if unknown else ""))
         made = {**data, "answers": tuple(data["answers"]), "instances": _instances(data["instances"]),
@@ -137,7 +142,7 @@ def _instances(rows: Sequence[Mapping[str, Any]]) -> tuple[Instance, ...]:
     try:
         return tuple(Instance(**row) for row in rows)
     except TypeError as error:
-        raise ValueError(f"an instance has text, answer and, if you like, size ({error})") from error
+        raise ValueError(f"expected instances with text, answer and, if you like, size ({error})") from error
 
 
 def split_by_answer(task: PriorTask, priors: Mapping[str, float], *, held_out: float = 0.25, seed: int = 0,
@@ -150,17 +155,18 @@ def split_by_answer(task: PriorTask, priors: Mapping[str, float], *, held_out: f
     Args:
         task: the task.
         priors: answer -> log prior.
-        held_out: share of the answers that goes to the test, above 0 and at most 0.5.
+        held_out: fraction of the answers that goes to the test, above 0 and at most 0.5.
         seed: of the draw.
 
     Raises:
-        ValueError: a share out of range, an answer without a prior, or too few answers for two on each side.
+        ValueError: a fraction out of range, an answer without a prior, or too few answers for two on each side.
     """
     if not 0 < held_out <= 0.5:
-        raise ValueError(f"held_out={held_out}: allowed is above 0 and at most 0.5")
+        raise ValueError(f"held_out: expected 0 < held_out <= 0.5, got {held_out}")
     missing = [a for a in task.answers if a not in priors]
     if missing:
-        raise ValueError(f"no prior for the answer {missing[0]!r} (and {len(missing) - 1} more): give one for each")
+        raise ValueError(f"priors: expected one for each answer, got none for {missing[0]!r} (and {len(missing) - 1} "
+                         "more)")
     rng = random.Random(seed)
     ranked = sorted(task.answers, key=lambda a: (priors[a], a))
     count = round(len(ranked) * held_out)
@@ -175,4 +181,177 @@ def split_by_answer(task: PriorTask, priors: Mapping[str, float], *, held_out: f
     return sides[0], sides[1]
 
 
-__all__ = ["CAREFUL", "Instance", "PriorTask", "split_by_answer"]
+# ------------------------------------------------------------------------------------------- tasks made from a seed
+
+_NUMBERS = """
+    one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
+    eighteen nineteen twenty
+"""
+_SHORT = """
+    act add age ago aid aim air all and any are arm art ask bad bag bar bat bay bed bet bid big bit box boy bug
+    bus but buy can cap car cat cow cry cup cut dad day did die dig dog dot dry due ear eat egg end era eye fan
+    far fat few fig fit fly fog for fun gap gas get gun guy had has hat her hid him his hit hot how ice ill ink
+    its jar job joy key kid lab law lay leg let lie lip lot low mad man map may men mix mom mud net new nor not
+    now nut odd off oil old one our out own pad pan pay pen per pet pie pig pin pot put ran raw red rid row run
+    sad sat saw say sea see set she sit six sky son sum sun tax tea ten the tie tin tip top toy try two use van
+    war was way web wet who why win yes yet you zip zoo
+"""
+_LONG = """
+    apple animal author autumn bottle banker bridge beauty castle camera circle cousin doctor desert dinner
+    dragon engine editor effort empire farmer flower forest friend garden guitar ground ginger hammer hunter
+    hockey harbour island insect injury impact jacket jungle junior journey kitchen kitten knight kidney letter
+    lawyer ladder legend market mirror monkey museum nature number needle novel orange office object option
+    planet pencil palace parent quarter queen quality question river rabbit record reward summer silver school
+    spider table tunnel ticket temple uncle union unit umbrella valley violin victim village winter window
+    worker weapon xenon xerox xylophone yellow yogurt youth yard zebra zipper zone zero
+"""
+
+NUMBERS = tuple(_NUMBERS.split())
+"""One to twenty."""
+WORDS = tuple(_SHORT.split())
+"""Words of three letters, from very common to rare."""
+FIRST = {letter: [word for word in _LONG.split() if word[0] == letter] for letter in string.ascii_lowercase}
+"""Letter -> longer words that begin with it."""
+
+
+def counting(instances: int = 48, *, seed: int = 0, most: int = 8, demonstrations: int = 8) -> PriorTask:
+    """How many letters stand there: "k k k k" -> "four".
+
+    The prior prefers small and round numbers.
+
+    Args:
+        instances: questions.
+        seed: of the questions and demonstrations.
+        most: largest number, 2 to 20; the answer space is all numbers up to it.
+        demonstrations: solved questions in each prompt.
+    """
+    _check(instances, demonstrations)
+    if not 2 <= most <= len(NUMBERS):
+        raise ValueError(f"most: expected 2 to {len(NUMBERS)}, got {most}")
+    rng = random.Random(f"counting {seed}")
+
+    def make(number: int) -> Instance:
+        return Instance(" ".join(rng.choice(string.ascii_lowercase) * number), NUMBERS[number - 1], number)
+
+    shown = [make(rng.randint(1, most)) for _ in range(demonstrations)]
+    return PriorTask("counting", tuple(make(n) for n in _evenly(range(1, most + 1), instances, rng)), NUMBERS[:most],
+                     demonstrations=tuple(shown))
+
+
+def acronym(instances: int = 48, *, seed: int = 0, answers: int = 24, demonstrations: int = 8) -> PriorTask:
+    """The first letters of three words: "table hammer engine" -> "t h e".
+
+    Half of the answers are words, half are letters drawn at random: the prior prefers the words.
+
+    Args:
+        instances: questions.
+        seed: of answers, questions and demonstrations.
+        answers: size of the answer space, 4 or more; the demonstrations' answers are not in it.
+        demonstrations: solved questions in each prompt.
+    """
+    return _letters("acronym", instances, seed, answers, demonstrations,
+                    lambda word, rng: " ".join(rng.choice(FIRST[letter]) for letter in word))
+
+
+def shift_cipher(instances: int = 48, *, seed: int = 0, answers: int = 24, demonstrations: int = 8, shift: int = 1,
+                 ) -> PriorTask:
+    """Letters moved back along the alphabet: "u i f" -> "t h e" for a shift of 1.
+
+    Args:
+        instances, seed, answers, demonstrations: as for :func:`acronym`.
+        shift: by how much, 1 to 25.
+    """
+    if not 1 <= shift <= 25:
+        raise ValueError(f"shift: expected 1 to 25, got {shift}")
+    alphabet = string.ascii_lowercase
+    return _letters("shift cipher", instances, seed, answers, demonstrations, lambda word, rng: " ".join(
+        alphabet[(alphabet.index(letter) + shift) % 26] for letter in word))
+
+
+def reversal(instances: int = 48, *, seed: int = 0, answers: int = 24, demonstrations: int = 8) -> PriorTask:
+    """Letters in reverse order: "e h t" -> "t h e"; copying, which a model does whatever the answer's prior.
+
+    Args:
+        instances, seed, answers, demonstrations: as for :func:`acronym`.
+    """
+    return _letters("reversal", instances, seed, answers, demonstrations,
+                    lambda word, rng: " ".join(reversed(word)))
+
+
+def middle_word(instances: int = 48, *, seed: int = 0, answers: int = 24, demonstrations: int = 8) -> PriorTask:
+    """The second of three words: "tea the box" -> "the"; looking up, with little room for the answer's prior.
+
+    Args:
+        instances, seed, answers, demonstrations: as for :func:`acronym`.
+    """
+    _check(instances, demonstrations)
+    if not 4 <= answers <= len(WORDS) - demonstrations:
+        raise ValueError(f"answers: expected 4 to {len(WORDS) - demonstrations} beside {demonstrations} "
+                         f"demonstrations, got {answers}")
+    rng = random.Random(f"middle word {seed}")
+    chosen = rng.sample(WORDS, answers + demonstrations)
+
+    def make(word: str) -> Instance:
+        first, last = rng.sample([w for w in WORDS if w != word], 2)
+        return Instance(f"{first} {word} {last}", word)
+
+    shown = tuple(make(word) for word in chosen[:demonstrations])
+    space = chosen[demonstrations:]
+    return PriorTask("middle word", tuple(make(word) for word in _evenly(space, instances, rng)), tuple(space),
+                     demonstrations=shown)
+
+
+TASKS: dict[str, Callable[..., PriorTask]] = {
+    "counting": counting, "acronym": acronym, "shift_cipher": shift_cipher, "reversal": reversal,
+    "middle_word": middle_word}
+"""Name -> generator with the arguments ``instances``, ``seed`` and ``demonstrations``."""
+
+
+def generate(name: str, instances: int, *, seed: int = 0, demonstrations: int = 8) -> PriorTask:
+    """One of :data:`TASKS` by name.
+
+    Raises:
+        ValueError: no such task; near names are given.
+    """
+    if name not in TASKS:
+        raise ValueError(f"task: expected {', '.join(TASKS)}, got {name!r}.{did_you_mean(name, TASKS)}")
+    return TASKS[name](instances, seed=seed, demonstrations=demonstrations)
+
+
+def _letters(name: str, instances: int, seed: int, answers: int, demonstrations: int,
+             question: Callable[[str, random.Random], str]) -> PriorTask:
+    _check(instances, demonstrations)
+    if answers < 4:
+        raise ValueError(f"answers: expected 4 or more, got {answers}")
+    rng = random.Random(f"{name} {seed}")
+    total = answers + demonstrations
+    if (total + 1) // 2 > len(WORDS):
+        raise ValueError(f"expected answers and demonstrations for {len(WORDS)} words or fewer, got {answers} answers "
+                         f"and {demonstrations} demonstrations, which need {(total + 1) // 2}")
+    chosen = rng.sample(WORDS, (total + 1) // 2)
+    known = {*WORDS}
+    while len(chosen) < total:
+        made = "".join(rng.choices("abcdefghijklmnoprstuvwyz", k=3))
+        if made not in known:
+            known.add(made)
+            chosen.append(made)
+    rng.shuffle(chosen)
+    shown = [Instance(question(word, rng), " ".join(word)) for word in chosen[:demonstrations]]
+    space = chosen[demonstrations:]
+    questions = [Instance(question(word, rng), " ".join(word)) for word in _evenly(space, instances, rng)]
+    return PriorTask(name, tuple(questions), tuple(" ".join(word) for word in space), demonstrations=tuple(shown))
+
+
+def _evenly(values: Sequence[T], count: int, rng: random.Random) -> list[T]:
+    """``count`` of ``values``, each as often as the others but for one, in random order."""
+    out: list[T] = []
+    while len(out) < count:
+        out += rng.sample(list(values), min(len(values), count - len(out)))
+    rng.shuffle(out)
+    return out
+
+
+def _check(instances: int, demonstrations: int) -> None:
+    if instances < 1 or demonstrations < 0:
+        raise ValueError(f"expected instances >= 1 and demonstrations >= 0, got instances={instances}, "
+                         f"demonstrations={demonstrations}")

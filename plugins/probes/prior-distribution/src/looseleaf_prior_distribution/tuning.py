@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from looseleaf_text import LocalModel, decoder_layers
 from looseleaf import progress as progress_
+from looseleaf.files import load_tensors, save_tensors
+from looseleaf.modes import evaluating
 from looseleaf_prior_distribution.tasks import PriorTask
+from looseleaf_text import LocalModel, decoder_layers
 
 FORMAT = "looseleaf.tuned-layers/1"
 
@@ -64,19 +63,7 @@ class Tuned:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a safetensors file, whole or not at all."""
-        from safetensors.torch import save_file
-
-        target = Path(path).resolve()
-        if not target.parent.is_dir():
-            raise ValueError(f"cannot write {path}: the folder {target.parent} does not exist")
-        handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".part")
-        os.close(handle)
-        try:
-            save_file({n: w.contiguous() for n, w in self.weights.items()}, temporary,
-                      {"format": FORMAT, "info": json.dumps(self.info, default=str)})
-            os.replace(temporary, target)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        save_tensors(path, self.weights, self.info, format=FORMAT)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tuned:
@@ -85,17 +72,7 @@ class Tuned:
         Raises:
             ValueError: not such a file.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is no readable safetensors file ({error}); Tuned.save writes one") from error
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} has format {metadata.get('format')!r}: allowed is {FORMAT!r}")
-        return cls(weights, json.loads(metadata.get("info", "{}")))
+        return cls(*load_tensors(path, format=FORMAT))
 
     def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         found = dict(model.named_parameters())
@@ -130,14 +107,14 @@ def mitigate(model: nn.Module, tokenizer: Any, task: PriorTask, layers: Sequence
         ValueError: no such layer, a value out of range, a model in half precision, or a loss that is not finite.
     """
     if epochs < 1 or pack < 1 or not (lr > 0 and math.isfinite(lr)):
-        raise ValueError(f"epochs={epochs}, pack={pack}, lr={lr}: allowed is 1 or more, 1 or more, and a number above "
-                         "0")
+        raise ValueError(f"mitigate: expected epochs >= 1, pack >= 1 and lr > 0, got epochs={epochs}, pack={pack}, "
+                         f"lr={lr}")
     chosen = _layers(model, layers)
     names = [n for n, _ in model.named_parameters() if n.startswith(tuple(f"{layer}." for layer in chosen))]
     parameters = dict(model.named_parameters())
     tuned = [parameters[n] for n in names]
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in tuned):
-        raise ValueError(f"the model is in {tuned[0].dtype}, where small steps are lost: load it with "
+        raise ValueError(f"expected a model in float32, got {tuned[0].dtype}, where small steps are lost: load it with "
                          "dtype=torch.float32")
     local = LocalModel(model, tokenizer)
     rng = random.Random(seed)
@@ -175,10 +152,10 @@ def mitigate(model: nn.Module, tokenizer: Any, task: PriorTask, layers: Sequence
 def _layers(model: nn.Module, layers: Sequence[int]) -> list[str]:
     found = list(decoder_layers(model))
     if not layers:
-        raise ValueError("layers is empty: allowed is one layer or more")
+        raise ValueError("layers: expected one layer or more, got none")
     for layer in layers:
         if not -len(found) <= layer < len(found):
-            raise ValueError(f"layer {layer}: allowed is {-len(found)} to {len(found) - 1}")
+            raise ValueError(f"layers: expected {-len(found)} to {len(found) - 1}, got {layer}")
     return list(dict.fromkeys(found[layer] for layer in layers))
 
 
@@ -222,18 +199,3 @@ def _only(model: nn.Module, tuned: Sequence[nn.Parameter]) -> Iterator[None]:
         for p, needed, gradient in before:
             p.requires_grad_(needed)
             p.grad = gradient
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; every module in the mode it was in afterwards."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-__all__ = ["Tuned", "evaluating", "mitigate"]
