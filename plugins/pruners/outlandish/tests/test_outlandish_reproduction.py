@@ -67,7 +67,7 @@ def test_a_tiny_model_goes_through_all_of_it(monkeypatch: pytest.MonkeyPatch) ->
 
 def measured(baselines: bool, model: Any, scale: Scale) -> dict[str, Any]:
     """One sample, learned by a model whose weights are put back."""
-    with r.restored(model) as put_back:
+    with r.probe.restored(model) as put_back:
         return r.learn_all_ways(r.LocalModel(model, tiny_tokenizer()), SAMPLES[3], 1, scale, baselines, False, put_back)
 
 

@@ -20,17 +20,8 @@ from looseleaf.pruning.selection import removed
 from looseleaf.statistics import Interval, bootstrap, spearman
 from looseleaf_lab import models
 from looseleaf_lab.study import Results, Study, StudyClaim, below
+from looseleaf_outlandish import probe
 from looseleaf_outlandish.data import HELD_OUT, LEVELS, ORDINARY, SAMPLES, Sample
-from looseleaf_outlandish.probe import (
-    KeywordProbabilities,
-    Outcome,
-    keyword_probabilities,
-    learn,
-    log_memorisation,
-    log_priming,
-    report_of,
-    restored,
-)
 from looseleaf_outlandish.pruner import IgnoreTopK
 from looseleaf_outlandish.stones import stepping_stones
 from looseleaf_outlandish.updates import keep_smallest, of_model
@@ -75,7 +66,7 @@ def measure(seed: int, scale: Scale) -> Row:
     model, tokenizer = models.load("smollm2")
     draw, autocast = random.Random(0), models.bfloat16_is_fast()
     chosen = {s for level in LEVELS for s in draw.sample([s for s in SAMPLES if s.level == level], scale.per_level)}
-    with restored(model) as put_back:
+    with probe.restored(model) as put_back:
         local = LocalModel(model, tokenizer)
         row: Row = {"autocast": autocast, "ordinary": ordinary_loss(local), "samples": []}
         for number, sample in enumerate(SAMPLES):
@@ -94,15 +85,15 @@ def learn_all_ways(local: LocalModel, sample: Sample, seed: int, scale: Scale, b
         stones; ``methods``: method -> (log S_mem, log S_prime); ``ordinary``: method -> loss on sentences that are
         never learned, nats a token.
     """
-    model, before = local.model, keyword_probabilities(local, sample)
+    model, before = local.model, probe.keyword_probabilities(local, sample)
     row: Row = {"log_p_before": before.log_p, "methods": {}, "ordinary": {}, "log_p_stones": None}
 
-    def note(method: str, first: KeywordProbabilities = before, text: Sample = sample) -> None:
-        after = keyword_probabilities(local, text)
-        row["methods"][method] = log_memorisation(first, after), log_priming(first, after)
+    def note(method: str, first: probe.KeywordProbabilities = before, text: Sample = sample) -> None:
+        after = probe.keyword_probabilities(local, text)
+        row["methods"][method] = probe.log_memorisation(first, after), probe.log_priming(first, after)
 
     def train(text: str = sample.text, lr: float = scale.lr, pruner: IgnoreTopK | None = None) -> None:
-        for step, _ in enumerate(learn(model, local.tokenizer, text, steps=scale.steps, lr=lr, ordinary=ORDINARY,
+        for step, _ in enumerate(probe.learn(model, local.tokenizer, text, steps=scale.steps, lr=lr, ordinary=ORDINARY,
                                        replay=scale.replay, seed=seed, pruner=pruner, autocast=autocast), 1):
             if step == scale.early and (text, lr, pruner) == (sample.text, scale.lr, None):
                 note(EARLY)
@@ -136,7 +127,7 @@ def learn_all_ways(local: LocalModel, sample: Sample, seed: int, scale: Scale, b
             note(slower(factor))
         put_back()
         stones = dataclasses.replace(sample, text=stepping_stones(sample.text, sample.keyword))
-        first = keyword_probabilities(local, stones)
+        first = probe.keyword_probabilities(local, stones)
         row["log_p_stones"] = first.log_p
         train(stones.text)
         note(STONES, first, stones)
@@ -219,12 +210,8 @@ def drawn(count: int, statistic: Callable[[np.ndarray], np.ndarray]) -> Interval
 
 
 def at_equal_memorisation(points: Sequence[tuple[float, float]], log_mem: float) -> float:
-    """log S_prime of a smaller learning rate that memorises as much, by linear interpolation.
-
-    Args:
-        points: (log S_mem, log S_prime) at rising learning rates; (0, 0) at rate 0 is added.
-        log_mem: the memorisation to match; beyond the last point that point's priming counts.
-    """
+    """log S_prime of a smaller learning rate that memorises as much, interpolated between the (log S_mem, log S_prime)
+    of rising learning rates and (0, 0) at rate 0; beyond the last point that point's priming counts."""
     for (m0, p0), (m1, p1) in itertools.pairwise([(0.0, 0.0), *points]):
         if min(m0, m1) <= log_mem <= max(m0, m1):
             return p0 + (p1 - p0) * ((log_mem - m0) / (m1 - m0) if m1 != m0 else 1.0)
@@ -258,8 +245,8 @@ def facts(results: Results) -> dict[str, Any]:
 def show(report: Report, results: Results) -> None:
     """The probe's own tables and figure, correlations, methods, and the fair comparison."""
     figures = Figures(results)
-    report.extend(report_of([SAMPLES[row["number"]] for row in figures.rows],
-                            [Outcome(row["log_p_before"], *row["methods"][PLAIN]) for row in figures.rows], {}))
+    outcomes = [probe.Outcome(row["log_p_before"], *row["methods"][PLAIN]) for row in figures.rows]
+    report.extend(probe.report_of([SAMPLES[row["number"]] for row in figures.rows], outcomes, {}))
     report.table("Rank correlation of P_before with S_prime", ["of", "correlation", "low", "high"], [
         ["all samples", *figures.over_keywords(correlation)],
         ["samples of one keyword", *figures.within_keywords()]],
