@@ -131,14 +131,14 @@ def known_heads(seed: int, scale: Scale) -> dict[str, Any]:
         assert weighted.plan is not None
         right[str(alpha)] = [a == b for a, b in zip(weighted.plan.layers[0].permutations, PERMUTATIONS, strict=True)]
     for h, name in enumerate(PERMUTATIONS):
-        needed, expected = ([float(density_for(mass(order), MOST)) for order in (AS_IS, name)] for mass in (
-            lambda order, h=h: layer.mass[0, layer.names.index(order), h],
-            lambda order, name=name: calibration.expected_mass(name, order, grid, block)))
-        heads[name] = {"density": needed[1], "expected": expected[0] / expected[1], "measured": needed[0] / needed[1]}
+        plain, own = (float(density_for(layer.mass[0, layer.names.index(order), h], MOST)) for order in (AS_IS, name))
+        expected = [float(density_for(calibration.expected_mass(name, order, grid, block), MOST))
+                    for order in (AS_IS, name)]
+        heads[name] = {"density": own, "expected": expected[0] / expected[1], "measured": plain / own}
     for bits in (8, 4):
-        own, plain = (dataclasses.replace(plugin, pv_bits=bits, permutations=names).attend(call) - exact
-                      for names in ({0: PERMUTATIONS}, AS_IS))
-        integers[str(bits)] = float(own.norm() / exact.norm()) / float(plain.norm() / exact.norm())
+        errors = [float((dataclasses.replace(plugin, pv_bits=bits, permutations=names).attend(call) - exact).norm()
+                        / exact.norm()) for names in ({0: PERMUTATIONS}, AS_IS)]
+        integers[str(bits)] = errors[0] / errors[1]
     return {"right": right, "heads": heads, "integers": integers}
 
 

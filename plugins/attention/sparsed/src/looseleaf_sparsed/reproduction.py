@@ -149,20 +149,21 @@ def once(scale: Any) -> dict[str, Any]:
     plugin, times = SparseD(min_length=1), []
     for length in scale.lengths:
         g = torch.Generator().manual_seed(length)
-        q, k, v = (torch.randn(1, HEADS, length, HEAD_DIM, generator=g) for _ in range(3))
+        tensors = [torch.randn(1, HEADS, length, HEAD_DIM, generator=g) for _ in range(3)]
 
-        def exact(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> None:
+        def exact(q: Tensor, k: Tensor, v: Tensor) -> None:
             for _ in range(scale.timed_steps):
                 F.scaled_dot_product_attention(q, k, v)
 
-        def sparse(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> None:
+        def sparse(q: Tensor, k: Tensor, v: Tensor) -> None:
             state = SimpleNamespace()
             for step in range(scale.timed_steps):
                 plugin.attend(AttentionCall(q, k, v, HEAD_DIM ** -0.5, False, phase="bidirectional", step=step,
                                             steps=scale.timed_steps, state=state))
 
         with torch.inference_mode():
-            timing = interleave({"exact": exact, "sparse": sparse}, 3 if length > 2048 else scale.rounds)
+            timing = interleave({"exact": functools.partial(exact, *tensors), "sparse": functools.partial(
+                sparse, *tensors)}, 3 if length > 2048 else scale.rounds)
         times.append([length, timing.median("exact"), timing.median("sparse"), *timing.ratio("sparse", "exact")])
     q, k, v = (torch.randn(1, HEADS, scale.memory_length, HEAD_DIM, generator=torch.Generator().manual_seed(s))
                for s in range(3))
