@@ -266,7 +266,7 @@ def test_exception_inside_restores_and_leaves_nothing_registered() -> None:
 def test_unsupported_models() -> None:
     with pytest.raises(UnsupportedModelError, match="expected a transformers model whose attention goes through"):
         attach(torch.nn.Linear(2, 2), SlidingWindow())
-    with pytest.raises(TypeError, match="expected an instance of an AttentionBackend.*got the class SlidingWindow"):
+    with pytest.raises(TypeError, match=r"expected an instance of an AttentionBackend.*got the class SlidingWindow"):
         attach(made(tiny_llama), SlidingWindow)
 
 

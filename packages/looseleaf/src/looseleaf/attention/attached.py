@@ -65,10 +65,10 @@ class Attached:
         self._install = install
         try:
             install(self, self._undo)
-            _working.append(self)
-            self._undo.callback(_working.remove, self)
-            _remember_recomputations()
             self._undo.callback(_remember_recomputations)
+            self._undo.callback(_working.remove, self)
+            _working.append(self)
+            _remember_recomputations()
         except BaseException:
             self.detach()
             raise

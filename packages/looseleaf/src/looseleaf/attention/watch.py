@@ -113,7 +113,7 @@ def _watched(plain: Any, around: Around) -> Any:
             state = {name: value for name, value in self.__dict__.items() if not name.startswith(PLACE)}
             if LEARNED in state["_modules"]:
                 state["_modules"] = {name: m for name, m in state["_modules"].items() if name != LEARNED}
-            return copyreg.__newobj__, (plain,), state  # type: ignore[attr-defined]
+            return copyreg._reconstructor, (plain, object, None), state  # type: ignore[attr-defined]
 
     for name in ("__name__", "__qualname__", "__module__", "__doc__"):
         setattr(Watched, name, getattr(plain, name))
