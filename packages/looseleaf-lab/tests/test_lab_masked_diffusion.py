@@ -89,27 +89,27 @@ def test_every_token_sees_every_other() -> None:
                                            rtol=1e-3)
 
 
-def oracle(answer: Tensor, sureness: Tensor) -> Any:
-    """A model that knows the answer (B, L), and is the surer the larger ``sureness`` (L,) at a place."""
+def oracle(answer: Tensor, confidence: Tensor) -> Any:
+    """A model that knows the answer (B, L), and is the more confident the larger ``confidence`` (L,) at a place."""
     def model(input_ids: Tensor) -> Any:
         logits = torch.zeros(*input_ids.shape, 97)
         logits[..., 96] = 100.0  # it would like masks best
-        return SimpleNamespace(logits=logits.scatter(2, answer[..., None], sureness.expand(answer.shape)[..., None]))
+        return SimpleNamespace(logits=logits.scatter(2, answer[..., None], confidence.expand(answer.shape)[..., None]))
     return model
 
 
-def test_the_surest_places_are_filled_first_block_by_block() -> None:
+def test_the_most_confident_places_are_filled_first_block_by_block() -> None:
     answer = prompt(2, 32)
-    sureness = torch.rand(32, generator=torch.Generator().manual_seed(0)) * 5 + 3
+    confidence = torch.rand(32, generator=torch.Generator().manual_seed(0)) * 5 + 3
     path: list[Tensor] = []
-    out = md.generate(oracle(answer, sureness), answer[:, :8], length=24, steps=10, block_length=12, mask_id=96,
+    out = md.generate(oracle(answer, confidence), answer[:, :8], length=24, steps=10, block_length=12, mask_id=96,
                       watch=lambda step, ids: path.append(ids))
     assert torch.equal(out, answer) and len(path) == 10
     filled = [int((ids[0] != 96).sum()) - 8 for ids in [*path, out]]
     assert filled == [0, 3, 6, 8, 10, 12, 15, 18, 20, 22, 24]
     for block in range(2):
         places = range(8 + 12 * block, 20 + 12 * block)
-        order = sorted(places, key=lambda i: -float(sureness[i]))
+        order = sorted(places, key=lambda i: -float(confidence[i]))
         for step in range(5 * block, 5 * block + 5):
             done = filled[step] - 12 * block
             assert set((path[step][0] != 96).nonzero().flatten().tolist()) == {*range(8 + 12 * block), *order[:done]}
@@ -139,9 +139,9 @@ def test_temperature_draws_by_the_seed() -> None:
 def test_random_remasking() -> None:
     """Places are filled in an order that the seed draws, and does not depend on what is sure."""
     answer = prompt(1, 40)
-    def order(seed: int, sureness: Tensor) -> list[list[int]]:
+    def order(seed: int, confidence: Tensor) -> list[list[int]]:
         path: list[list[int]] = []
-        out = md.generate(oracle(answer, sureness), answer[:, :8], length=32, steps=8, mask_id=96, seed=seed,
+        out = md.generate(oracle(answer, confidence), answer[:, :8], length=32, steps=8, mask_id=96, seed=seed,
                           remasking="random", watch=lambda step, ids: path.append((ids[0] != 96).nonzero().tolist()))
         assert torch.equal(out, answer)
         return path
