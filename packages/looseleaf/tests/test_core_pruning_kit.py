@@ -187,7 +187,7 @@ class PruningAdapters(Sound):
     (BlindToTheModel, "is at work", "other weights gives the same masks"),
     (Writing, "leaves the model as it was", "values of .* have changed"),
     (Hooking, "leaves the model as it was", "hooks"),
-    (Drawing, "same masks each time", "two runs give different masks"),
+    (Drawing, "same result each time", "two runs differ"),
     (Drawing, "leaves the random state", "generator of torch"),
     (Seeding, "leaves the random state", "generator of numpy"),
     (Inexact, "exact counts", "the rule asks for"),
@@ -349,7 +349,7 @@ test_sound_tokens = conformance_tests(Tokens, {"a list": {"batches": token_batch
 
 @pytest.mark.parametrize("cls, check, complaint", [
     (KeepingAllTokens, "is at work", "nothing is removed"), (FirstTokens, "is at work", "must depend on"),
-    (RandomTokens, "same each time", "explicit seed"), (RandomTokens, "leaves the random state", "generator of torch"),
+    (RandomTokens, "same result each time", "explicit seed"), (RandomTokens, "leaves the random state", "generator of torch"),
     (WritingTokens, "leaves model and batch as they were", "modes"),
     (ScoresOfTokens, "what is kept fits the batch", "not boolean")])
 def test_each_fault_with_tokens_is_found(cls: type[Pruner], check: str, complaint: str) -> None:

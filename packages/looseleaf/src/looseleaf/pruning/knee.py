@@ -1,7 +1,4 @@
-"""Where a curve of quality over sparsity falls off the cliff (essential sparsity, arXiv 2306.03805, section 3).
-
-In the core, because comparisons of all pruners mark it too.
-"""
+"""Where a curve of quality over sparsity falls off the cliff (essential sparsity, arXiv 2306.03805, section 3)."""
 
 from __future__ import annotations
 
@@ -11,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+
+from looseleaf.plugin import check_fields
 
 Mean = Literal["mean", "exp-mean"]
 
@@ -26,8 +25,8 @@ class Curve:
         name: what the metric is called.
         higher_is_better: True for accuracy, False for loss and perplexity.
         mean: how batches become one value: ``"mean"``, or ``"exp-mean"`` (batches are mean losses in nats, the value is
-            perplexity). With ``"exp-mean"`` the knee is sought on the loss: perplexity beyond the cliff grows over
-            orders of magnitude, and on its own scale only the last level would count.
+            perplexity). The knee is sought on the loss then: on the scale of perplexity, which grows over orders of
+            magnitude beyond the cliff, only the last level would count.
     """
 
     levels: list[float]
@@ -38,19 +37,16 @@ class Curve:
 
     def __post_init__(self) -> None:
         if len(self.levels) < 2 or len(self.levels) != len(self.batches):
-            raise ValueError(f"Curve has {len(self.levels)} levels and {len(self.batches)} rows of batches: allowed "
-                             "are at least 2 levels and one row for each")
-        if self.levels[0] != 0.0:
-            raise ValueError(f"Curve.levels={self.levels!r}: the first must be 0.0, the dense reference")
+            raise ValueError(f"Curve: expected at least 2 levels and a row of batches for each, got {len(self.levels)} "
+                             f"levels and {len(self.batches)} rows")
         ascending = all(a < b for a, b in zip(self.levels, self.levels[1:]))
-        if not ascending or not all(0.0 <= s < 1.0 for s in self.levels):
-            raise ValueError(f"Curve.levels={self.levels!r}: allowed are ascending sparsities with 0 <= s < 1")
+        if self.levels[0] != 0.0 or not ascending or not all(0.0 <= s < 1.0 for s in self.levels):
+            raise ValueError("Curve.levels: expected ascending sparsities in [0, 1), the first 0.0 (the dense "
+                             f"reference), got {self.levels!r}")
         sizes = {len(row) for row in self.batches}
         if len(sizes) != 1 or 0 in sizes:
-            raise ValueError(f"Curve.batches has rows of {sorted(sizes)} values: allowed is the same number, "
-                             "at least 1")
-        if self.mean not in ("mean", "exp-mean"):
-            raise ValueError(f"Curve.mean={self.mean!r}: allowed is 'mean' or 'exp-mean'")
+            raise ValueError(f"Curve.batches: expected rows of one length, at least 1, got {sorted(sizes)}")
+        check_fields(self)
         if not all(math.isfinite(x) for x in self.batches[0]):
             raise ValueError("the metric of the dense model is not a number: repair the evaluation first")
 
@@ -129,9 +125,9 @@ def essential_sparsity(curve: Curve, tolerances: Sequence[float] = (0.01, 0.05),
         ValueError: a tolerance or ``resamples`` out of range.
     """
     if not tolerances or not all(isinstance(t, (int, float)) and 0.0 < t < math.inf for t in tolerances):
-        raise ValueError(f"tolerances={tolerances!r}: allowed are numbers above 0, such as 0.01 for 1 percent")
+        raise ValueError(f"tolerances: expected numbers > 0, such as 0.01 for 1 percent, got {tolerances!r}")
     if resamples < 0:
-        raise ValueError(f"resamples={resamples!r}: allowed is 0 or more")
+        raise ValueError(f"resamples: expected an integer >= 0, got {resamples!r}")
     means = np.asarray(curve.batches, dtype=np.float64).mean(1)
     one = len(curve.batches[0]) == 1  # a bootstrap over one batch would claim a certainty that is not there
     drawn = curve._resampled(0 if one else resamples, seed) if resamples and not one else np.empty((0, len(means)))

@@ -31,7 +31,13 @@ def removed(sparsity: float, count: int) -> int:
 
 
 class Selection(ABC):
-    """A rule: scores by parameter name -> masks of the same names and shapes (True = keep)."""
+    """A rule: scores by parameter name -> masks of the same names and shapes (True = keep).
+
+    A dataclass whose fields are checked as those of a :class:`looseleaf.Plugin`.
+    """
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @abstractmethod
     def select(self, scores: Mapping[str, Tensor]) -> Masks:
@@ -70,9 +76,6 @@ class Unstructured(Selection):
     sparsity: Annotated[float, In("[0, 1)")] = 0.5
     scope: Literal["global", "layer"] = "global"
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
     def select(self, scores: Mapping[str, Tensor]) -> Masks:
         """See :meth:`Selection.select`. Exact at any size: the threshold is found by counting, not by sorting."""
         _check_scores(scores)
@@ -103,9 +106,6 @@ class Threshold(Selection):
 
     value: float
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
     def select(self, scores: Mapping[str, Tensor]) -> Masks:
         """See :meth:`Selection.select`."""
         _check_scores(scores)
@@ -118,7 +118,11 @@ class Threshold(Selection):
 
 @dataclass(frozen=True)
 class _InRows(Selection):
-    """What rules have in common that keep the same number of entries in each of many rows."""
+    """What rules have in common that keep the same number of entries in each of many rows; they have a field dims."""
+
+    def for_model(self, model: nn.Module, names: Iterable[str]) -> Selection:
+        """See :meth:`Selection.for_model`."""
+        return replace(self, dims={**input_dims(model, names), **vars(self)["dims"]})
 
     def select(self, scores: Mapping[str, Tensor]) -> Masks:
         """See :meth:`Selection.select`. ValueError for sizes that do not suit the rule; nothing is truncated."""
@@ -162,13 +166,6 @@ class PerRow(_InRows):
     keep: Annotated[int | None, In(">= 0")] = None
     dims: Mapping[str, int] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    def for_model(self, model: nn.Module, names: Iterable[str]) -> PerRow:
-        """See :meth:`Selection.for_model`."""
-        return replace(self, dims={**input_dims(model, names), **self.dims})
-
     def _rows(self, name: str, tensor: Tensor) -> tuple[int, int, int, int]:
         dim = 1 - self.dims.get(name, 1)
         width = tensor.numel() // max(1, tensor.shape[dim]) if tensor.ndim > 1 else tensor.numel()
@@ -194,7 +191,7 @@ class NM(_InRows):
     dims: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         if self.n >= self.m:
             raise ValueError(f"NM: expected 1 <= n < m, such as 2:4, got n={self.n}, m={self.m}")
 
@@ -202,10 +199,6 @@ class NM(_InRows):
     def sparsity(self) -> float:
         """The fraction that is removed, 1 - n/m."""
         return 1.0 - self.n / self.m
-
-    def for_model(self, model: nn.Module, names: Iterable[str]) -> NM:
-        """See :meth:`Selection.for_model`."""
-        return replace(self, dims={**input_dims(model, names), **self.dims})
 
     def _rows(self, name: str, tensor: Tensor) -> tuple[int, int, int, int]:
         dim = self.dims.get(name, 1)
@@ -259,9 +252,6 @@ class Structured(Selection):
     dim: Annotated[int, In(">= 0")] = 0
     tied: tuple[Tied, ...] = ()
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
     def describe(self) -> dict[str, Any]:
         """See :meth:`Selection.describe`."""
         tied = [{"members": dict(t.members), "within": t.within, "units": t.units} for t in self.tied]
@@ -303,7 +293,7 @@ class Structured(Selection):
         groups: list[tuple[int | None, list[tuple[str, int]]]] = []
         for tied in self.tied:
             for prefix in _within(tied, plain):
-                full = [(f"{prefix}.{name}" if prefix else name, dim) for name, dim in tied.members.items()]
+                full = [(f"{prefix}.{name}".strip("."), dim) for name, dim in tied.members.items()]
                 groups.append((tied.units, [(plain.get(name, name), dim) for name, dim in full]))
         covered = {name for _, group in groups for name, _ in group}
         groups += [(None, [(name, self.dim)]) for name in tensors if name not in covered]

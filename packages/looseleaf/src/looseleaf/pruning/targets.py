@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from looseleaf.errors import UnsupportedModelError, did_you_mean
 from looseleaf.names import matches, near
+from looseleaf.unwrap import unwrapped
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -30,10 +31,9 @@ def prunable_parameters(model: nn.Module, targets: str | Iterable[str] | None = 
 
     By default these are the floating-point weights of every Linear and convolution (also transformers' ``Conv1D`` and
     the projections of ``nn.MultiheadAttention``) of the body: no biases, norms, embeddings, adapters (PEFT's, and what
-    is named ``lora_...``), nor the output head (what ``get_output_embeddings`` gives, or a direct child of the model
-    called ``lm_head``, ``classifier``, ``score``, ``head`` and the like). A weight tied to an embedding counts as an
-    embedding; a weight shared by several layers appears once, under its first name. Where :class:`looseleaf.Masks` are
-    on the model, the removed weights are 0.
+    is named ``lora_...``), nor the output head (what ``get_output_embeddings`` gives, or a direct child called
+    ``lm_head``, ``classifier``, ``score``, ``head`` and the like). A weight tied to an embedding counts as one; one that
+    several layers share appears once, under its first name. Under :class:`looseleaf.Masks` removed weights are 0.
 
     Args:
         model: any torch module, also one that PEFT, ``torch.compile`` or ``DataParallel`` has wrapped.
@@ -161,7 +161,7 @@ def model_facts(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
     names = list(names)
     prunable = sum(parameters[name].numel() for name in names)
     matrices = sum(p.numel() for p in once.values() if p.ndim > 1)
-    return {"model": type(_unwrapped(model)).__name__,
+    return {"model": type(unwrapped(model)).__name__,
             "model_type": getattr(getattr(model, "config", None), "model_type", None),
             "parameters": total, "prunable": prunable, "prunable_share": prunable / total if total else 0.0,
             "tensors": len(names), "left_out": matrices - prunable}
@@ -236,21 +236,8 @@ def _is_conv1d(module: nn.Module) -> bool:
     return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile``, ``DataParallel`` and PEFT."""
-    while True:
-        wraps = {"_orig_mod", "module"} if isinstance(model, (
-            nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod") else set()
-        if type(model).__module__.split(".")[0] == "peft":
-            wraps = {"base_model", "model"}
-        inner = next((child for name, child in model.named_children() if name in wraps), None)
-        if inner is None:
-            return model
-        model = inner
-
-
 def _head_parameters(model: nn.Module) -> set[int]:
-    model = _unwrapped(model)
+    model = unwrapped(model)
     modules: list[nn.Module] = [child for name, child in model.named_children() if name in _HEADS]
     getter = getattr(model, "get_output_embeddings", None)
     if callable(getter):
@@ -285,7 +272,7 @@ def _unknown(model: nn.Module, field: str, pattern: str, layers: Iterable[str], 
                 "biases and norms are never pruned, an embedding or an adapter only by its exact name")
     plain = [plain_name(name) for name in layers]
     known = [*plain, *dict.fromkeys(path for name in plain for path in _paths(name))]
-    return (f"{field}={pattern!r} matches no parameter of {type(_unwrapped(model)).__name__}. Near names are "
+    return (f"{field}={pattern!r} matches no parameter of {type(unwrapped(model)).__name__}. Near names are "
             f"{', '.join(near(pattern, known))}")
 
 

@@ -76,6 +76,22 @@ class PrunerKit(Kit):
         assert type(self) is not PrunerKit, "expected a subclass of WeightPruner, TokenPruner or UpdatePruner"
         super().check_is_a_dataclass_of_its_interface()
 
+    def check_same_result_each_time(self) -> None:
+        for title, run in self._runs().items():
+            first = run()
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(12345)
+                assert _same(run(), first), f"{title}: two runs differ: take randomness from an explicit seed only"
+
+    def check_leaves_the_random_state(self) -> None:
+        for run in self._runs().values():
+            with same_random_state():
+                run()
+
+    def _runs(self) -> dict[str, Callable[[], Mapping[str, Tensor]]]:
+        """What makes the pruner's result, each time on a new model."""
+        return {}
+
 
 class WeightKit(PrunerKit):
     """The checks of a :class:`WeightPruner`."""
@@ -136,19 +152,6 @@ class WeightKit(PrunerKit):
             raise Skip(f"the sparsity is fixed: {error}") from None
         model = small_network()
         assert pruner.prune(model, self.data(model)).removed() == 0, "weights are removed"
-
-    def check_same_masks_each_time(self) -> None:
-        for title, build in _models().items():
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(12345)
-                again = self._prune(build())
-            assert again == self._masks(title), \
-                f"{title}: two runs give different masks: take randomness from an explicit seed only"
-
-    def check_leaves_the_random_state(self) -> None:
-        for build in _models().values():
-            with same_random_state():
-                self._prune(build())
 
     def check_leaves_the_model_as_it_was(self) -> None:
         """Modes of each submodule, what is frozen, gradients and hooks, too."""
@@ -282,6 +285,9 @@ class WeightKit(PrunerKit):
             raise Skip("transformers is not installed")
         return self._prune(_models()[title]())
 
+    def _runs(self) -> dict[str, Callable[[], Mapping[str, Tensor]]]:
+        return {title: lambda build=build: self._prune(build()) for title, build in _models().items()}  # type: ignore[misc]
+
     def _prune(self, model: nn.Module) -> Masks:
         masks: Masks = self.make().prune(model, self.data(model))
         return masks
@@ -320,18 +326,6 @@ class TokenKit(PrunerKit):
                     f"what is kept of {name!r} {tuple(size)}: expected the shape (B, N), got {tuple(mask.shape)}"
             _round_trip(Masks(kept))
 
-    def check_same_each_time(self) -> None:
-        for batch in self._batches():
-            first = self._keep(_llama(), batch)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(12345)
-                assert _same(self._keep(_llama(), batch), first), \
-                    "two runs keep different tokens: take randomness from an explicit seed only"
-
-    def check_leaves_the_random_state(self) -> None:
-        with same_random_state():
-            self._keep(_llama(), self._batches()[0])
-
     def check_leaves_model_and_batch_as_they_were(self) -> None:
         for broken in (False, True):
             model, batch = mixed_modes(_llama()), self._batches()[0]
@@ -342,6 +336,10 @@ class TokenKit(PrunerKit):
                 self._keep(model, batch)
             assert_unchanged(before, model)
             assert _same(batch, tensors), "the batch has changed"
+
+    def _runs(self) -> dict[str, Callable[[], Mapping[str, Tensor]]]:
+        return {f"batch {n}": lambda n=n: self._keep(_llama(), self._batches()[n])  # type: ignore[misc]
+                for n in range(len(self._batches()))}
 
     def _keep(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         kept: dict[str, Tensor] = self.make().keep(model, batch)
@@ -377,17 +375,6 @@ class UpdateKit(PrunerKit):
                 assert mask.shape == after[name].shape, f"{title}: the mask of {name!r} has shape {tuple(mask.shape)}"
             _round_trip(masks)
 
-    def check_same_each_time(self) -> None:
-        before, after = _update(small_network())
-        first = self.make().keep(before, after)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(12345)
-            assert self.make().keep(before, after) == first, "two runs differ: take randomness from an explicit seed"
-
-    def check_leaves_the_random_state(self) -> None:
-        with same_random_state():
-            self.make().keep(*_update(small_network()))
-
     def check_leaves_the_update_as_it_was(self) -> None:
         before, after = _update(small_network())
         former = copy.deepcopy((before, after))
@@ -406,6 +393,9 @@ class UpdateKit(PrunerKit):
                 continue
             raise AssertionError(f"{name!r} is {'missing' if wrong is None else 'NaN or of another shape'} before the "
                                  "update, and that is accepted")
+
+    def _runs(self) -> dict[str, Callable[[], Mapping[str, Tensor]]]:
+        return {"small network": lambda: self.make().keep(*_update(small_network()))}
 
 
 class _Stop(Exception):
