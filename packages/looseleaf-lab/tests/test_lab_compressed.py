@@ -61,6 +61,6 @@ def test_what_is_written_is_read_by_the_library(tmp_path: Path) -> None:
     assert sizes[1] - sizes[0] > 0.4 * covered, "half of the covered weights, less a bit each"
     with pytest.raises(ValueError, match="there is something already"):
         save_compressed(model, tiny_tokenizer(), masks, folder)
-    with pytest.raises(ValueError, match=r"groups of 4 inputs keep more than 2"):
+    with pytest.raises(ValueError, match=r"expected 2 of 4 inputs kept, got more"):
         save_compressed(model, tiny_tokenizer(), masks_of(model, Unstructured(0.5)), tmp_path / "y")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "small"]

@@ -30,7 +30,7 @@ def save_compressed(model: Any, tokenizer: Any, masks: Masks, folder: str | os.P
         model: a transformers model, not changed.
         tokenizer: its tokenizer.
         masks: of the pattern 2:4 along the inputs, as ``NM(2, 4)`` makes them.
-        folder: a new one; whole or not at all.
+        folder: a new one, written atomically.
 
     Returns:
         The names of the weights that were compressed.
@@ -46,12 +46,12 @@ def save_compressed(model: Any, tokenizer: Any, masks: Masks, folder: str | os.P
     for name, mask in masks.items():
         wrong = fewer_zeros(mask) if mask.ndim == 2 else 1
         if wrong:
-            raise ValueError(f"{name!r}: {wrong} groups of 4 inputs keep more than 2: prune Linear layers with "
-                             "NM(2, 4)")
+            raise ValueError(f"{name!r}: expected 2 of 4 inputs kept, got more in {wrong} groups: prune Linear layers "
+                             "with NM(2, 4)")
     pruned = copy.deepcopy(model)
     masks.make_permanent(pruned)
     target = models.new_folder(folder)
-    # first the plain model, whole or not at all; then its weights are replaced, and last the configuration
+    # first the plain model, then its weights are replaced, and last the configuration; then it takes its place
     beside = target.with_name(f".{target.name}.part")
     models.save(pruned, tokenizer, beside)
     try:
@@ -76,8 +76,8 @@ def _compress(folder: Path, masks: Masks, compressor: Any, config: Any) -> None:
         save_file(compressor.compress(dense, modules), path, {"format": "pt"})
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        raise ValueError("a model in several files is not supported: give save_pretrained one file's worth, or save it "
-                         "with looseleaf_lab.models.save")
+        raise ValueError("expected a model that save_pretrained writes to one file, got several: save it with "
+                         "looseleaf_lab.models.save")
     whole = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     whole["quantization_config"] = {"quant_method": "compressed-tensors", "format": "dense", "version": _version(),
                                     "sparsity_config": config.model_dump()}

@@ -122,7 +122,8 @@ class _InRows(Selection):
 
     def for_model(self, model: nn.Module, names: Iterable[str]) -> Selection:
         """See :meth:`Selection.for_model`."""
-        return replace(self, dims={**input_dims(model, names), **vars(self)["dims"]})
+        found: Any = {**input_dims(model, names), **vars(self)["dims"]}
+        return replace(self, dims=found)  # type: ignore[call-arg]
 
     def select(self, scores: Mapping[str, Tensor]) -> Masks:
         """See :meth:`Selection.select`. ValueError for sizes that do not suit the rule; nothing is truncated."""

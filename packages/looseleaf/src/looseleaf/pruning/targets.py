@@ -32,8 +32,8 @@ def prunable_parameters(model: nn.Module, targets: str | Iterable[str] | None = 
     By default these are the floating-point weights of every Linear and convolution (also transformers' ``Conv1D`` and
     the projections of ``nn.MultiheadAttention``) of the body: no biases, norms, embeddings, adapters (PEFT's, and what
     is named ``lora_...``), nor the output head (what ``get_output_embeddings`` gives, or a direct child called
-    ``lm_head``, ``classifier``, ``score``, ``head`` and the like). A weight tied to an embedding counts as one; one that
-    several layers share appears once, under its first name. Under :class:`looseleaf.Masks` removed weights are 0.
+    ``lm_head``, ``classifier``, ``score``, ``head`` and the like). A weight tied to an embedding counts as one; a
+    shared weight appears once, under its first name. Under :class:`looseleaf.Masks` removed weights are 0.
 
     Args:
         model: any torch module, also one that PEFT, ``torch.compile`` or ``DataParallel`` has wrapped.
