@@ -131,6 +131,8 @@ def test_tasks_that_are_no_classification() -> None:
             return [[float(p == e.target) for p in places] for e in examples]
 
     assert near.evaluate(Oracle()).score == 1
+    with pytest.raises(ValueError, match="expected a vector for each example, got 'mail'"):
+        data.same_as_nearest(["mail", "file"], near.test[:2])
     assert data.same_as_nearest([[1, 0], [0.9, 0.1], [0, 1]], [Example({}, t) for t in "aab"]) == pytest.approx(2 / 3)
 
 

@@ -341,6 +341,9 @@ def same_as_nearest(vectors: list[Any], examples: list[Example]) -> float:
     """Fraction of the examples whose nearest other one, by the cosine of the predicted vectors, has the same target."""
     import numpy as np
 
+    odd = next((v for v in vectors if isinstance(v, str) or len(np.shape(v)) != 1), None)
+    if odd is not None:
+        raise ValueError(f"expected a vector for each example, got {str(odd)[:40]!r}: this task is one of embeddings")
     rows = np.stack([np.asarray(v, dtype=np.float64) for v in vectors])
     rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
     cosines = rows @ rows.T

@@ -273,7 +273,8 @@ def _shown(prompt: Any, example: Example) -> str | None:
     """The prompt around an example as text, where it is one."""
     render = getattr(prompt, "render", None)
     try:
-        return None if render is None else str(render(example))
+        shown = None if render is None else render(example)
+        return shown if shown is None or isinstance(shown, str) else "\n\n".join(map(str, shown))
     except (ValueError, TypeError, NotImplementedError):  # such as an ensemble of several texts
         return None
 
@@ -322,7 +323,8 @@ def _show(report: Report, runs: Sequence[tuple[Task, str, int, dict[str, Any]]],
             if not cells:
                 continue
             paired = [a - b for s, c in cells.items() if s in few for a, b in zip(c["scores"], few[s], strict=True)]
-            summary.add(name, task, len(cells), *bootstrap(_pooled(cells.values())),
+            [one, *more] = cells.values()
+            summary.add(name, task, len(cells), *(bootstrap(_pooled([one, *more])) if more else one["interval"]),
                         *(bootstrap(paired) if paired else (None, None, None)))
         curves = [(n, s, c["curve"]) for t, n, s, c in found if t == task and c["curve"]]
         if curves:
@@ -341,7 +343,7 @@ def _show(report: Report, runs: Sequence[tuple[Task, str, int, dict[str, Any]]],
                                     cell["prompt"]))
 
 
-def _pooled(cells: Any) -> list[float]:
+def _pooled(cells: Sequence[dict[str, Any]]) -> list[float]:
     """Scores of all examples of all seeds; the scores of the seeds where examples have none."""
     return [score for cell in cells for score in cell["scores"] or [cell["test"]]]
 
