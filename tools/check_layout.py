@@ -27,6 +27,8 @@ LIBRARIES = ("looseleaf_text", "looseleaf_vision", "looseleaf_tickets", "loosele
 MAY_IMPORT = {CORE: set(), KERNELS: set(), LAB: {CORE, KERNELS, *LIBRARIES}, **{name: {CORE} for name in LIBRARIES}}
 HEAVY = ("transformers", "diffusers", "ray", "httpx", "timm", "torchvision", "scipy", "sklearn")
 SMALL, LARGE, CORE_LINES = 80, 600, 6000
+OF_TORCH = ("_parameters", "_buffers", "_modules", "_version")
+"""Attributes of torch's own objects, which a package of ours may happen to have, too."""
 METHOD = {"attention": "backend.py", "pruners": "pruner.py", "prompts": "optimizer.py", "probes": "probe.py"}
 """The file of the method: it is there whatever its length."""
 
@@ -175,7 +177,8 @@ def check_names(package: Package, everything: dict[str, Package]) -> Iterator[st
     """Private or undocumented names taken from other packages."""
     private = {name: owner for owner, other in everything.items() if owner != package.name
                and owner in (CORE, KERNELS, LAB, *LIBRARIES) for path in other.files.values()
-               for name in re.findall(r"(?:def |self\.|^)(_[a-z][a-z_]+)\b", path.read_text(encoding="utf-8"), re.M)}
+               for name in re.findall(r"(?:def |self\.|^)(_[a-z][a-z_]+)\b", path.read_text(encoding="utf-8"), re.M)
+               if name not in OF_TORCH}
     for module, found in package.imports.items():
         path = package.files[module]
         for each in found:
