@@ -134,10 +134,11 @@ class AttentionKit(Kit):
         _same(one, two, "later values reach earlier queries")
 
     def check_batch_items_do_not_see_each_other(self) -> None:
-        order = torch.tensor([1, 0])
-        self.same([out[order] for out in self.run(self.query, self.key, self.value)],
-                  self.run(self.query[order], self.key[order], self.value[order]),
+        given, order = (self.query, self.key, self.value), torch.tensor([1, 0])
+        outs = self.run(*given)
+        self.same([out[order] for out in outs], self.run(*(x[order] for x in given)),
                   "swapping the batch items does not swap the outputs")
+        self.same([out[:1] for out in outs], self.run(*(x[:1] for x in given)), "an item differs from the item alone")
 
     def check_grouped_query_attention(self) -> None:
         self.same(self.run(self.query, self.key, self.value),
@@ -181,7 +182,7 @@ class AttentionKit(Kit):
         mask = torch.rand(1, 1, rows, self.length, generator=g) > 0.5
         mask[..., -1] |= True
         changed = self.value.clone()
-        changed[:, :, int(torch.arange(self.length)[~mask[0, 0, -1]][0])] += 100.0
+        changed[:, :, ~mask[0, 0, -1]] += 100.0
         one, two = (self.run(self.query, self.key, v, mask=mask) for v in (self.value, changed))
         self.same([o[:, :, -1] for o in one], [o[:, :, -1] for o in two], "the last query sees a hidden key")
 
