@@ -371,3 +371,19 @@ def test_views_and_moves() -> None:
     assert not model.hidden.weight.grad[~masks["hidden.weight"]].any()
     masks.remove(model)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_masks_on_a_gpu() -> None:
+    model, plain = small_network().cuda(), small_network()
+    masks, same = masks_of(model), masks_of(plain)
+    assert masks["hidden.weight"].is_cuda and masks == same and (masks & masks).removed() == same.removed()
+    same.apply(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(2):
+        model(X.cuda()).square().sum().backward()
+        optimizer.step()
+    assert all(not model.get_parameter(n)[~m].any() for n, m in masks.items())
+    masks.remove(model.cpu())
+    assert not Masks.of(model)

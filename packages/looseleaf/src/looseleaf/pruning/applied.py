@@ -65,7 +65,7 @@ class AppliedMask:
     @torch.no_grad()
     def written(self) -> bool:
         """Whether something else than zeros is where the mask removes."""
-        return self.aside is not None and bool(self.parameter[self.removed()].any())
+        return self.aside is not None and bool((self.parameter != 0).logical_and_(self.removed()).any())
 
     @torch.no_grad()
     def zero(self) -> None:
@@ -76,7 +76,7 @@ class AppliedMask:
     def press(self) -> None:
         """Keep the removed weights aside and put zeros into their places."""
         if self.aside is None:
-            self.aside = self.parameter[self.removed()]
+            self.aside = torch.masked_select(self.parameter, self.removed())
             self.zero()
 
     @torch.no_grad()
@@ -182,7 +182,7 @@ def pack(mask: Tensor) -> Tensor:
         import numpy
 
         return torch.from_numpy(numpy.packbits(flat.numpy()))
-    padded = nn.functional.pad(flat.to(torch.uint8), (0, -len(flat) % 8)).view(-1, 8)
+    padded = nn.functional.pad(flat.view(torch.uint8), (0, -len(flat) % 8)).view(-1, 8)
     return (padded << torch.arange(7, -1, -1, dtype=torch.uint8, device=flat.device)).sum(1, dtype=torch.uint8)
 
 

@@ -204,7 +204,7 @@ class Masks(Mapping[str, Tensor]):
         if not carried:
             for name, found in places.items():
                 weight = stored_parameter(*found[0]).detach()
-                if bool(weight[~self[name].to(weight.device)].any()):
+                if bool((weight != 0).logical_and_(~self[name].to(weight.device)).any()):
                     raise ValueError("these masks are not on the model: there is nothing to remove (apply them first)")
             return
         if restore:
