@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from looseleaf import Report
-from looseleaf.pruning.knee import relative_drops
 from looseleaf.testing.models import small_network
 from looseleaf_essential_sparsity import Curve, MagnitudePruner, essential_sparsity, sparsity_curve, sparsity_sweep
 from looseleaf_essential_sparsity.sweep import masked_metric
+from looseleaf_tickets.knee import relative_drops
 
 LEVELS = [x / 10 for x in range(10)]
 

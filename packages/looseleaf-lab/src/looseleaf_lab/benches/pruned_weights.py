@@ -304,7 +304,7 @@ def _show(report: Report, found: Sequence[tuple[str, float | None, dict[str, Any
 
 def _knees(report: Report, curves: Mapping[str, Sequence[dict[str, Any]]], seed: int) -> list[Series]:
     """A table of essential sparsities, and the points of the knees."""
-    from looseleaf.pruning.knee import Curve, essential_sparsity
+    from looseleaf_tickets.knee import Curve, essential_sparsity
 
     sweeps = {name: points for name, points in curves.items() if len(points) > 2 and points[0]["sparsity"] == 0}
     if not sweeps:

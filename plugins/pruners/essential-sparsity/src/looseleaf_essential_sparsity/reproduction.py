@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from looseleaf import Masks, Report, Series, Unstructured, prunable_parameters
-from looseleaf.pruning.knee import Curve, Knee, essential_sparsity, relative_drops
 from looseleaf.statistics import Interval, paired
 from looseleaf_essential_sparsity.pruner import MagnitudePruner
 from looseleaf_essential_sparsity.sweep import add_curves, curves_and_points
 from looseleaf_lab import data, metrics, models, timing, training
 from looseleaf_lab.study import Results, Study, StudyClaim
 from looseleaf_tickets import find_tickets
+from looseleaf_tickets.knee import Curve, Knee, essential_sparsity, relative_drops
 
 OURS = "this project's rule"
 CONTEXT, BATCH = 256, 32

@@ -10,8 +10,8 @@ from torch import nn
 
 from looseleaf import Report, Series, WeightPruner
 from looseleaf.progress import track
-from looseleaf.pruning.knee import Curve, Mean, essential_sparsity, relative_drops
 from looseleaf_essential_sparsity.pruner import MagnitudePruner
+from looseleaf_tickets.knee import Curve, Mean, essential_sparsity, relative_drops
 
 LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """The paper's sweep in steps of ten points."""

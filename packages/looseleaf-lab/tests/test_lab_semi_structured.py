@@ -10,7 +10,7 @@ from torch import nn
 
 from looseleaf import NM, Masks, Unstructured, UnsupportedModelError, prunable_parameters
 from looseleaf.pruning.selection import Selection
-from looseleaf.pruning.semi_structured import compress_semi_structured, fewer_zeros
+from looseleaf_lab.compressed import compress_semi_structured, fewer_zeros
 
 
 def net() -> nn.Module:
