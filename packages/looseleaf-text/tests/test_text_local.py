@@ -236,3 +236,21 @@ def test_a_real_model_scores_as_the_plain_loop() -> None:
     for a, b in zip(made.score(texts, continuations), plain(model, heads, tails), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-3)
     assert "Paris" in made.generate(["The capital of France is"], 5)[0]
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+def test_a_model_with_an_adapter_is_run_as_the_merged_one(build: Any, compiled: bool) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    target = "c_attn" if build is gpt2 else "q_proj"
+    wrapped = peft.get_peft_model(build(), peft.LoraConfig(
+        r=2, target_modules=[target], init_lora_weights=False, fan_in_fan_out=build is gpt2)).eval()
+    ours = LocalModel(torch.compile(wrapped, backend="eager") if compiled else wrapped, tokenizer())
+    prompts, answers = ["the film was", "I"], [["good", "bad"], ["really", "very"]]
+    scores, vectors, forwarded = ours.score(prompts, answers), ours.embed(prompts), ours.forwarded
+    # a batch of mixed lengths: with the wrapper's own signature, places would be counted through the padding
+    plain = LocalModel(wrapped.merge_and_unload(), tokenizer())
+    np.testing.assert_allclose(scores, plain.score(prompts, answers), atol=1e-3)
+    np.testing.assert_allclose(vectors, plain.embed(prompts), atol=1e-4)
+    assert forwarded == plain.forwarded, "run in another way"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from looseleaf.errors import UnsupportedModelError, did_you_mean
 from looseleaf.probes.hooks import capture
+from looseleaf.unwrap import unwrapped
 from looseleaf_text.layers import decoder_layers
 
 NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "final_norm", "norm_f", "ln_out")
@@ -47,7 +48,7 @@ class LogitLens:
         self.head = _head(model, modules, head)
         config: Any = getattr(model, "config", None)
         self._config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._keeps = "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits (..., vocabulary) of a residual stream (..., hidden size), in the model's dtype."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from looseleaf.budget import costs
 from looseleaf.fingerprint import fingerprint
+from looseleaf.unwrap import unwrapped
 from looseleaf_text.model import LanguageModel
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class LocalModel(LanguageModel):
         self.forwarded = 0
         parameters = sum(p.numel() for p in model.parameters())
         self.name = f"{type(model).__name__}-{parameters}"
-        accepted = inspect.signature(model.forward).parameters
+        accepted = inspect.signature(unwrapped(model).forward).parameters  # a wrapper's own says nothing
         self._keeps = "logits_to_keep" in accepted
         self._positions = "position_ids" in accepted
         text_config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
@@ -432,7 +433,8 @@ class LocalModel(LanguageModel):
                 ids[r, :len(rows[n])] = torch.tensor(rows[n])
                 mask[r, :len(rows[n])] = 1
             ids, mask = ids.to(self.device), mask.to(self.device)
-            hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            body = unwrapped(self.model).base_model
+            hidden = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             self.forwarded += ids.numel()
             weight = mask[..., None].to(hidden.dtype)
             mean = ((hidden * weight).sum(1) / weight.sum(1)).float().cpu().numpy()
