@@ -38,27 +38,19 @@ SEEDS = 3
 
 @dataclass(frozen=True)
 class Part:
-    """One kind of teacher and student: how they are trained, and how a student is distilled.
-
-    Attributes:
-        models: what they are.
-        samples, steps, batch, rate: of the training of teacher and student.
-        tests, corpus: held-out samples, and samples to distil on.
-        distil_steps, distil_batch, distil_rate: optimiser steps, samples in each, learning rate (falling to zero).
-        arms: ways to distil.
-    """
+    """One kind of teacher and student: how they are trained, and how a student is distilled."""
 
     models: str
-    samples: int
+    samples: int  # of the training of teacher and student, as the next three
     steps: int
     batch: int
     rate: float
-    tests: int
-    corpus: int
+    tests: int  # held-out samples
+    corpus: int  # samples to distil on
     distil_steps: int
     distil_batch: int
-    distil_rate: float
-    arms: tuple[str, ...]
+    distil_rate: float  # falling to zero
+    arms: tuple[str, ...]  # ways to distil
 
 
 TINY = Part("tiny transformers", 20_000, 600, 128, 2e-3, 1000, 256, 48, 16, 1e-3,
