@@ -43,7 +43,8 @@ def compare(arguments: argparse.Namespace) -> int:
     entries = [e for e in discovery.plugins(arguments.kind) if not arguments.plugins or e.name in arguments.plugins
                or e.qualified in arguments.plugins]
     lab: Any = need("looseleaf_lab.benches", LAB)
-    kinds = {name: cls for name, cls in _loaded(discovery.benches()) if cls.interface.kind == arguments.kind}
+    kinds = {name: cls for name, cls in _loaded(discovery.benches())
+             if getattr(getattr(cls, "interface", None), "kind", None) == arguments.kind}
     for name in arguments.bench or []:
         if name not in kinds:
             raise ValueError(f"--bench: expected {' or '.join(kinds)}, got {name!r}.{did_you_mean(name, kinds)}")
