@@ -6,9 +6,9 @@ import importlib.util
 
 import pytest
 
+from looseleaf_prompting_survey import concepts
 from looseleaf_text import LocalModel
 from looseleaf_text.testing import ToyLanguageModel, toy_task
-from looseleaf_prompting_survey import concepts, reproduction
 
 
 def test_examples_on_a_model_that_answers_anything() -> None:
@@ -19,7 +19,7 @@ def test_examples_on_a_model_that_answers_anything() -> None:
     assert text.startswith("## sharing\n") and "begin alike" in text
     with pytest.raises(ValueError, match="Did you mean 'ensembling'"):
         concepts.run(ToyLanguageModel(), ["ensemblin"])
-    with pytest.raises(ValueError, match="needs a LocalModel"):
+    with pytest.raises(ValueError, match="expected a LocalModel, got a ToyLanguageModel"):
         concepts.run(ToyLanguageModel(), ["training strategies"])
 
 
@@ -29,24 +29,35 @@ def test_examples_on_a_local_and_on_a_masked_model() -> None:
 
     model = LocalModel(tiny_text_llama(), tiny_tokenizer())
     assert set(concepts.run(model)) == set(concepts.CONCEPTS)
+    reproduction = pytest.importorskip("looseleaf_prompting_survey.reproduction", exc_type=ImportError)
     masked = reproduction.random_bert()
     found = concepts.run(masked)
     assert set(found) == set(concepts.CONCEPTS) - set(concepts.LOCAL) - set(concepts.GENERATING)
-    with pytest.raises(ValueError, match="a model that generates"):
+    with pytest.raises(ValueError, match="expected a model that generates, got a MaskedModel"):
         concepts.run(masked, ["prefix prompt"])
 
 
 def test_reproduction_adds_up() -> None:
     pytest.importorskip("looseleaf_lab")
-    runs = [reproduction.measure(toy_task(seed), ToyLanguageModel(), seed) for seed in range(3)]
-    for run in runs:
-        assert set(run.plain) == set(run.calibrated) == set(reproduction.METHODS)
-        assert len(run.singles[0]) >= 6 and run.plain["manual template"] == run.singles[0][0]
-        assert run.plain["mean single template"] == pytest.approx(sum(run.singles[0]) / len(run.singles[0]))
-    report = reproduction.summarise(runs)
+    from looseleaf_lab.study import Results
+    from looseleaf_prompting_survey.reproduction import METHODS, Scale, compare, study
+
+    rows = [{name: compare(toy_task(seed + shift), ToyLanguageModel(), seed) for name, shift in (("a", 0), ("b", 9))}
+            for seed in range(3)]
+    for run in (run for row in rows for run in row.values()):
+        assert set(run["plain"]) == set(run["calibrated"]) == set(METHODS)
+        single = run["singles"][0]
+        assert len(single) >= 6 and run["plain"]["manual template"] == single[0]
+        assert run["plain"]["mean single template"] == pytest.approx(sum(single) / len(single))
+    once = {"examples": [["ensembling", "some text"]], "dtype": "float32", "threads": 1}
+    report = study.report(Results(rows, once, [0, 1, 2], Scale(), False))
     assert [c.verdict for c in report.claims[-2:]] == ["not shown at this scale"] * 2
     assert all(c.verdict != "not shown at this scale" for c in report.claims[:-2])
-    assert all(c.verdict == "not shown at this scale" for c in reproduction.summarise(runs, quick=True).claims)
+    quick = study.report(Results(rows, once, [0, 1, 2], Scale(), True))
+    assert all(c.verdict == "not shown at this scale" for c in quick.claims)
+    accuracies, spread = report.tables
+    assert len(accuracies.rows) == 3 * len(METHODS) and len(spread.rows) == 6 == report.facts["runs"]
+    assert len(report.figures) == 3 and set(report.arrays) == {f"weights {t} {s}" for t in "ab" for s in range(3)}
     report.to_json()
 
 

@@ -1,11 +1,13 @@
 """The optimisers pass the conformance kit."""
 
+import importlib.util
+
 import pytest
 
-from looseleaf.testing import check_prompt_optimizer
-from looseleaf_prompting_survey import TemplateEnsemble, TemplateSearch
+from looseleaf.testing import conformance_tests
+from looseleaf_prompting_survey import SoftPromptTuning, TemplateEnsemble, TemplateSearch
 
-
-@pytest.mark.parametrize("cls", [TemplateEnsemble, TemplateSearch])
-def test_prompting_survey_conformance(cls: type) -> None:
-    check_prompt_optimizer(cls)
+test_template_ensemble = conformance_tests(TemplateEnsemble)
+test_template_search = conformance_tests(TemplateSearch)
+test_soft_prompt_tuning = pytest.mark.skipif(
+    importlib.util.find_spec("peft") is None, reason="PEFT is not installed")(conformance_tests(SoftPromptTuning))

@@ -8,20 +8,21 @@ import random
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 
-from looseleaf_text import Example, Prompt, Template, Verbalizer
-from looseleaf_text.answers import combine
-from looseleaf_text.testing import ToyLanguageModel, toy_task
+from looseleaf import Example
 from looseleaf_prompting_survey import (
     STRATEGIES,
     PromptAugmenter,
     PromptComposer,
     PromptDecomposer,
-    PromptEnsemble,
     TemplateEnsemble,
     answer,
     default_pool,
+    distil,
+    fit_ensemble,
+    generate_together,
     mine,
     paraphrase,
     search,
@@ -31,21 +32,23 @@ from looseleaf_prompting_survey import (
 )
 from looseleaf_prompting_survey.augment import label_entropy, orders_of
 from looseleaf_prompting_survey.ensemble import (
-    accuracy,
     accuracy_weights,
-    gold_places,
     likelihood_weights,
     log_likelihood,
+    score_rows,
 )
 from looseleaf_prompting_survey.typology import COLUMNS
+from looseleaf_text import EnsemblePrompt, RetrievedPrompt, Template, TextPrompt, Verbalizer
+from looseleaf_text.ensemble import combine
+from looseleaf_text.testing import ToyLanguageModel, toy_task
 
-X = Example("a lovely film")
+X = Example({"text": "a lovely film"})
 PREFIX = Template("Review: [X]\nIt was[Z]")
 ANSWERS = Verbalizer.of({"positive": ["positive", "lovely"], "negative": "negative"})
 
 
 class Fixed(ToyLanguageModel):
-    """Gives each answer the probability it is told, whatever the prompt."""
+    """Gives each answer a fixed probability, whatever the prompt."""
 
     def __init__(self, table: dict[str, float]) -> None:
         super().__init__()
@@ -80,12 +83,13 @@ def test_search_in_lists_and_in_the_open() -> None:
                    ["bad", "good"])[0]
     assert (found.answer, found.label) == ("good", None)
     assert search(PREFIX, [X], model)[0].answer.strip() in ("positive", "negative")
-    for space, message in ((["one"], "two labels or more"), ("ab", "give a list of texts"), (["a", " "], "no tokens")):
+    for space, message in ((["one"], "two labels or more"), ("ab", "space: expected a list of texts"),
+                           (["a", " "], "no tokens")):
         with pytest.raises(ValueError, match=message):
             search(PREFIX, [X], model, space)
-    with pytest.raises(ValueError, match="slot at the end"):
+    with pytest.raises(ValueError, match="expected the slot at the end"):
         search(Template("[X] It was [Z]."), [X], model)
-    with pytest.raises(ValueError, match="'argmax' or 'sample'"):
+    with pytest.raises(ValueError, match="how: expected 'argmax' or 'sample', got 'best'"):
         search(PREFIX, [X], model, ANSWERS, how="best")  # type: ignore[arg-type]
 
 
@@ -102,8 +106,9 @@ def random_members(seed: int, members: int = 3, examples: int = 12) -> tuple[lis
 def test_likelihood_weights_equal_a_search_of_the_simplex(seed: int) -> None:
     rows, golds = random_members(seed)
     weights = likelihood_weights(rows, golds, steps=20000, tolerance=1e-12)
-    best = max(log_likelihood(combine(rows, [a, b, 100 - a - b]), golds)
-               for a in range(101) for b in range(101 - a))
+    right = np.array([[math.exp(row[gold]) for row, gold in zip(member, golds, strict=True)] for member in rows])
+    grid = np.array([[a, b, 100 - a - b] for a in range(101) for b in range(101 - a)]) / 100
+    best = np.log(grid @ right).mean(1).max()
     assert sum(weights) == pytest.approx(1.0) and min(weights) >= 0
     # nothing on a grid of hundredths is better, and the grid comes near
     mine_ = log_likelihood(combine(rows, weights), golds)
@@ -132,42 +137,52 @@ def test_probabilities_of_zero_do_no_harm() -> None:
 def test_ensembles_are_prompts_and_distil() -> None:
     task, model = toy_task(), ToyLanguageModel()
     members = [t.to_prompt(task.labels) for t in default_pool(task)[:4]]
-    made = PromptEnsemble.fitted(members, task, model, task.dev)
-    assert task.evaluate(made.to_prompt(), model, task.dev).score == accuracy(
-        combine([task.log_probs(p, model, task.dev) for p in members], made.weights), gold_places(task, task.dev))
-    labelled = made.distil(task, model, [Example(e.text) for e in task.test])
-    assert [e.label for e in labelled] == task.evaluate(made.to_prompt(), model, task.test).predictions
-    with pytest.raises(ValueError, match="one prompt or more"):
-        PromptEnsemble([])
-    with pytest.raises(ValueError, match="has no labels"):
-        PromptEnsemble.fitted(members, toy_task(generation=True), model, [])
+    for by, fit in (("likelihood", likelihood_weights), ("accuracy", accuracy_weights)):
+        ensemble = fit_ensemble(members, task, model, task.dev, by)  # type: ignore[arg-type]
+        rows = [task.class_scores(p.on(model), task.dev) for p in members]
+        targets = [list(task.labels or {}).index(e.target) for e in task.dev]
+        assert list(ensemble.weights or []) == fit(rows, targets)
+        assert task.evaluate(ensemble.on(model), "dev").score == score_rows(
+            task, combine(rows, ensemble.weights), task.dev)
+    labelled = distil(ensemble, model, [Example(e.inputs) for e in task.test])
+    assert [e.target for e in labelled] == task.evaluate(ensemble.on(model)).predictions
+    with pytest.raises(ValueError, match="expected one prompt or more"):
+        fit_ensemble([], task, model, task.dev)
+    with pytest.raises(ValueError, match="expected a task with labels"):
+        fit_ensemble(members, toy_task(generation=True), model, [])
+    with pytest.raises(ValueError, match="by: expected 'likelihood' or 'accuracy', got 'mean'"):
+        fit_ensemble(members, task, model, task.dev, "mean")  # type: ignore[arg-type]
 
 
 def test_text_is_generated_from_the_mean_of_next_tokens() -> None:
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    from looseleaf_text import LocalModel
+    from looseleaf.testing.common import assert_unchanged, mixed_modes, snapshot
     from looseleaf.testing.models import tiny_text_llama, tiny_tokenizer
+    from looseleaf_text import LocalModel
 
     model = LocalModel(tiny_text_llama(), tiny_tokenizer())
-    prompts = [Prompt("Say {text}:"), Prompt("{text} is")]
+    prompts = [TextPrompt("Say {text}:"), TextPrompt("{text} is")]
     alone = model.generate([prompts[0].render(X)], 5)[0]
-    assert PromptEnsemble(prompts, [1, 0]).generate(X, model, 5) == alone
-    both = PromptEnsemble(prompts, [1, 3]).generate(X, model, 1)
+    assert generate_together(EnsemblePrompt(prompts, [1, 0]), X, model, 5) == alone
+    both = generate_together(EnsemblePrompt(prompts, [1, 3]), X, model, 1)
     with torch.no_grad():
         mean = sum(w * model.model(**model.tokenizer(p.render(X), return_tensors="pt", return_token_type_ids=False))
                    .logits[0, -1].softmax(-1) for w, p in zip((0.25, 0.75), prompts, strict=True))
     assert model.tokenizer.decode([int(mean.argmax())], skip_special_tokens=True) == both
+    before = snapshot(mixed_modes(model.model))
+    assert generate_together(EnsemblePrompt(prompts, [1, 3]), X, model, 1) == both
+    assert_unchanged(before, model.model)
 
 
 # -- augmentation -------------------------------------------------------------------------------------------------
 
 def test_demonstrations_are_drawn_from_train() -> None:
     task = toy_task()
-    made = PromptAugmenter(shots=4).augment(Prompt.for_task(task), task)
-    assert Counter(e.label for e in made.exemplars) == {"positive": 2, "negative": 2}
-    assert made == PromptAugmenter(shots=4).augment(Prompt.for_task(task), task)
-    assert made.exemplars != PromptAugmenter(shots=4).augment(Prompt.for_task(task), task, seed=1).exemplars
+    made = PromptAugmenter(shots=4).augment(TextPrompt.for_task(task), task)
+    assert Counter(e.target for e in made.exemplars) == {"positive": 2, "negative": 2}
+    assert made == PromptAugmenter(shots=4).augment(TextPrompt.for_task(task), task)
+    assert made.exemplars != PromptAugmenter(shots=4).augment(TextPrompt.for_task(task), task, seed=1).exemplars
     assert all(e in task.train for e in PromptAugmenter(shots=5, select="random").augment(made, task).exemplars)
     shown = made.render(task.test[0])
     assert [shown.index(task.demonstration(e)) for e in made.exemplars] == sorted(
@@ -177,37 +192,40 @@ def test_demonstrations_are_drawn_from_train() -> None:
 def test_the_nearest_come_last_and_never_the_example_itself() -> None:
     task, model = toy_task(), ToyLanguageModel()
     asked = task.train[3]
-    made = PromptAugmenter(shots=3, select="nearest").augment(Prompt.for_task(task), task, model, example=asked)
-    import numpy as np
-
-    vectors = model.embed([task.show(e) for e in [*made.exemplars, asked]])
+    made = PromptAugmenter(shots=3, select="nearest").augment(TextPrompt.for_task(task), task)
+    assert isinstance(made, RetrievedPrompt)
+    exemplars = made.on(model).resolve([asked])[0].exemplars
+    vectors = model.embed([task.show(e) for e in [*exemplars, asked]])
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     likeness = (vectors[:-1] @ vectors[-1]).tolist()
-    assert likeness == sorted(likeness) and asked not in made.exemplars
-    others = [e for e in task.train if e.fields != asked.fields and e not in made.exemplars]
+    assert len(exemplars) == 3 and likeness == sorted(likeness) and asked not in exemplars
+    others = [e for e in task.train if e.inputs != asked.inputs and e not in exemplars]
     rest = model.embed([task.show(e) for e in others])
     assert max((rest / np.linalg.norm(rest, axis=1, keepdims=True)) @ vectors[-1]) <= likeness[0] + 1e-6
+    assert len(task.evaluate(made.on(model)).predictions) == len(task.test)
 
 
 def test_the_order_with_most_entropy() -> None:
     task, model = toy_task(), ToyLanguageModel()
-    plain = PromptAugmenter(shots=3, probes=16).augment(Prompt.for_task(task), task)
+    plain = PromptAugmenter(shots=3, probes=16).augment(TextPrompt.for_task(task), task)
     made = PromptAugmenter(shots=3, order="entropy", permutations=6, probes=13).augment(
-        Prompt.for_task(task), task, model)
+        TextPrompt.for_task(task), task, model)
     shown = {id(e) for e in plain.exemplars}
     assert {id(e) for e in made.exemplars} == shown
     rest = [e for e in task.train if id(e) not in shown]
-    values = [label_entropy(task.evaluate(
-        Prompt.for_task(task, exemplars=[plain.exemplars[n] for n in order]), model, rest).predictions)
+    values = [label_entropy(TextPrompt.for_task(
+        task, exemplars=[plain.exemplars[n] for n in order]).on(model).predict(rest))
         for order in itertools.permutations(range(3))]
-    assert label_entropy(task.evaluate(made, model, rest).predictions) == max(values)
+    assert label_entropy(made.on(model).predict(rest)) == max(values)
     assert label_entropy(["a"] * 3) == 0.0 and label_entropy(["a", "b"]) == pytest.approx(math.log(2))
     assert len(orders_of(3, 100, random.Random(0))) == 6 and len(set(orders_of(9, 10, random.Random(0)))) == 10
 
 
 @pytest.mark.parametrize(("fields", "message"), [
-    ({"shots": 0}, r"shots=0"), ({"select": "best"}, "'random' or 'balanced' or 'nearest'"),
-    ({"order": "up"}, "'given' or 'entropy'"), ({"select": "nearest", "order": "entropy"}, "one of the two")])
+    ({"shots": 0}, r"PromptAugmenter\.shots: expected an integer >= 1, got 0"),
+    ({"select": "best"}, "expected 'random', 'balanced' or 'nearest', got 'best'"),
+    ({"order": "up"}, "expected 'given' or 'entropy', got 'up'"),
+    ({"select": "nearest", "order": "entropy"}, "expected 'given' with select='nearest'")])
 def test_augmenters_that_cannot_be(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PromptAugmenter(**fields)
@@ -215,12 +233,14 @@ def test_augmenters_that_cannot_be(fields: dict[str, Any], message: str) -> None
 
 def test_what_augmenting_needs() -> None:
     task = toy_task(size=4)
-    for augmenter, options, message in (
-            (PromptAugmenter(shots=9), {}, "has 4 training examples"),
-            (PromptAugmenter(select="nearest", shots=1), {}, "needs the model and the example"),
-            (PromptAugmenter(order="entropy", shots=2), {}, "needs the model")):
+    for augmenter, message in (
+            (PromptAugmenter(shots=9), "shots: expected at most 4, the training examples"),
+            (PromptAugmenter(order="entropy", shots=2), "model: expected a LanguageModel for order='entropy'")):
         with pytest.raises(ValueError, match=message):
-            augmenter.augment(Prompt.for_task(task), task, **options)
+            augmenter.augment(TextPrompt.for_task(task), task)
+    task = toy_task(size=4, generation=True)
+    with pytest.raises(ValueError, match="expected labels, whose predictions order='entropy' counts"):
+        PromptAugmenter(order="entropy", shots=2).augment(TextPrompt.for_task(task), task, ToyLanguageModel())
 
 
 # -- composition, sharing, decomposition --------------------------------------------------------------------------
@@ -256,7 +276,7 @@ def test_rules_add_up_what_they_join() -> None:
     plain = PromptComposer.of([MOOD, PLAN]).outputs(X, model)
     joined = PromptComposer.of([MOOD, PLAN], lambda z: z["mood"]).outputs(X, model)
     assert joined["up"] == pytest.approx(plain["up; stay"] + plain["up; go"])
-    with pytest.raises(ValueError, match="give a verbalizer for each slot"):
+    with pytest.raises(ValueError, match="expected a verbalizer for each of the answer slots"):
         PromptComposer(MOOD[0], {"plan": PLAN[1]})
 
 
@@ -270,15 +290,15 @@ def test_every_part_is_asked_about() -> None:
     made = PromptDecomposer(Template("[X] In it, {span} is a [Z] entity"), Verbalizer.of(
         {"PER": "person", "LOC": "place", "O": "thing"}), spans(2))
     model.table = {f"{k} entity": v for k, v in model.table.items()}
-    found = made.run(Example("Mary saw Mary, {span}"), model)
+    found = made.run(Example({"text": "Mary saw Mary, {span}"}), model)
     assert [p["span"] for p, _, _ in found] == ["Mary", "Mary saw", "saw", "saw Mary", "Mary span", "span"]
     assert model.seen[0] == "Mary saw Mary, {span} In it, Mary is a"  # a slot in the text is text
     assert all(label == "PER" and math.exp(v) == pytest.approx(0.5) for _, label, v in found)
-    with pytest.raises(ValueError, match="split\\(\\) gave no part"):
-        made.run(Example("..."), model)
-    with pytest.raises(ValueError, match="the example has too"):
+    with pytest.raises(ValueError, match="split: expected one part or more"):
+        made.run(Example({"text": "..."}), model)
+    with pytest.raises(ValueError, match="which the example has too"):
         PromptDecomposer(made.template, made.verbalizer, lambda e: [{"text": "x"}]).run(X, model)
-    with pytest.raises(ValueError, match="whole number from 1"):
+    with pytest.raises(ValueError, match="longest: expected an integer >= 1, got 0"):
         spans(0)
 
 
@@ -288,9 +308,9 @@ def test_the_pool_shows_the_example_and_names_the_answers() -> None:
     task = toy_task()
     pool = default_pool(task)
     assert len(pool) >= 6 and len(set(pool)) == len(pool)
-    assert pool[0].to_prompt().render(task.dev[0]) == Prompt.for_task(task).render(task.dev[0])
+    assert pool[0].to_prompt().render(task.dev[0]) == TextPrompt.for_task(task).render(task.dev[0])
     for template in pool:
-        assert str(task.dev[0].text) in template.to_prompt().render(task.dev[0]) and template.shape == "prefix"
+        assert task.dev[0].inputs["text"] in template.to_prompt().render(task.dev[0]) and template.shape == "prefix"
     assert "positive" in pool[1].text and "negative" in pool[1].text
     assert len(default_pool(toy_task(generation=True))) >= 6
 
@@ -302,7 +322,7 @@ def test_mining_by_hand() -> None:
     assert found[0].text == "[Z] is the capital of [X]"
     assert {t.text for t in found[1:]} == {"[X], whose capital is [Z]", r"[X] { \[X] [Z]"}
     assert mine(corpus, [("France", "Paris")], longest=2) == [Template(r"[X] { \[X] [Z]")]
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="expected one pair of two texts or more"):
         mine(corpus, [])
 
 
@@ -313,9 +333,9 @@ def test_paraphrases_keep_the_slots() -> None:
     for one in made:
         assert one.inputs == ("text",) and one.shape == "prefix" and one.text.endswith("\n[X]\nSo:[Z]")
     assert made == paraphrase(template, ToyLanguageModel(), 5, seed=2) != paraphrase(template, ToyLanguageModel(), 5)
-    with pytest.raises(ValueError, match="no words of its own"):
+    with pytest.raises(ValueError, match="expected words of its own"):
         paraphrase(Template("[X]: [Z]"), ToyLanguageModel(), 1)
-    with pytest.raises(ValueError, match="temperature above 0"):
+    with pytest.raises(ValueError, match="expected count >= 1 and temperature > 0"):
         paraphrase(template, ToyLanguageModel(), 1, temperature=0.0)
 
     class Silent(ToyLanguageModel):

@@ -3,198 +3,169 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Sequence
+import functools
 from typing import Any
 
 import numpy as np
+import torch
 
-from looseleaf import Claim, Report, Series
-from looseleaf_text import LanguageModel, LocalModel, MaskedModel, Task
-from looseleaf.progress import track
-from looseleaf_text.answers import combine
-from looseleaf_text.calibration import content_free, offsets, subtract
+from looseleaf import Report, Series
+from looseleaf.statistics import bootstrap, paired
+from looseleaf.testing.models import seeded
+from looseleaf_lab import data, models
+from looseleaf_lab.study import Decision, Results, Study, StudyClaim
 from looseleaf_prompting_survey import concepts
 from looseleaf_prompting_survey.augment import PromptAugmenter
-from looseleaf_prompting_survey.ensemble import accuracy, accuracy_weights, gold_places, likelihood_weights
-from looseleaf_prompting_survey.pool import default_pool
+from looseleaf_prompting_survey.ensemble import accuracy_weights, likelihood_weights, score_rows, target_places
+from looseleaf_prompting_survey.templates import default_pool
+from looseleaf_text import LanguageModel, LocalModel, MaskedModel, TextTask
+from looseleaf_text.calibration import content_free, offsets, subtract
+from looseleaf_text.ensemble import combine
 
-TASKS = {  # name -> examples in (train, dev, test)
-    "sentiment": (24, 32, 60),
-    "question-topics": (24, 33, 60),
-}
-SHOTS = 4
-SOURCE = "this project's rule, fixed before measuring"
+TASKS = {"sentiment": {"train": 24, "dev": 32, "test": 60}, "question-topics": {"train": 24, "dev": 33, "test": 60}}
+SHOTS, SOURCE = 4, "this project's rule, fixed before measuring"
 METHODS = ("manual template", "mean single template", "uniform ensemble", "majority vote", "ensemble by accuracy",
            "ensemble by likelihood", "demonstrations")
+CLOZE = ["answer search", "answer mapping", "cloze prompt", "ensembling", "calibration"]  # on the masked model
 
 
-@dataclasses.dataclass
-class Run:
-    """One task with one split of its texts.
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How much is measured: the divisor of the numbers of texts."""
 
-    Attributes:
-        task: name.
-        seed: of the split and of the demonstrations.
-        plain, calibrated: method (see :data:`METHODS`) -> test accuracy, without and with calibration.
-        singles: test accuracy of each template, without and with calibration.
-        weights: by likelihood, without calibration.
+    divisor: int = 1
+
+
+@functools.cache
+def _model() -> LocalModel:
+    # bfloat16 where the processor multiplies it by itself and is several times as fast; elsewhere it would be slower
+    return LocalModel(*models.load("smollm2", dtype=torch.bfloat16 if models.bfloat16_is_fast() else torch.float32))
+
+
+def measure(seed: int, scale: Scale) -> dict[str, Any]:
+    """Task -> what :func:`compare` gives, on one split of its texts."""
+    return {name: compare(data.classification_task(name, seed, **{k: n // scale.divisor for k, n in sizes.items()}),
+                          _model(), seed) for name, sizes in TASKS.items()}
+
+
+def compare(task: TextTask, model: LanguageModel, seed: int) -> dict[str, Any]:
+    """Test accuracies; every template is asked once, and what the methods make of the answers is arithmetic.
+
+    Returns:
+        ``plain`` and ``calibrated``: method (see :data:`METHODS`) -> accuracy; ``singles``: accuracy of each template,
+        plain and calibrated; ``weights``: by likelihood, without calibration.
     """
-
-    task: str
-    seed: int
-    plain: dict[str, float]
-    calibrated: dict[str, float]
-    singles: tuple[list[float], list[float]]
-    weights: list[float]
-
-
-def reproduce(*, seeds: int = 5, quick: bool = False, progress: bool | None = None) -> Report:
-    """Measure ensembles, demonstrations and calibration, and run the example of every concept.
-
-    Args:
-        seeds: splits of the texts, for each of two tasks.
-        quick: one seed and a third of the texts; the claims are not decided.
-        progress: show a progress bar; None: only on a terminal.
-    """
-    import torch
-
-    from looseleaf_lab import data, models
-
-    if seeds < 1:
-        raise ValueError(f"seeds={seeds!r}: allowed is a whole number from 1")
-    seeds = 1 if quick else seeds
-    # On processors with matrix units bfloat16 is several times as fast; elsewhere it would be slower.
-    fast = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
-    network, tokenizer = models.load("smollm2", dtype=torch.bfloat16 if fast else torch.float32)
-    model = LocalModel(network, tokenizer)
-    began = time.perf_counter()
-    runs = []
-    for name, seed in track([(n, s) for n in TASKS for s in range(seeds)], "runs", show=progress):
-        train, dev, test = (n // 3 if quick else n for n in TASKS[name])
-        task = data.classification_task(name, seed=seed, train=train, dev=dev, test=test)
-        runs.append(measure(task, model, seed))
-    report = summarise(runs, quick)
-    report.facts = {"model": "SmolLM2-135M-Instruct", "dtype": str(network.dtype).split(".")[-1],
-                    "threads": torch.get_num_threads(), "seeds": seeds, "quick": quick,
-                    "seconds": round(time.perf_counter() - began, 1), **report.facts}
-    if fast:
-        network.float()  # the training example takes gradients
-    report.examples += [(f"{name} (SmolLM2)", text) for name, text in concepts.run(model).items()]
-    report.examples += [(f"{name} (BERT with random weights, for the mechanics)", text) for name, text in concepts.run(
-        random_bert(), ["answer search", "answer mapping", "cloze prompt", "ensembling", "calibration"]).items()]
-    return report
-
-
-def measure(task: Task, model: LanguageModel, seed: int) -> Run:
-    """One run: every template is asked once, and what the methods make of the answers is arithmetic."""
     pool = [t.to_prompt(task.labels) for t in default_pool(task)]
-    shown = PromptAugmenter(shots=SHOTS).augment(pool[0], task, seed=seed)
-    dev_gold, test_gold = gold_places(task, task.dev), gold_places(task, task.test)
-    empty = content_free(task.test[0].fields)
-    dev = [task.log_probs(p, model, task.dev) for p in pool]
-    test = [task.log_probs(p, model, task.test) for p in [*pool, shown]]
-    leaning = [offsets(task.log_probs(p, model, empty)) for p in [*pool, shown]]
-    found, singles, weights = [], [], []
-    for calibrated in (False, True):
-        on_dev = [subtract(rows, o) if calibrated else rows for rows, o in zip(dev, leaning, strict=False)]
-        on_test = [subtract(rows, o) if calibrated else rows for rows, o in zip(test, leaning, strict=True)]
-        members, with_shots = on_test[:-1], on_test[-1]
-        single = [accuracy(rows, test_gold) for rows in members]
-        by_likelihood = likelihood_weights(on_dev, dev_gold)
-        by_accuracy = accuracy_weights(on_dev, dev_gold)
-        ensembles = (combine(members), combine(members, vote=True), combine(members, by_accuracy),
-                     combine(members, by_likelihood))
-        found.append(dict(zip(METHODS, [single[0], sum(single) / len(single), *(
-            accuracy(rows, test_gold) for rows in ensembles), accuracy(with_shots, test_gold)], strict=True)))
-        singles.append(single)
-        weights.append(by_likelihood)
-    return Run(task.name, seed, found[0], found[1], (singles[0], singles[1]), weights[0])
+    prompts = [*pool, PromptAugmenter(shots=SHOTS).augment(pool[0], task, seed=seed)]
+    targets, empty = target_places(task, task.dev), content_free(task.test[0].inputs)
+    dev = [task.class_scores(p.on(model), task.dev) for p in pool]
+    test = [task.class_scores(p.on(model), task.test) for p in prompts]
+    leaning = [offsets(task.class_scores(p.on(model), empty)) for p in prompts]
+    out: dict[str, Any] = {"singles": []}
+    for way in ("plain", "calibrated"):
+        on_dev, (*members, shown) = ([subtract(rows, o) if way == "calibrated" else rows
+                                      for rows, o in zip(part, leaning, strict=False)] for part in (dev, test))
+        single = [score_rows(task, rows, task.test) for rows in members]
+        by_likelihood = likelihood_weights(on_dev, targets)
+        others = (combine(members), combine(members, vote=True), combine(members, accuracy_weights(on_dev, targets)),
+                  combine(members, by_likelihood), shown)
+        out[way] = dict(zip(METHODS, [single[0], sum(single) / len(single), *(
+            score_rows(task, rows, task.test) for rows in others)], strict=True))
+        out["singles"].append(single)
+        out.setdefault("weights", by_likelihood)
+    return out
 
 
-def summarise(runs: Sequence[Run], quick: bool = False) -> Report:
-    """The report on what :func:`measure` gave."""
-    from looseleaf.statistics import bootstrap
-
-    report = Report("Prompting in parts: ensembles, demonstrations, calibration", {
-        "templates": len(runs[0].singles[0]), "demonstrations": SHOTS, "runs": len(runs)})
-    table = report.table("Test accuracy: mean over runs and 95 % bootstrap interval", [
-        "task", "method", "plain", "low", "high", "calibrated", "low ", "high "])
-    names = list(dict.fromkeys(r.task for r in runs))
-    for name in [*names, "all"] if len(names) > 1 else names:
-        mine = [r for r in runs if name in ("all", r.task)]
-        for method in METHODS:
-            table.add(name, method, *bootstrap([r.plain[method] for r in mine]),
-                      *bootstrap([r.calibrated[method] for r in mine]))
-        report.figure(f"Accuracy of each template, {name}", x_label="template", y_label="test accuracy", series=[
-            Series(label, [float(n) for n in range(len(mine[0].singles[0]))],
-                   np.mean([r.singles[k] for r in mine], axis=0).tolist())
-            for k, label in enumerate(("plain", "calibrated"))])
-    report.arrays.update({f"weights {r.task} {r.seed}": r.weights for r in runs})
-    _ensemble_claims(report, runs, quick)
-    _calibration_claim(report, runs, quick)
-    for statement, paper, need in (
-            ("An ensemble of mined and paraphrased prompts finds far more facts than single manual ones",
-             "LAMA from 31.1 % to 39.6 % (Jiang et al. 2020) [memory]", "BERT-large and the LAMA facts"),
-            ("The larger the model, the nearer prompt tuning comes to tuning the whole model",
-             "equal at some 10 billion parameters (Lester et al. 2021) [memory]", "models of billions of parameters")):
-        report.claims.append(Claim.decide(
-            None, statement=statement, source="survey, sections 3 and 5, of the work named", paper=paper,
-            measured=f"not measured: needs {need}", rule="none set"))
-    return report
-
-
-def _ensemble_claims(report: Report, runs: Sequence[Run], quick: bool) -> None:
-    from looseleaf.statistics import bootstrap
-
-    for method, statement in (
-            ("ensemble by likelihood", "A weighted ensemble is at least as good as the mean of its templates"),
-            ("uniform ensemble", "A uniform ensemble is at least as good as the mean of its templates")):
-        mean, low, high = bootstrap([r.plain[method] - r.plain["mean single template"] for r in runs])
-        report.claims.append(Claim.decide(
-            None if quick else mean >= 0, statement=statement, source=f"survey, section 5.1; {SOURCE}", paper="-",
-            measured=f"{mean:+.3f} ({low:+.3f} to {high:+.3f}) test accuracy over {len(runs)} runs",
-            rule="mean paired difference over runs is 0 or more"))
-
-
-def _calibration_claim(report: Report, runs: Sequence[Run], quick: bool) -> None:
-    from looseleaf.statistics import bootstrap
-
-    before, after = (np.array([np.var(r.singles[k]) for r in runs]) for k in (0, 1))
-
-    def ratio(drawn: Any) -> Any:
-        places = drawn.astype(int)
-        return after[places].mean(-1) / np.maximum(before[places].mean(-1), 1e-12)
-
-    value, low, high = bootstrap([float(n) for n in range(len(runs))], statistic=ratio)
-    table = report.table("Spread over templates", ["task", "seed", "variance plain", "variance calibrated"])
-    for run, one, other in zip(runs, before, after, strict=True):
-        table.add(run.task, run.seed, float(one), float(other))
-    report.claims.append(Claim.decide(
-        None if quick else value < 1, statement="Calibration brings the accuracies of different templates together",
-        source=f"Zhao et al. 2021, section 5; {SOURCE}", paper="-",
-        measured=f"variance of test accuracy over templates {value:.2f} ({low:.2f} to {high:.2f}) times that without "
-                 f"calibration; {len(runs)} runs",
-        rule="mean variance with calibration, over that without, is below 1"))
+def examples(scale: Scale) -> dict[str, Any]:
+    """The text of every concept's example on SmolLM2 in float32, and of some on a masked model."""
+    model, dtype = _model(), str(_model().model.dtype).split(".")[-1]
+    model.model.float()  # the training example takes gradients
+    shown = {"SmolLM2": concepts.run(model),
+             "BERT with random weights, for the mechanics": concepts.run(random_bert(), CLOZE)}
+    _model.cache_clear()
+    return {"examples": [[f"{name} ({who})", text] for who, texts in shown.items() for name, text in texts.items()],
+            "dtype": dtype, "threads": torch.get_num_threads()}
 
 
 def random_bert() -> MaskedModel:
     """A BERT with random weights and a tokenizer of single letters: cloze prompts without a real masked model."""
-    import torch
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
     from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    letters = [chr(c) for c in range(32, 127)]
-    made = Tokenizer(models.WordLevel({t: n for n, t in enumerate(special + letters)}, unk_token="[UNK]"))
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(chr(c) for c in range(32, 127))]
+    made = Tokenizer(models.WordLevel({t: n for n, t in enumerate(pieces)}, unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    made.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]",
-                                                        special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
-                                        sep_token="[SEP]", mask_token="[MASK]")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = BertForMaskedLM(BertConfig(
-            vocab_size=len(special) + len(letters), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-            intermediate_size=64, max_position_embeddings=512)).eval()
-    return MaskedModel(network, tokenizer)
+    made.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, **{
+        f"{piece[1:-1].lower()}_token": piece for piece in pieces[:5]})
+    return MaskedModel(seeded(lambda: BertForMaskedLM(BertConfig(
+        vocab_size=len(pieces), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=512))).eval(), tokenizer)
+
+
+def _runs(results: Results, *tasks: str) -> list[dict[str, Any]]:
+    """What each seed gave on each of the tasks; none named: on all."""
+    return [row[task] for task in tasks or results.rows[0] for row in results.rows]
+
+
+def facts(results: Results) -> dict[str, Any]:
+    """Model, templates and runs."""
+    runs = _runs(results)
+    return {"model": "SmolLM2-135M-Instruct", **{k: results.once[k] for k in ("dtype", "threads")},
+            "templates": len(runs[0]["singles"][0]), "demonstrations": SHOTS, "runs": len(runs)}
+
+
+def show(report: Report, results: Results) -> None:
+    """Accuracies of methods and templates, their spread, the weights, and the concepts' examples."""
+    table = report.table("Test accuracy: mean over runs and 95 % bootstrap interval",
+                         ["task", "method", "plain", "low", "high", "calibrated", "low ", "high "])
+    spread = report.table("Spread over templates", ["task", "seed", "variance plain", "variance calibrated"])
+    for name, tasks in [*((task, [task]) for task in results.rows[0]), ("all", [])]:
+        runs = _runs(results, *tasks)
+        for method in METHODS:
+            table.add(name, method, *(number for way in ("plain", "calibrated")
+                                      for number in bootstrap([r[way][method] for r in runs])))
+        lines = [np.mean([r["singles"][k] for r in runs], axis=0).tolist() for k in (0, 1)]
+        report.figure(f"Accuracy of each template, {name}", x_label="template", y_label="test accuracy", series=[
+            Series(way, [float(n) for n in range(len(line))], line)
+            for way, line in zip(("plain", "calibrated"), lines, strict=True)])
+        for seed, run in zip(results.seeds, runs, strict=True) if tasks else ():
+            spread.add(name, seed, *(float(np.var(single)) for single in run["singles"]))
+            report.arrays[f"weights {name} {seed}"] = run["weights"]
+    report.examples += map(tuple, results.once["examples"])
+
+
+def at_least_the_mean(method: str, results: Results) -> Decision:
+    """Whether an ensemble is at least as good as the mean of its templates."""
+    runs = _runs(results)
+    gap = paired([r["plain"][method] for r in runs], [r["plain"]["mean single template"] for r in runs])
+    return None if results.quick else gap.value >= 0, f"{gap:+.3f} test accuracy over {len(runs)} runs"
+
+
+def together(results: Results) -> Decision:
+    """Whether calibrated templates differ less from each other than plain ones."""
+    runs = _runs(results)
+    before, after = (np.array([np.var(r["singles"][k]) for r in runs]) for k in (0, 1))
+    interval = bootstrap(range(len(runs)), statistic=lambda drawn: (  # of places, so that both come from one run
+        after[drawn.astype(int)].mean(-1) / np.maximum(before[drawn.astype(int)].mean(-1), 1e-12)))
+    return None if results.quick else interval.value < 1, (
+        f"variance of test accuracy over templates {interval:.2f} times that without calibration; {len(runs)} runs")
+
+
+CLAIMS = [
+    *(StudyClaim(f"A {kind} ensemble is at least as good as the mean of its templates",
+                 f"survey, section 5.1; {SOURCE}", "-", "mean paired difference over runs is 0 or more",
+                 functools.partial(at_least_the_mean, method))
+      for kind, method in (("weighted", "ensemble by likelihood"), ("uniform", "uniform ensemble"))),
+    StudyClaim("Calibration brings the accuracies of different templates together",
+               f"Zhao et al. 2021, section 5; {SOURCE}", "-",
+               "mean variance with calibration, over that without, is below 1", together),
+    *(StudyClaim(statement, "survey, sections 3 and 5, of the work named", paper, "none set",
+                 unmeasured=f"not measured: needs {need}") for statement, paper, need in (
+        ("An ensemble of mined and paraphrased prompts finds far more facts than single manual ones",
+         "LAMA from 31.1 % to 39.6 % (Jiang et al. 2020) [memory]", "BERT-large and the LAMA facts"),
+        ("The larger the model, the nearer prompt tuning comes to tuning the whole model",
+         "equal at some 10 billion parameters (Lester et al. 2021) [memory]", "models of billions of parameters")))]
+
+study = Study("Prompting in parts: ensembles, demonstrations, calibration", measure, CLAIMS, show, once=examples,
+              full=Scale(), quick=Scale(divisor=3), facts=facts, quick_seeds=1)

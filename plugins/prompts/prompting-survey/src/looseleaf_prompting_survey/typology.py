@@ -21,7 +21,7 @@ COLUMNS = {
                    "reinforcement learning, generation or scoring; continuous, with discrete initialisation or hybrid",
     "answer_shape": "token, span or sentence",
     "answers": "how the answers are found: manual, search (of discrete ones) or continuous",
-    "tuning": "which parameters move: see looseleaf_prompting_survey.STRATEGIES",
+    "tuning": "which parameters are trained: see looseleaf_prompting_survey.STRATEGIES",
     "multi_prompt": "ensembling, augmentation, composition, decomposition or sharing",
 }
 """Column -> what it says. A cell holds several values separated by ``"; "``, or none where we are not certain."""

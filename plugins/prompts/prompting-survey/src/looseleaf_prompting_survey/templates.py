@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from looseleaf_text import LanguageModel, Task, Template
+from looseleaf_text import LanguageModel, Template, TextTask
 from looseleaf_text.template import Slot
 
 CLASSIFICATION = (
@@ -29,8 +29,11 @@ GENERATION = (
 ASK = "Rewrite the following text in other words and keep its meaning.\nText: {text}\nRewritten text:"
 
 
-def default_pool(task: Task) -> list[Template]:
-    """Templates written by hand that any task can be put into: the task's own, then seven or so others."""
+def default_pool(task: TextTask) -> list[Template]:
+    """Templates written by hand that any task can be put into: the task's own, then seven others.
+
+    A task without labels has five others.
+    """
     names = [text.strip() for text in (task.labels or {}).values()]
     options = f"{', '.join(names[:-1])} or {names[-1]}" if names else ""
     shown = Template.of_task(dataclasses.replace(task, answer_prefix="")).parts[:-1]
@@ -49,34 +52,35 @@ def paraphrase(template: Template, model: LanguageModel, count: int, *, seed: in
     Args:
         template: what is paraphrased; its slots and its other texts stay.
         model: one that generates.
-        count: paraphrases asked for, one call each; fewer come back where the model repeats itself or says nothing.
+        count: paraphrases asked for, >= 1, one call each; fewer come back where the model repeats itself or
+            says nothing.
         seed: of the sampling.
-        temperature: above 0, or all paraphrases would be one.
+        temperature: > 0, or all paraphrases would be one.
         max_tokens: longest paraphrase.
 
     Raises:
         ValueError: a template without a word of its own, a count below 1, or a temperature of 0.
     """
     if count < 1 or not temperature > 0:
-        raise ValueError(f"paraphrase(count={count!r}, temperature={temperature!r}): allowed are a count from 1 and a "
-                         "temperature above 0")
+        raise ValueError(f"paraphrase: expected count >= 1 and temperature > 0, got count={count!r}, "
+                         f"temperature={temperature!r}")
     texts = [p for p in template.parts if isinstance(p, str)]
     longest = max(texts, key=lambda t: len(re.findall(r"\w", t)), default="")
     core = longest.strip()
     if not re.search(r"\w", core):
-        raise ValueError(f"the template {template.text!r} has no words of its own to paraphrase")
+        raise ValueError(f"the template {template.text!r}: expected words of its own to paraphrase, got none")
     lead, trail = longest[:longest.index(core)], longest[longest.index(core) + len(core):]
     place = template.parts.index(longest)
-    asked = [ASK.replace("{text}", " ".join(core.split()))] * count
-    found: dict[str, Template] = {}
-    for n, prompt in enumerate(asked):
+    prompt = ASK.replace("{text}", " ".join(core.split()))
+    templates: dict[str, Template] = {}
+    for n in range(count):
         # One request each: the seed of a request is that of all its texts.
-        said = model.generate([prompt], max_tokens, ["\n"], temperature, seed * 1000 + n)[0].strip().strip('"').strip()
-        if re.search(r"\w", said) and said != core:
-            made = Template.of([*template.parts[:place], lead + said + trail, *template.parts[place + 1:]],
-                               template.chat)
-            found[made.text] = made
-    return list(found.values())
+        text = model.generate([prompt], max_tokens, ["\n"], temperature, seed * 1000 + n)[0].strip().strip('"').strip()
+        if re.search(r"\w", text) and text != core:
+            new = Template.of([*template.parts[:place], lead + text + trail, *template.parts[place + 1:]],
+                              template.chat)
+            templates[new.text] = new
+    return list(templates.values())
 
 
 def mine(corpus: Iterable[str], pairs: Sequence[tuple[str, str]], most: int = 10, longest: int = 8) -> list[Template]:
@@ -95,8 +99,8 @@ def mine(corpus: Iterable[str], pairs: Sequence[tuple[str, str]], most: int = 10
         ValueError: no pairs, an empty text in one, or numbers below 1.
     """
     if not pairs or any(not x.strip() or not z.strip() for x, z in pairs) or most < 1 or longest < 1:
-        raise ValueError(f"mine() got {len(pairs)} pairs, most={most!r}, longest={longest!r}: allowed are pairs of two "
-                         "texts, at least one, and numbers from 1")
+        raise ValueError("mine: expected one pair of two texts or more, most >= 1 and longest >= 1, got "
+                         f"{list(pairs)[:3]}, most={most!r}, longest={longest!r}")
     count: Counter[str] = Counter()
     for text in corpus:
         for x, z in pairs:
