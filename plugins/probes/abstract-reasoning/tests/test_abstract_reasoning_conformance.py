@@ -1,8 +1,6 @@
 """The probe passes the conformance kit."""
 
-from looseleaf.testing import check_probe
+from looseleaf.testing import conformance_tests
 from looseleaf_abstract_reasoning import AbstractReasoningProbe
 
-
-def test_conformance() -> None:
-    check_probe(AbstractReasoningProbe, lambda: AbstractReasoningProbe(shots=4, per_category=2))
+test_conformance = conformance_tests(AbstractReasoningProbe)

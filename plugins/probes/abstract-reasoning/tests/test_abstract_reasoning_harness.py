@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from looseleaf_text import LocalModel
 from looseleaf.testing.models import tiny_text_llama, tiny_tokenizer
 from looseleaf_abstract_reasoning import AbstractReasoningProbe, Item, export_harness, from_json_lines
+from looseleaf_text import LocalModel
 
 PROBE = AbstractReasoningProbe(shots=4, per_category=4)
 
@@ -38,9 +38,9 @@ def test_plain_files(tmp_path: Path) -> None:
 
 
 def test_bad_exports(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="group='my tasks': allowed are letters"):
+    with pytest.raises(ValueError, match="group: expected letters, digits and underscores, got 'my tasks'"):
         export_harness(PROBE.items(), tmp_path, group="my tasks")
-    with pytest.raises(ValueError, match="there are no items"):
+    with pytest.raises(ValueError, match="expected one item or more, got none"):
         export_harness([], tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -63,19 +63,20 @@ def compare_with_harness(model: Any, tokenizer: Any, items: list[Item], folder: 
     for name in tasks:
         right = []
         for sample in found["samples"][name]:
-            item, row, mark = ours[sample["doc"]["problem"], sample["doc"]["kind"]]
+            item, row, correct = ours[sample["doc"]["problem"], sample["doc"]["kind"]]
             requests = [tuple(request[:2]) for request in sample["arguments"]]
             assert requests == [(item.prompt, text) for text in item.continuations]
             heads, tails = local.encode_pairs([item.prompt], [item.continuations])
             assert [harness._encode_pair(*request) for request in requests] == [(heads[0], tail) for tail in tails[0]]
             assert [float(answer[0]) for answer in sample["filtered_resps"]] == pytest.approx(row, abs=2e-3)
-            assert sample["acc"] == mark, item
-            right.append(mark)
+            assert sample["acc"] == correct, item
+            right.append(correct)
         assert found["results"][name]["acc,none"] == sum(right) / len(right)
         compared += len(right)
     assert compared == len(items)
-    marks = AbstractReasoningProbe().marks(local, items, progress=False)
-    assert [m.right for m in marks] == [mark for _, _, mark in ours.values()], "without ties both rules are one"
+    scores = AbstractReasoningProbe().score(local, items, progress=False)
+    expected = [correct for _, _, correct in ours.values()]
+    assert [score.correct for score in scores] == expected, "without ties both rules are one"
 
 
 @pytest.fixture

@@ -13,20 +13,13 @@ import numpy as np
 import pytest
 
 from looseleaf import Report
-from looseleaf_text import EndpointModel
-from looseleaf.testing.models import tiny_text_llama, tiny_tokenizer
+from looseleaf.statistics import bootstrap
+from looseleaf.testing.common import assert_unchanged, mixed_modes, snapshot
+from looseleaf.testing.models import tiny_llama, tiny_text_llama, tiny_tokenizer
 from looseleaf_abstract_reasoning import AbstractReasoningProbe, Item, Memoriser, Oracle, from_json_lines, to_json_lines
-from looseleaf_abstract_reasoning.items import ANSWER, REMAPPINGS, prompt_of
-from looseleaf_abstract_reasoning.remap import render
-from looseleaf_abstract_reasoning.scores import (
-    bootstrap,
-    delta,
-    extract,
-    gamma,
-    mark_by_likelihood,
-    pairs,
-    relative_delta,
-)
+from looseleaf_abstract_reasoning.items import ANSWER, REMAPPINGS, prompt_of, render
+from looseleaf_abstract_reasoning.scores import delta, extract, gamma, pairs, relative_delta, score_by_likelihood
+from looseleaf_text import EndpointModel, LocalModel
 
 SMALL = {"shots": 4, "per_category": 4}
 
@@ -46,11 +39,11 @@ def test_controls_come_out_exactly(scoring: Any) -> None:
     made = probe.problems(2)
     items = probe.items(2)
     assert len({p.dataset for p in made}) == 40
-    marks = probe.controls(items, made, 2)
+    scores = probe.controls(items, made, 2)
     for name, must in (("memoriser", 1.0), ("oracle", 0.0)):
         for category in probe.categories:
             for kind in REMAPPINGS if category != "math-application" else ("operands",):
-                rows = pairs(marks[name], kind, category)
+                rows = pairs(scores[name], kind, category)
                 assert len(rows) >= 7 and rows[:, 0].mean() == 1.0, (name, category)
                 assert delta(rows) == (must, must, must) and relative_delta(rows)[0] == must, (name, category, kind)
 
@@ -65,8 +58,8 @@ def test_a_wrong_remapping_does_not_pass_the_controls() -> None:
     key = Oracle.of(made, ("original", "both"))
     twisted = Oracle({prompt: dict(zip(k, [*list(k.values())[1:], *list(k.values())[:1]], strict=True))
                       for prompt, k in key._keys.items()})
-    wrong = mark_by_likelihood(twisted, [i for i in items if i.kind == "both"])
-    assert sum(m.right for m in wrong) < len(wrong)
+    wrong = score_by_likelihood(twisted, [i for i in items if i.kind == "both"])
+    assert sum(s.correct for s in wrong) < len(wrong)
 
 
 def test_the_memoriser_knows_nothing_remapped() -> None:
@@ -94,19 +87,22 @@ def test_scores_by_hand() -> None:
 
     items = [item(problem=f"p{n}", prompt=f"{'ab'[n % 2]} {n}") for n in range(4)]
     items += [item(problem=f"p{n}", prompt=f"{'ba'[n // 3]} new {n}", kind="both") for n in range(4)]
-    marks = mark_by_likelihood(Model([]), items)
-    assert [m.right for m in marks] == [1, 0, 1, 0, 0, 0, 0, 1], "two choices alike are no answer"
-    rows = pairs(marks, "both")
+    scores = score_by_likelihood(Model([]), items)
+    assert [s.correct for s in scores] == [1, 0, 1, 0, 0, 0, 0, 1], "two choices alike are no answer"
+    rows = pairs(scores, "both")
     assert rows.tolist() == [[1, 0], [0, 0], [1, 0], [0, 1]]
-    assert gamma(marks[:4])[0] == 0.5 and delta(rows)[0] == 0.25 and relative_delta(rows)[0] == 0.5
+    assert gamma(scores[:4])[0] == 0.5 and delta(rows)[0] == 0.25 and relative_delta(rows)[0] == 0.5
     assert np.isnan(relative_delta(rows[[1, 3]])[0])
-    assert pairs(marks, "both", "another").shape == (0, 2)
+    assert pairs(scores, "both", "another").shape == (0, 2)
 
 
-def test_the_bootstrap_agrees_with_the_labs() -> None:
-    metrics = pytest.importorskip("looseleaf_lab.metrics")
-    values = np.random.default_rng(0).random(37)
-    assert bootstrap(values[:, None], lambda m: m[:, 0], seed=4) == pytest.approx(bootstrap(values, seed=4))
+def test_intervals_keep_the_two_values_of_a_problem_together() -> None:
+    rows = np.random.default_rng(0).integers(0, 2, (37, 2)).astype(np.float64)
+    assert delta(rows) == pytest.approx(bootstrap(rows[:, 0] - rows[:, 1]))
+    drawn = rows[np.random.default_rng(0).integers(0, 37, (2000, 37))].mean(1)
+    assert relative_delta(rows)[1:] == tuple(np.quantile(1 - drawn[:, 1] / drawn[:, 0], [0.025, 0.975]))
+    rare = np.array([[1.0, 0.0]] + 5 * [[0.0, 0.0]])
+    assert relative_delta(rare) == (1.0, 1.0, 1.0), "resamples without a right answer have no such fraction"
 
 
 # -- items ------------------------------------------------------------------------------------------------------------
@@ -118,10 +114,10 @@ def test_prompts_have_the_papers_form() -> None:
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"choices": ("5", "7", "5")}, "the answer space has duplicates: '5'"),
-    ({"choices": ("7", "7 ")}, "the answer space has duplicates: '7'"),
-    ({"choices": ("7",)}, "allowed are two answers or more"), ({"choices": ("7", "")}, "none of them empty"),
-    ({"choices": ("5", "6")}, "the answer '7' is not among the choices"),
+    ({"choices": ("5", "7", "5")}, "without duplicates, got '5' twice"),
+    ({"choices": ("7", "7 ")}, "without duplicates, got '7' twice"),
+    ({"choices": ("7",)}, "expected two answers or more"), ({"choices": ("7", "")}, "none of them empty"),
+    ({"choices": ("5", "6")}, "expected the answer '7' among them"),
     ({"kind": "orignal"}, "Did you mean 'original'"), ({"prompt": "Q: "}, "without white space")])
 def test_bad_items(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -133,8 +129,10 @@ def test_json_lines() -> None:
     assert from_json_lines(to_json_lines(items)) == items
     line = json.loads(to_json_lines(items[:1]))
     assert line["continuations"][line["gold"]] == f" {items[0].answer}."
-    for text, message in (("{", "line 1 is not JSON"), ('\n{"prompt": "x"}', "line 2 lacks problem, dataset"),
-                          (to_json_lines([item()]).replace('["5", "7"]', '"57"', 1), "allowed is a list of texts")):
+    for text, message in (("{", "line 1: expected an object with problem, .* got no JSON"),
+                          ('\n{"prompt": "x"}', "line 2: expected an object with .*, got none of problem, dataset"),
+                          (to_json_lines([item()]).replace('["5", "7"]', '"57"', 1),
+                           "choices: expected a list of texts, got '57'")):
         with pytest.raises(ValueError, match=message):
             from_json_lines(text)
 
@@ -153,7 +151,7 @@ def test_the_sample_is_stratified() -> None:
 
 
 def test_a_run_reports_everything() -> None:
-    report = AbstractReasoningProbe(**SMALL).run(tiny_text_llama(), tokenizer=tiny_tokenizer(), progress=False)
+    report = AbstractReasoningProbe(**SMALL).run((tiny_text_llama(), tiny_tokenizer()), progress=False)
     titles = {t.title: t for t in report.tables}
     scores = titles["Gamma, the abstract reasoning score"]
     assert [row[0] for row in scores.rows] == ["basic-computation", "extended-calculation", "number-base",
@@ -173,41 +171,55 @@ def test_a_tokenizer_needs_no_token_for_padding() -> None:
     bare = tiny_tokenizer()
     bare.pad_token = None
     assert bare.pad_token_id is None
-    runs = [probe.run(tiny_text_llama(), tokenizer=t, progress=False).to_dict() for t in (tiny_tokenizer(), bare)]
+    runs = [probe.run((tiny_text_llama(), t), progress=False).to_dict() for t in (tiny_tokenizer(), bare)]
     assert runs[0] == runs[1]
+
+
+def test_a_model_in_mixed_modes_is_measured_without_dropout_and_left_so() -> None:
+    probe = AbstractReasoningProbe(**SMALL, categories=("basic-computation",))
+    expected = probe.run((tiny_text_llama(), tiny_tokenizer()), progress=False).to_dict()
+    for wrap in (lambda model: (model, tiny_tokenizer()), lambda model: LocalModel(model, tiny_tokenizer())):
+        model = mixed_modes(tiny_llama(vocabulary=128, attention_dropout=0.5))
+        before = snapshot(model)
+        assert probe.run(wrap(model), progress=False).to_dict() == expected
+        assert_unchanged(before, model)
 
 
 def test_items_of_ones_own() -> None:
     probe = AbstractReasoningProbe(**SMALL)
     items = [item(problem=f"p{n}", prompt=f"{n} {kind}\n{ANSWER}", kind=kind) for n in range(3)
              for kind in ("original", "both")]
-    one = probe.run(tiny_text_llama(), items, tokenizer=tiny_tokenizer(), progress=False)
-    two = probe.run(tiny_text_llama(), to_json_lines(items), tokenizer=tiny_tokenizer(), progress=False)
+    one = probe.run((tiny_text_llama(), tiny_tokenizer()), items, progress=False)
+    two = probe.run((tiny_text_llama(), tiny_tokenizer()), to_json_lines(items), progress=False)
     assert one.to_dict() == two.to_dict()
     assert [c.statement for c in one.claims] == ["Control: the memoriser has Gamma 1 and Delta 1"]
     assert [row[:2] for row in one.tables[1].rows] == [["mine", "both"]]
     other = [dataclasses.replace(i, category="other" if i.kind == "both" else "mine") for i in items]
-    report = probe.run(tiny_text_llama(), other, tokenizer=tiny_tokenizer(), progress=False)
+    report = probe.run((tiny_text_llama(), tiny_tokenizer()), other, progress=False)
     found = [row[0] for t in report.tables[:2] for row in t.rows]
     assert found == ["mine", "mine"], "Delta is the original's category's"
 
 
 @pytest.mark.parametrize(("data", "message"), [
-    ([], "there are no items"), (["x"], "data has a str"), (3, "data has a int"), ("", "there are no items"),
-    ([item(), item(prompt="other")], "two items have problem='mine/1' and kind='original'"),
-    ([item(), item(problem="mine/2")], "have the same prompt"), ([item(kind="both")], "no item has kind='original'")])
+    ([], "expected one item or more"), (["x"], "data: .* got one with str"), (3, "data: .* got one with int"),
+    ("", "expected one item or more"),
+    ([item(), item(prompt="other")], "got two items with problem='mine/1' and kind='original'"),
+    ([item(), item(problem="mine/2")], "expected different prompts"),
+    ([item(kind="both")], "expected items with kind='original'")])
 def test_bad_data(data: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        AbstractReasoningProbe(**SMALL).run(tiny_text_llama(), data, tokenizer=tiny_tokenizer())
+        AbstractReasoningProbe(**SMALL).run((tiny_text_llama(), tiny_tokenizer()), data)
 
 
 def test_bad_parameters() -> None:
-    with pytest.raises(ValueError, match="pass the model's tokenizer"):
+    with pytest.raises(ValueError, match="this probe needs the model's tokenizer"):
         AbstractReasoningProbe(**SMALL).run(tiny_text_llama())
-    for changes, message in (({"shots": 3}, "shots=3"), ({"digits": 10}, "digits=10"),
-                             ({"scoring": "guess"}, "scoring"),
+    for changes, message in (({"shots": 3}, r"shots: expected an integer in \[4, 50\], got 3"),
+                             ({"digits": 10}, r"digits: expected an integer in \[3, 9\], got 10"),
+                             ({"scoring": "guess"}, "scoring: expected 'likelihood' or 'match', got 'guess'"),
                              ({"categories": ("number-bases",)}, "Did you mean 'number-base'"),
-                             ({"categories": ()}, r"categories=\(\)"), ({"per_category": 0}, "per_category=0")):
+                             ({"categories": ()}, r"categories: expected some of .* got \(\)"),
+                             ({"per_category": 0}, r"per_category: expected an integer in \[1, 1000\], got 0")):
         with pytest.raises(ValueError, match=message):
             AbstractReasoningProbe(**changes)
 

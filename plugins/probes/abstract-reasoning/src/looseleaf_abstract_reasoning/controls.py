@@ -9,13 +9,10 @@ import re
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 
-from looseleaf_text import LanguageModel
-from looseleaf_abstract_reasoning.generate import STORY_RULES
-from looseleaf_abstract_reasoning.items import ANSWER, Item
-from looseleaf_abstract_reasoning.problems import Problem
-from looseleaf_abstract_reasoning.remap import draw_remapping, render
+from looseleaf_abstract_reasoning.datasets import STORY_RULES, numbers_in
+from looseleaf_abstract_reasoning.items import ANSWER, Item, Problem, draw_remapping, render
 from looseleaf_abstract_reasoning.rules import LIBRARY, Rule, explaining
-from looseleaf_abstract_reasoning.stories import numbers_in
+from looseleaf_text import LanguageModel
 
 _PAIR = re.compile(rf"Question: (.*)\n{ANSWER}(?: (.*)\.)?")
 _OPERANDS = re.compile(r"\[[^\]]*\]|\{[^}]*\}|\S+")
@@ -33,23 +30,23 @@ class Control(LanguageModel):
         self.calls += len(prefixes)
         out = []
         for prefix, row in zip(prefixes, continuations, strict=True):
-            known = self.answer(prefix)
-            out.append([-1.0 if known is not None and text == f" {known}." else -20.0 for text in row])
+            answer = self.answer(prefix)
+            out.append([-1.0 if answer is not None and text == f" {answer}." else -20.0 for text in row])
         return out
 
     def generate(self, prompts: list[str], max_tokens: int, stop: list[str] | None = None,
                  temperature: float = 0.0, seed: int = 0) -> list[str]:
         """Its answer, or nothing."""
         self.calls += len(prompts)
-        known = [self.answer(prompt) for prompt in prompts]
-        return ["" if answer is None else f" {answer}." for answer in known]
+        answers = [self.answer(prompt) for prompt in prompts]
+        return ["" if answer is None else f" {answer}." for answer in answers]
 
     def tokenize(self, text: str) -> list[int]:
         """One token a character."""
         return [ord(character) for character in text]
 
     def detokenize(self, ids: list[int]) -> str:
-        """The inverse of :meth:`tokenize`."""
+        """The characters of ``ids``."""
         return "".join(map(chr, ids))
 
 
@@ -63,11 +60,11 @@ class Memoriser(Control):
     name = "memoriser"
 
     def __init__(self, items: Iterable[Item]) -> None:
-        self._known = {item.prompt: item.answer for item in items if item.kind == "original"}
+        self._answers = {item.prompt: item.answer for item in items if item.kind == "original"}
 
     def answer(self, prompt: str) -> str | None:
         """What stands beside the prompt in its memory."""
-        return self._known.get(prompt)
+        return self._answers.get(prompt)
 
 
 class Oracle(Control):
@@ -102,9 +99,9 @@ class Oracle(Control):
         """The answer by the first rule that explains the demonstrations; None without such a rule."""
         key = self._keys.get(prompt, {})
         letters = {symbol: letter for letter, symbol in key.items()}
-        read = [("".join(key.get(c, c) for c in asked), "".join(key.get(c, c) for c in answer))
-                for asked, answer in _PAIR.findall(prompt)]
-        pairs = [(_operands(asked), answer) for asked, answer in read]
+        read = [("".join(key.get(c, c) for c in question), "".join(key.get(c, c) for c in answer))
+                for question, answer in _PAIR.findall(prompt)]
+        pairs = [(_operands(question), answer) for question, answer in read]
         stories = read[-1][0].endswith("?")
         rules = [rule for rule in self._rules if stories == (not rule.operator)]
         for rule in explaining(rules, pairs[:-1])[:1]:
@@ -113,9 +110,9 @@ class Oracle(Control):
         return None
 
 
-def _operands(asked: str) -> tuple[str, ...]:
+def _operands(question: str) -> tuple[str, ...]:
     """The operands of a question in original symbols."""
-    if asked.endswith("?"):
-        return numbers_in(asked)
-    parts = _OPERANDS.findall(asked)[:-1]  # the last is the sign of equality
+    if question.endswith("?"):
+        return numbers_in(question)
+    parts = _OPERANDS.findall(question)[:-1]  # the last is the sign of equality
     return (parts[0], parts[2]) if len(parts) == 3 else (parts[-1],)

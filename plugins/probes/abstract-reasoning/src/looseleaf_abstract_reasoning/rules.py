@@ -1,4 +1,4 @@
-"""The rules Re that a model is to apply: operands in, answer out, computed exactly and never stored.
+"""The rules that a model is to apply: operands in, answer out, computed exactly and never stored.
 
 Operands and answers are texts, as a question shows them. A rule that does not apply to an operand raises ValueError.
 """
@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from datetime import date
 from fractions import Fraction
 
+_INTEGER = re.compile(r"-?\d+").fullmatch
 PLACES = 2
-"""Decimal places of answers that are not whole numbers."""
+"""Decimal places of answers that are not integers."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,10 @@ class Rule:
 
 # -- reading and writing operands -------------------------------------------------------------------------------------
 
-def whole(text: str) -> int:
-    """A whole number."""
-    if not re.fullmatch(r"-?\d+", text):
-        raise ValueError(f"{text!r} is not a whole number")
+def integer(text: str) -> int:
+    """The number that ``text`` is; ValueError where it is none."""
+    if not _INTEGER(text):
+        raise ValueError(f"expected an integer, got {text!r}")
     return int(text)
 
 
@@ -55,34 +56,34 @@ def rounded(value: Fraction) -> str:
 
 
 def bits(text: str) -> str:
-    """A bit string."""
+    """``text``, if it is a bit string."""
     if not text or set(text) - {"0", "1"}:
-        raise ValueError(f"{text!r} is not a bit string")
+        raise ValueError(f"expected bits, got {text!r}")
     return text
 
 
 def place(text: str, length: int) -> int:
-    """A place or distance within ``length`` bits."""
-    n = whole(text)
+    """A place or distance in [0, length)."""
+    n = integer(text)
     if not 0 <= n < length:
-        raise ValueError(f"{n} is no place within {length} bits")
+        raise ValueError(f"expected a place in [0, {length}), got {n}")
     return n
 
 
 def numbers(text: str, brackets: str = "[]") -> list[int]:
-    """The whole numbers of a list, or of a set with ``brackets="{}"``."""
+    """The integers of a list, or of a set with ``brackets="{}"``."""
     if len(text) < 2 or text[0] != brackets[0] or text[-1] != brackets[1]:
-        raise ValueError(f"{text!r} does not stand in {brackets}")
-    return [whole(part) for part in text[1:-1].split(", ")] if len(text) > 2 else []
+        raise ValueError(f"expected a list in {brackets}, got {text!r}")
+    return [integer(part) for part in text[1:-1].split(", ")] if len(text) > 2 else []
 
 
 def written(values: Sequence[int], brackets: str = "[]") -> str:
-    """The inverse of :func:`numbers`."""
+    """A list of integers as text, or a set with ``brackets="{}"``."""
     return brackets[0] + ", ".join(map(str, values)) + brackets[1]
 
 
 def in_base(value: int, base: int) -> str:
-    """A whole number written in ``base``, 2 to 10."""
+    """An integer written in ``base``, 2 to 10."""
     digits, rest = "", abs(value)
     while rest or not digits:
         digits = str(rest % base) + digits
@@ -91,31 +92,31 @@ def in_base(value: int, base: int) -> str:
 
 
 def from_base(text: str, base: int) -> int:
-    """A whole number read in ``base``."""
-    return int(str(whole(text)), base)
+    """An integer read in ``base``."""
+    return int(str(integer(text)), base)
 
 
 # -- arithmetic -------------------------------------------------------------------------------------------------------
 
 def _quotient(a: str, b: str) -> str:
-    if whole(b) == 0:
-        raise ValueError("division by zero")
-    return rounded(Fraction(whole(a), whole(b)))
+    if integer(b) == 0:
+        raise ValueError("expected a divisor other than 0, got 0")
+    return rounded(Fraction(integer(a), integer(b)))
 
 
 def _root(a: str) -> str:
-    square = whole(a) * 10**(2 * PLACES)
+    square = integer(a) * 10**(2 * PLACES)
     if square < 0:
-        raise ValueError(f"{a} has no real square root")
+        raise ValueError(f"expected a number >= 0, got {a}")
     below = math.isqrt(square)
-    # (below + 1/2)^2 is below^2 + below + 1/4, so whole numbers decide on which side of the middle the root lies
+    # (below + 1/2)^2 is below^2 + below + 1/4, so integers decide on which side of the middle the root lies
     return rounded(Fraction(below + (square > below * below + below), 10**PLACES))
 
 
 ARITHMETIC = [
-    Rule("add", "+", 2, lambda a, b: str(whole(a) + whole(b))),
-    Rule("subtract", "-", 2, lambda a, b: str(whole(a) - whole(b))),
-    Rule("multiply", "*", 2, lambda a, b: str(whole(a) * whole(b))),
+    Rule("add", "+", 2, lambda a, b: str(integer(a) + integer(b))),
+    Rule("subtract", "-", 2, lambda a, b: str(integer(a) - integer(b))),
+    Rule("multiply", "*", 2, lambda a, b: str(integer(a) * integer(b))),
     Rule("divide", "/", 2, _quotient),
 ]
 SQUARE_ROOT = [Rule("square root", "square_root", 1, _root)]
@@ -128,9 +129,9 @@ def _based(base: int, value: Callable[[int, int], int]) -> Callable[[str, str], 
 
 
 def _converted(base: int, a: str, b: str) -> str:
-    if whole(b) != base:
-        raise ValueError(f"{b} is not {base}")
-    return in_base(whole(a), base)
+    if integer(b) != base:
+        raise ValueError(f"expected {base}, got {b}")
+    return in_base(integer(a), base)
 
 
 BASED = {base: [
@@ -146,7 +147,7 @@ BASED = {base: [
 def _bitwise(value: Callable[[int, int], int]) -> Callable[[str, str], str]:
     def apply(a: str, b: str) -> str:
         if len(bits(a)) != len(bits(b)):
-            raise ValueError(f"{a} and {b} differ in length")
+            raise ValueError(f"expected equally many bits, got {a} and {b}")
         return format(value(int(a, 2), int(b, 2)), f"0{len(a)}b")
 
     return apply
@@ -196,7 +197,7 @@ SINGLE_BITS = [
 
 def _count(a: str, b: str) -> str:
     if len(b) != 1:
-        raise ValueError(f"{b!r} is not a single character")
+        raise ValueError(f"expected a single character, got {b!r}")
     return str(a.count(b))
 
 
@@ -219,7 +220,7 @@ SUBSEQUENCES = [Rule("contains in order", "contains_in_order", 2, _contains, "tr
 
 def _some(values: list[int]) -> list[int]:
     if not values:
-        raise ValueError("the list is empty")
+        raise ValueError("expected one value or more, got none")
     return values
 
 
@@ -230,13 +231,13 @@ def _sets(value: Callable[[set[int], set[int]], set[int]]) -> Callable[[str, str
 def _days(a: str, b: str) -> str:
     one, two = numbers(a), numbers(b)
     if len(one) != 3 or len(two) != 3:
-        raise ValueError(f"{a} and {b} are not dates [year, month, day]")
+        raise ValueError(f"expected dates [year, month, day], got {a} and {b}")
     return str(abs((date(*one) - date(*two)).days))
 
 
 LISTS = [
     Rule("sort", "sort", 1, lambda a: written(sorted(numbers(a))), "list"),
-    Rule("filter", "filter", 2, lambda a, n: written([x for x in numbers(a) if x > whole(n)]), "list"),
+    Rule("filter", "filter", 2, lambda a, n: written([x for x in numbers(a) if x > integer(n)]), "list"),
     Rule("deduplicate", "deduplicate", 1, lambda a: written(list(dict.fromkeys(numbers(a)))), "list"),
 ]
 LIST_COUNTS = [
@@ -255,21 +256,21 @@ DATES = [Rule("days between", "days_between", 2, _days)]
 
 # -- functions of one number, to be inferred from pairs ---------------------------------------------------------------
 
-def _whole_function(value: Callable[[int], int]) -> Callable[[str], str]:
-    return lambda x: str(value(whole(x)))
+def _integer_function(value: Callable[[int], int]) -> Callable[[str], str]:
+    return lambda x: str(value(integer(x)))
 
 
 def _wave(value: Callable[[Fraction], Fraction], k: int) -> Callable[[str], str]:
     """A wave of k periods in ten steps; exact, since the phase is a fraction."""
-    return lambda x: rounded(value(Fraction(k * whole(x) % 10, 10)))
+    return lambda x: rounded(value(Fraction(k * integer(x) % 10, 10)))
 
 
 def _trigonometric(value: Callable[[float], float], a: int, b: int) -> Callable[[str], str]:
     def apply(x: str) -> str:
-        exact = a * value(b * whole(x))
+        exact = a * value(b * integer(x))
         # Mathematical libraries differ in the last bit: a value so near to a tie could be rounded either way.
         if abs(abs(exact * 10**PLACES) % 1 - 0.5) < 1e-6:
-            raise ValueError(f"{exact} lies between two values of {PLACES} places")
+            raise ValueError(f"expected a value that rounds alike everywhere, got {exact}")
         return rounded(Fraction(f"{exact:.{PLACES}f}"))
 
     return apply
@@ -285,9 +286,9 @@ def _triangle(phase: Fraction) -> Fraction:
 
 _PARAMETERS = range(1, 10)
 FUNCTIONS: dict[str, list[Rule]] = {
-    "linear": [Rule(f"{a}x + {b}", "fun", 1, _whole_function(lambda x, a=a, b=b: a * x + b))  # type: ignore[misc]
+    "linear": [Rule(f"{a}x + {b}", "fun", 1, _integer_function(lambda x, a=a, b=b: a * x + b))  # type: ignore[misc]
                for a in _PARAMETERS for b in _PARAMETERS],
-    "quadratic": [Rule(f"{a}x^2 + {b}x + {c}", "fun", 1, _whole_function(
+    "quadratic": [Rule(f"{a}x^2 + {b}x + {c}", "fun", 1, _integer_function(
                       lambda x, a=a, b=b, c=c: a * x * x + b * x + c))  # type: ignore[misc]
                   for a in _PARAMETERS for b in _PARAMETERS for c in _PARAMETERS],
     "sine": [Rule(f"{a} sin({b}x)", "fun", 1, _trigonometric(math.sin, a, b))
@@ -299,7 +300,7 @@ FUNCTIONS: dict[str, list[Rule]] = {
     "sawtooth-wave": [Rule(f"sawtooth wave, {k} periods in ten", "fun", 1, _wave(lambda p: 2 * p - 1, k))
                       for k in _PARAMETERS],
 }
-"""Name of the sub-dataset -> its rules, one for each choice of whole parameters from 1 to 9."""
+"""Name of the sub-dataset -> its rules, one for each choice of integer parameters from 1 to 9."""
 
 LIBRARY: list[Rule] = [
     *ARITHMETIC, *SQUARE_ROOT, *(rule for rules in BASED.values() for rule in rules), *BITWISE, *SHIFTS, *SINGLE_BITS,
@@ -310,14 +311,15 @@ LIBRARY: list[Rule] = [
 
 def explaining(rules: Sequence[Rule], pairs: Sequence[tuple[Sequence[str], str]]) -> list[Rule]:
     """Program induction by search: the ``rules`` that give the right answer in all ``pairs`` (operands, answer)."""
-    found = list(rules)
+    arities = {len(operands) for operands, _ in pairs}
+    left = [rule for rule in rules if arities <= {rule.arity}]
     for operands, answer in pairs:
-        found = [rule for rule in found if _gives(rule, operands, answer)]
-    return found
+        left = [rule for rule in left if _gives(rule, operands, answer)]
+    return left
 
 
 def _gives(rule: Rule, operands: Sequence[str], answer: str) -> bool:
     try:
-        return rule.arity == len(operands) and rule.apply(*operands) == answer
+        return rule.apply(*operands) == answer
     except ValueError:
         return False

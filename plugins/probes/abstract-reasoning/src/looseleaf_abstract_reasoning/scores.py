@@ -2,66 +2,78 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from looseleaf_text import LanguageModel
+from looseleaf import Report, Series
 from looseleaf import progress as progress_
-from looseleaf_abstract_reasoning.items import Item
+from looseleaf.statistics import Interval, bootstrap
+from looseleaf_abstract_reasoning.datasets import CATEGORIES
+from looseleaf_abstract_reasoning.items import KINDS, REMAPPINGS, Item
+from looseleaf_text import LanguageModel
 
 BATCH = 64
-RESAMPLES = 2000
-Interval = tuple[float, float, float]
-"""Estimate, and lower and upper end of its 95 % bootstrap interval."""
+"""Items given to the model at once."""
+Points = list[tuple[float, Interval]]
+"""Numbers of categories, each with a figure and its interval."""
 
 
 @dataclass(frozen=True)
-class Mark:
-    """What a model made of an item.
+class Score:
+    """How a model did on an item.
 
     Attributes:
         item: the item.
-        right: 1.0 or 0.0.
-        said: the choice it found likeliest, or the answer read from its text.
-        chance: the share of its choices that is right; 0 for generated answers.
+        correct: 1.0 or 0.0.
+        answer: the choice that the model found likeliest, or the answer read from its text.
+        chance: the fraction of the choices that is right; 0 for generated answers.
     """
 
     item: Item
-    right: float
-    said: str
+    correct: float
+    answer: str
     chance: float
 
 
-# -- one item at a time -----------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------ one item at a time
 
-def mark_by_likelihood(model: LanguageModel, items: Sequence[Item], progress: bool | None = None) -> list[Mark]:
-    """Right where the right answer is likelier than every other choice, summed over its tokens.
+def score_by_likelihood(model: LanguageModel, items: Sequence[Item], progress: bool | None = None) -> list[Score]:
+    """Correct where the right answer is likelier than every other choice, summed over its tokens.
 
-    Two likeliest choices alike are no answer, so that a model that cannot tell is not helped by their order.
+    A tie of the two likeliest choices is no answer, so that a model that cannot tell is not helped by their order.
+
+    Args:
+        model: what is measured.
+        items: in any order; scores have the same.
+        progress: show a progress bar; None: only on a terminal.
     """
-    out: list[Mark] = []
-    for part in _parts(items, "scoring", progress):
-        rows = model.score([item.prompt for item in part], [item.continuations for item in part])
-        for item, row in zip(part, rows, strict=True):
+    out: list[Score] = []
+    for batch in _batches(items, "scoring", progress):
+        rows = model.score([item.prompt for item in batch], [item.continuations for item in batch])
+        for item, row in zip(batch, rows, strict=True):
             others = [value for k, value in enumerate(row) if k != item.gold]
-            said = item.choices[max(range(len(row)), key=row.__getitem__)]
-            out.append(Mark(item, float(row[item.gold] > max(others)), said, 1 / len(row)))
+            answer = item.choices[max(range(len(row)), key=row.__getitem__)]
+            out.append(Score(item, float(row[item.gold] > max(others)), answer, 1 / len(row)))
     return out
 
 
-def mark_by_match(model: LanguageModel, items: Sequence[Item], progress: bool | None = None) -> list[Mark]:
-    """Right where the answer read from the generated text equals the right one."""
+def score_by_match(model: LanguageModel, items: Sequence[Item], progress: bool | None = None) -> list[Score]:
+    """Correct where the answer read from the generated text equals the right one.
+
+    Args:
+        model, items, progress: as for :func:`score_by_likelihood`; one item or more.
+    """
     # A token is at least a character; the rest is for a model that repeats "Answer: The answer is" first.
     longest = max(len(item.answer) for item in items) + 16
-    out: list[Mark] = []
-    for part in _parts(items, "answering", progress):
-        for item, text in zip(part, model.generate([item.prompt for item in part], longest, stop=["\n\n"]),
-                              strict=True):
-            said = extract(text)
-            out.append(Mark(item, float(said == item.answer), said, 0.0))
+    out: list[Score] = []
+    for batch in _batches(items, "answering", progress):
+        texts = model.generate([item.prompt for item in batch], longest, stop=["\n\n"])
+        for item, answer in zip(batch, map(extract, texts), strict=True):
+            out.append(Score(item, float(answer == item.answer), answer, 0.0))
     return out
 
 
@@ -73,64 +85,142 @@ def extract(text: str) -> str:
     return bare.strip(" \t*`\"'")
 
 
-def _parts(items: Sequence[Item], label: str, progress: bool | None) -> Iterator[Sequence[Item]]:
-    """The items a batch at a time, under a progress bar."""
-    with progress_.bar(label, len(items), progress) as moving:
+def _batches(items: Sequence[Item], label: str, progress: bool | None) -> Iterator[Sequence[Item]]:
+    with progress_.bar(label, len(items), progress) as progress_bar:
         for start in range(0, len(items), BATCH):
-            part = items[start:start + BATCH]
-            yield part
-            moving.update(len(part))
+            batch = items[start:start + BATCH]
+            yield batch
+            progress_bar.update(len(batch))
 
 
-# -- all of them ------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------- all of them
 
-def bootstrap(rows: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], seed: int = 0) -> Interval:
-    """Percentile bootstrap over problems; a problem's values stay together.
-
-    Args:
-        rows: (problems, values), float64.
-        statistic: of means (samples, values) to (samples,).
-        seed: of the resampling.
-
-    Returns:
-        The statistic of all problems and its 95 % interval; NaN where there is no finite one.
-    """
-    drawn = np.random.default_rng(seed).integers(0, len(rows), (RESAMPLES, len(rows)))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        found = statistic(rows[drawn].mean(1))
-        value = float(statistic(rows.mean(0)[None])[0])
-    finite = found[np.isfinite(found)]
-    if not np.isfinite(value) or not finite.size:
-        return float("nan"), float("nan"), float("nan")
-    low, high = np.quantile(finite, [0.025, 0.975])
-    return value, float(low), float(high)
+def gamma(scores: Sequence[Score]) -> Interval:
+    """The abstract reasoning score: accuracy, with its 95 % bootstrap interval over items."""
+    return bootstrap(score.correct for score in scores)
 
 
-def gamma(marks: Sequence[Mark]) -> Interval:
-    """The abstract reasoning score of these marks: their mean."""
-    return bootstrap(np.array([[mark.right] for mark in marks]), lambda means: means[:, 0])
-
-
-def pairs(marks: Sequence[Mark], kind: str, category: str | None = None) -> np.ndarray:
-    """(problems, 2): right in original symbols, right when remapped by ``kind``; one row for each problem with both.
+def pairs(scores: Sequence[Score], kind: str, category: str | None = None) -> np.ndarray:
+    """Correct in original symbols, and correct when remapped: (problems, 2), float64.
 
     Args:
-        marks: of originals and remapped items, in any order.
+        scores: of originals and remapped items, in any order.
         kind: of remapping.
         category: only problems whose original is of this category; None: all.
+
+    Returns:
+        One row for each problem with both.
     """
-    before = {mark.item.problem: mark for mark in marks if mark.item.kind == "original"}
-    rows = [(before[mark.item.problem].right, mark.right) for mark in marks
-            if mark.item.kind == kind and mark.item.problem in before
-            and category in (None, before[mark.item.problem].item.category)]
+    originals = {score.item.problem: score for score in scores if score.item.kind == "original"}
+    rows = [(originals[score.item.problem].correct, score.correct) for score in scores
+            if score.item.kind == kind and score.item.problem in originals
+            and category in (None, originals[score.item.problem].item.category)]
     return np.array(rows, dtype=np.float64).reshape(-1, 2)
 
 
 def delta(rows: np.ndarray) -> Interval:
     """The memory dependence score of :func:`pairs`: Gamma(original) less Gamma(remapped)."""
-    return bootstrap(rows, lambda means: means[:, 0] - means[:, 1])
+    return _over_problems(rows, lambda means: means[:, 0] - means[:, 1])
 
 
 def relative_delta(rows: np.ndarray) -> Interval:
-    """Delta as a share of Gamma(original); NaN where that is 0."""
-    return bootstrap(rows, lambda means: 1 - means[:, 1] / means[:, 0])
+    """Delta as a fraction of Gamma(original); NaN where that is 0.
+
+    Resamples in which it is 0 are left out of the interval.
+    """
+    if not rows[:, 0].any():
+        return Interval(math.nan, math.nan, math.nan)
+
+    def fraction(means: np.ndarray) -> np.ndarray:
+        means = means[means[:, 0] > 0]
+        lost: np.ndarray = 1 - means[:, 1] / means[:, 0]
+        return lost
+
+    return _over_problems(rows, fraction)
+
+
+def _over_problems(rows: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> Interval:
+    """Bootstrap of a statistic of means (samples, 2); a problem's two values stay together."""
+    return bootstrap(range(len(rows)), statistic=lambda drawn: statistic(rows[drawn.astype(np.int64)].mean(1)))
+
+
+# -------------------------------------------------------------------------------------------------------- the report
+
+def of_category(scores: Sequence[Score], category: str) -> list[Score]:
+    """The scores that make up Gamma of a category: original symbols, but in symbolic reasoning the remapped ones."""
+    return [score for score in scores if score.item.category == category
+            and (score.item.kind == "original") != (category == "symbolic-reasoning")]
+
+
+def write_report(report: Report, scores: Sequence[Score]) -> None:
+    """Add Gamma, Delta, sub-datasets, figures and a few items to a report."""
+    # the paper's categories in its order, then others
+    names = [name for name in dict.fromkeys([*CATEGORIES, *(score.item.category for score in scores)])
+             if of_category(scores, name)]
+    _gamma(report, scores, names)
+    _delta(report, scores, names)
+    _datasets(report, scores)
+    for kind in KINDS:
+        score = next((score for score in scores if score.item.kind == kind), None)
+        if score is not None:
+            report.examples.append((f"{score.item.problem}, {kind}: right {score.item.answer}, the model "
+                                    f"{score.answer}", score.item.prompt))
+
+
+def _gamma(report: Report, scores: Sequence[Score], names: Sequence[str]) -> None:
+    table = report.table("Gamma, the abstract reasoning score", [
+        "category", "what", "items", "chance", "Gamma", "low", "high"],
+        note="accuracy, and 95 % bootstrap interval over items; symbolic reasoning: all three remappings together")
+    for name in names:
+        part = of_category(scores, name)
+        table.add(name, CATEGORIES.get(name, ""), len(part), float(np.mean([score.chance for score in part])),
+                  *gamma(part))
+
+
+def _delta(report: Report, scores: Sequence[Score], names: Sequence[str]) -> None:
+    table = report.table("Delta, the memory dependence score", [
+        "category", "remapped", "problems", "Gamma", "after", "Delta", "low", "high", "of Gamma", "low", "high"],
+        note="Gamma of the same problems before and after, absolute and as a fraction of Gamma; 95 % bootstrap over "
+             "problems. The paper has it for extended calculation alone. Guesses survive a remapping, so with choices "
+             "Delta is at most Gamma less chance, but for luck")
+    accuracy: dict[str, Points] = {kind: [] for kind in KINDS}
+    loss: dict[str, Points] = {kind: [] for kind in REMAPPINGS}
+    places = [name for name in names if name != "symbolic-reasoning"]
+    for at, name in enumerate(places, 1):
+        accuracy["original"].append((at, gamma(of_category(scores, name))))
+        for kind in REMAPPINGS:
+            rows = pairs(scores, kind, name)
+            if not len(rows):
+                continue
+            lost = delta(rows)
+            before, after = rows.mean(0)
+            table.add(name, kind, len(rows), float(before), float(after), *lost,
+                      *(None if math.isnan(value) else value for value in relative_delta(rows)))
+            accuracy[kind].append((at, bootstrap(rows[:, 1])))
+            loss[kind].append((at, lost))
+    legend = ", ".join(f"{at} {name}" for at, name in enumerate(places, 1))
+    report.figure("Gamma in original and in remapped symbols", x_label="category", y_label="accuracy", note=legend,
+                  series=_series(accuracy))
+    report.figure("Delta by what was remapped", x_label="category", y_label="loss of accuracy", note=legend,
+                  series=_series(loss))
+
+
+def _series(points: Mapping[str, Points]) -> list[Series]:
+    """Points with their intervals, side by side where they belong to one category."""
+    return [Series(kind, [at + 0.12 * k for at, _ in some], [interval.value for _, interval in some],
+                   [interval.low for _, interval in some], [interval.high for _, interval in some], style="points")
+            for k, (kind, some) in enumerate(points.items()) if some]
+
+
+def _datasets(report: Report, scores: Sequence[Score]) -> None:
+    """Accuracy of each sub-dataset in each kind of symbols."""
+    table = report.table("Sub-datasets", ["number", "sub-dataset", "category", "problems", *KINDS])
+    image = []
+    for number, name in enumerate(dict.fromkeys(score.item.dataset for score in scores)):
+        part = [score for score in scores if score.item.dataset == name]
+        by_kind = [[score.correct for score in part if score.item.kind == kind] for kind in KINDS]
+        accuracy = [float(np.mean(values)) if values else None for values in by_kind]
+        table.add(number, name, part[0].item.category, len({score.item.problem for score in part}), *accuracy)
+        image.append([math.nan if value is None else value for value in accuracy])
+    report.figure("Accuracy of each sub-dataset", x_label="0 original, 1 operators, 2 operands, 3 both",
+                  y_label="number of the sub-dataset", image=image)
