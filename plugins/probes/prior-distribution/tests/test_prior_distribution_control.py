@@ -48,7 +48,7 @@ def test_prior_and_answers_are_what_was_planted(span: int) -> None:
     assert made.slope().positive and (made.pull or 0) > 0
     chances = torch.tensor(wanted).softmax(1)
     rights = [task.answers.index(i.answer) for i in task.instances]
-    np.testing.assert_allclose(made.surprise, -chances[range(len(rights)), rights].log(), atol=1e-4)
+    np.testing.assert_allclose(made.surprisal, -chances[range(len(rights)), rights].log(), atol=1e-4)
 
 
 @pytest.mark.parametrize("span", [1, 2])
@@ -74,18 +74,18 @@ def test_turning_down_the_planted_layers() -> None:
     local = LocalModel(model, tokenizer)
     made = behaviour(local, task)
     assert made.accuracy < 1
-    rivals = len(task.answers) - 1
-    found = scaling(local, task, made.prior, 0.0, rivals=rivals)
+    alternatives = len(task.answers) - 1
+    found = scaling(local, task, made.prior, 0.0, alternatives=alternatives)
     assert found.accuracy[-1] == pytest.approx(made.accuracy)
     assert found.correlation[-1] > 0.99
     assert found.accuracy[3] == 1.0 and found.correlation[3] == 0.0  # no prior: copying is all there is
     assert found.accuracy[0] == pytest.approx(1 / len(task.answers))  # no copying: always the likeliest answer
     for idle in (1, 2):
         assert (found.accuracy[idle], found.correlation[idle]) == (found.accuracy[-1], found.correlation[-1])
-    same = scaling(local, task, made.prior, 1.0, rivals=rivals)
+    same = scaling(local, task, made.prior, 1.0, alternatives=alternatives)
     assert set(same.accuracy.values()) == {found.accuracy[-1]}
     assert set(same.correlation.values()) == {found.correlation[-1]}
-    attention = scaling(local, task, made.prior, 0.0, part="attention", rivals=rivals)
+    attention = scaling(local, task, made.prior, 0.0, part="attention", alternatives=alternatives)
     assert attention.accuracy[3] == attention.accuracy[-1] and attention.accuracy[0] < attention.accuracy[-1]
 
 

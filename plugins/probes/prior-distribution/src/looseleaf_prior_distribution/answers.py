@@ -270,7 +270,7 @@ class Behaviour:
         prior: answer -> log prior, nats a token.
         correct: (n,) 1.0 where the likeliest answer is the right one.
         responses: the likeliest answer to each question.
-        surprise: (n,) negative log-probability of each right answer among the answer space, nats; log of the number of
+        surprisal: (n,) negative log-probability of each right answer among the answer space, nats; log of the number of
             answers where the model cannot tell them apart. It still moves where accuracy has reached its limit.
     """
 
@@ -278,7 +278,7 @@ class Behaviour:
     prior: dict[str, float]
     correct: np.ndarray
     responses: list[str]
-    surprise: np.ndarray
+    surprisal: np.ndarray
 
     @property
     def accuracy(self) -> float:
@@ -324,5 +324,5 @@ def behaviour(model: LocalModel, task: PriorTask, prior: dict[str, float] | None
     """
     prior = priors(model, task) if prior is None else prior
     scores = answer_scores(model, task, careful)
-    surprise = np.logaddexp.reduce(scores, 1) - scores[np.arange(len(scores)), gold(task)]
-    return Behaviour(task, prior, right(task, scores), [task.answers[k] for k in scores.argmax(1)], surprise)
+    surprisal = np.logaddexp.reduce(scores, 1) - scores[np.arange(len(scores)), gold(task)]
+    return Behaviour(task, prior, right(task, scores), [task.answers[k] for k in scores.argmax(1)], surprisal)

@@ -19,7 +19,7 @@ from torch.nn import functional
 from looseleaf_prior_distribution.tasks import Instance, PriorTask
 
 
-class Words:
+class Vocabulary:
     """A tokenizer of words between spaces, without a padding or any other special token."""
 
     def __init__(self, words: list[str]) -> None:
@@ -124,7 +124,7 @@ class PlantedPrior(nn.Module):
 
 
 def planted(answers: int = 16, instances: int = 64, *, copy: float = 2.0, spread: float = 1.5, span: int = 1,
-            seed: int = 0) -> tuple[PlantedPrior, Words, PriorTask, dict[str, float]]:
+            seed: int = 0) -> tuple[PlantedPrior, Vocabulary, PriorTask, dict[str, float]]:
     """A model with a planted prior, its tokenizer, a copying task and the prior that the probe should find.
 
     Args:
@@ -142,7 +142,7 @@ def planted(answers: int = 16, instances: int = 64, *, copy: float = 2.0, spread
         raise ValueError(f"planted: expected span 1 or 2 and answers >= 2, got span={span}, answers={answers}")
     generator = torch.Generator().manual_seed(seed)
     letters = [f"w{n}" for n in range(answers)]
-    tokenizer = Words(["->", *letters])
+    tokenizer = Vocabulary(["->", *letters])
     table = spread * torch.randn(answers + 1, answers + 1, generator=generator)
     table[:, 0] = -30.0  # the arrow is never said
     model = PlantedPrior(table, copy, span=span)

@@ -90,14 +90,14 @@ class Scaled:
 
     Attributes:
         correlation: layer -> correlation over questions of the right answer's log-likelihood with its prior.
-        accuracy: layer -> fraction of questions where the right answer is likelier than each of its rivals.
+        accuracy: layer -> fraction of questions where the right answer is likelier than each of its alternatives.
     """
 
     correlation: dict[int, float]
     accuracy: dict[int, float]
 
 
-def scaling(model: LocalModel, task: PriorTask, prior: dict[str, float], alpha: float, *, rivals: int = 5,
+def scaling(model: LocalModel, task: PriorTask, prior: dict[str, float], alpha: float, *, alternatives: int = 5,
             part: Literal["attention", "mlp", "both"] = "both", layers: Sequence[int] | None = None,
             progress: bool | None = None) -> Scaled:
     """Multiply what one layer after the other adds to the residual stream by ``alpha``.
@@ -107,19 +107,19 @@ def scaling(model: LocalModel, task: PriorTask, prior: dict[str, float], alpha: 
         task: the task.
         prior: answer -> log prior of the model as it is.
         alpha: the factor, 0 to 1.
-        rivals: the right answer is compared with so many wrong ones, those with the highest prior.
+        alternatives: the right answer is compared with so many wrong ones, those with the highest prior.
         part: the attention's contribution, the MLP's, or both.
         layers: which layers; None: all.
         progress: show a progress bar; None: only on a terminal.
 
     Raises:
-        ValueError: a factor out of range, or no rivals.
+        ValueError: a factor out of range, or no alternatives.
     """
-    if not 0 <= alpha <= 1 or rivals < 1:
-        raise ValueError(f"scaling: expected 0 <= alpha <= 1 and rivals >= 1, got alpha={alpha}, rivals={rivals}")
+    if not 0 <= alpha <= 1 or alternatives < 1:
+        raise ValueError(f"scaling: expected 0 <= alpha <= 1 and alternatives >= 1, got alpha={alpha}, alternatives={alternatives}")
     net: Any = model.model
     ranked = sorted(task.answers, key=lambda a: -prior[a])
-    rows = [[i.answer, *[a for a in ranked if a != i.answer][:rivals]] for i in task.instances]
+    rows = [[i.answer, *[a for a in ranked if a != i.answer][:alternatives]] for i in task.instances]
     prompts = [task.prompt(i) for i in task.instances]
     heads, tails = model.encode_pairs(prompts, [[task.continuation(a) for a in row] for row in rows])
     wanted = [prior[i.answer] for i in task.instances]

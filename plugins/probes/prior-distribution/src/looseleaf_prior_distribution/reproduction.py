@@ -99,7 +99,7 @@ def summary(found: Behaviour) -> dict[str, Any]:
     """What the report needs of answers: ``rows`` of prior, mark, answer and size, and means over the questions."""
     return {"rows": [[found.prior[i.answer], mark, i.answer, i.size]
                      for i, mark in zip(found.task.instances, found.correct.tolist(), strict=True)],
-            "accuracy": found.accuracy, "pull": found.pull, "surprise": found.surprise.mean(),
+            "accuracy": found.accuracy, "pull": found.pull, "surprisal": found.surprisal.mean(),
             "answers": len(found.task.answers)}
 
 
@@ -109,7 +109,7 @@ def control(scale: Scale) -> dict[str, bool]:
     local = LocalModel(model, tokenizer)
     made = behaviour(local, task)
     layers = observe(local, LogitLens(model), task, made.prior, made.responses)
-    down = scaling(local, task, made.prior, 0.0, rivals=len(task.answers) - 1, progress=False)
+    down = scaling(local, task, made.prior, 0.0, alternatives=len(task.answers) - 1, progress=False)
     return {"prior": all(abs(made.prior[a] - value) < 1e-4 for a, value in known.items()),
             "slope above 0": made.slope().positive, "located": locate(layers.correlation.tolist(), 1) == [3],
             "right without the prior": down.accuracy[3] == 1.0,
@@ -190,16 +190,16 @@ def show(report: Report, results: Results) -> None:
                   for seed, row in zip(results.seeds, results.rows, strict=True) for name in TUNED])
     _turned_down(report, results.rows[0], count)
     table = report.table("Tuning four layers, answers never trained on", [
-        "task", "layers", "accuracy", "low", "high", "slope", "low", "high", "surprise"],
+        "task", "layers", "accuracy", "low", "high", "slope", "low", "high", "surprisal"],
         note="accuracy: mean over seeds, 95 % bootstrap over seeds; slope over the questions of all seeds, 95 % "
-             "bootstrap over answers; the prior is that of the model before tuning; surprise: mean negative "
+             "bootstrap over answers; the prior is that of the model before tuning; surprisal: mean negative "
              "log-probability of the right answer among the answers, nats")
     for name in TUNED:
         for label, kind in (("none", "plain"), ("located", "tuned"), ("control", "tuned_control")):
             if name in results.rows[0][kind]:
                 found = pooled(results, kind, name)
                 table.add(name, label, *results.interval(kind, name, "accuracy"), found.value, found.low, found.high,
-                          results.interval(kind, name, "surprise").value)
+                          results.interval(kind, name, "surprisal").value)
 
 
 def _turned_down(report: Report, first: dict[str, Any], count: int) -> None:
