@@ -204,6 +204,7 @@ class Masks(Mapping[str, Tensor]):
         if not carried:
             for name, found in places.items():
                 weight = stored_parameter(*found[0]).detach()
+                check_finite(name, weight, "weights")
                 if bool((weight != 0).logical_and_(~self[name].to(weight.device)).any()):
                     raise ValueError("these masks are not on the model: there is nothing to remove (apply them first)")
             return
@@ -240,9 +241,7 @@ class Masks(Mapping[str, Tensor]):
         """
         known = holders(model)
         if any(name not in known for name in self):
-            plain: dict[str, list[tuple[nn.Module, str]]] = {}
-            for name, found in known.items():
-                plain.setdefault(plain_name(name), []).extend(found)
+            plain = {plain_name(name): found for name, found in reversed(known.items())}
             known = {n: known.get(n) or plain[plain_name(n)] for n in self if n in known or plain_name(n) in plain}
         for name, shape in self._shapes.items():
             if name not in known:

@@ -76,6 +76,9 @@ class PrunerKit(Kit):
         assert type(self) is not PrunerKit, "expected a subclass of WeightPruner, TokenPruner or UpdatePruner"
         super().check_is_a_dataclass_of_its_interface()
 
+    def check_is_at_work(self) -> None:
+        raise NotImplementedError  # here so that it comes first
+
     def check_same_result_each_time(self) -> None:
         for title, run in self._runs().items():
             first = run()
