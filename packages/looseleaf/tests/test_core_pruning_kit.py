@@ -349,7 +349,8 @@ test_sound_tokens = conformance_tests(Tokens, {"a list": {"batches": token_batch
 
 @pytest.mark.parametrize("cls, check, complaint", [
     (KeepingAllTokens, "is at work", "nothing is removed"), (FirstTokens, "is at work", "must depend on"),
-    (RandomTokens, "same result each time", "explicit seed"), (RandomTokens, "leaves the random state", "generator of torch"),
+    (RandomTokens, "same result each time", "explicit seed"),
+    (RandomTokens, "leaves the random state", "generator of torch"),
     (WritingTokens, "leaves model and batch as they were", "modes"),
     (ScoresOfTokens, "what is kept fits the batch", "not boolean")])
 def test_each_fault_with_tokens_is_found(cls: type[Pruner], check: str, complaint: str) -> None:
