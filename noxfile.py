@@ -28,7 +28,8 @@ RUN_NEEDS = ["torch", "triton", "transformers", "accelerate", "gguf", "llm-smoll
              "chatterbot-corpus", "reasoning_gym", "vaderSentiment", "scikit-learn", "scipy", "safetensors", "numpy",
              "tqdm", "tyro", "httpx", "packaging", "jaxtyping", "Jinja2", "filelock"]
 TEST_NEEDS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-tqdm", "types-PyYAML",
-              "hatchling", "editables", "build", "beartype", "timm", "torchvision", "virtualenv", "diffusers", "sentence-transformers", "playwright",
+              "hatchling", "editables", "build", "beartype", "timm", "torchvision", "virtualenv", "diffusers",
+              "sentence-transformers", "playwright",
               "ray", "fastapi", "uvicorn", "openai", "pydantic", "peft", "lm-eval", "dspy", "mkdocs", "mkdocs-material",
               "mkdocs-gen-files", "mkdocstrings[python]", "nox"]
 

@@ -34,8 +34,8 @@ def public_modules(folder: str) -> list[str]:
     for path in sorted(source.rglob("*.py")):
         parts = path.relative_to(source).with_suffix("").parts
         parts = parts[:-1] if parts[-1] == "__init__" else parts
-        if any(p in INNER or p.startswith("_") for p in parts) or "\ndef " not in path.read_text() \
-                and "\nclass " not in path.read_text():
+        if any(p in INNER or p.startswith("_") for p in parts) or ("\ndef " not in path.read_text() \
+                and "\nclass " not in path.read_text()):
             continue
         found.append(".".join(parts))
     return found

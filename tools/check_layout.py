@@ -16,10 +16,11 @@ import ast
 import re
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE, LAB, KERNELS = "looseleaf", "looseleaf_lab", "looseleaf_kernels"

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
-NO_RESULT = ("second", "time", "speed", "ratio", "memory", " mb", "mib", "bytes", "torch", "version", "threads", "faster",
-             "latency", "python", "cores", "device")
+NO_RESULT = ("second", "time", "speed", "ratio", "memory", " mb", "mib", "bytes", "torch", "version", "threads",
+             "faster", "latency", "python", "cores", "device")
 
 
 def names(checkout: Path) -> list[str]:
@@ -109,7 +109,8 @@ def main() -> int:
             continue
         lost, gained = found[0] - found[1], found[1] - found[0]
         same = sum((found[0] & found[1]).values())
-        print(f"{name}: {same} numbers the same" + (f", {sum(lost.values())} only in OLD: {_some(lost)}" if lost else "")
+        print(f"{name}: {same} numbers the same"
+              + (f", {sum(lost.values())} only in OLD: {_some(lost)}" if lost else "")
               + (f", {sum(gained.values())} only in NEW: {_some(gained)}" if gained else ""), flush=True)
         wrong += bool(lost)
     return 1 if wrong else 0

@@ -86,7 +86,8 @@ def test_cache_dir_has_one_rule(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 
 # ------------------------------------------------------------------------------------------------------------- names
-NAMES = ["model.layers.0", "model.layers.0.mlp", "model.layers.0.mlp.gate", "model.layers.1", "model.layers.1.mlp", "head"]
+NAMES = ["model.layers.0", "model.layers.0.mlp", "model.layers.0.mlp.gate", "model.layers.1", "model.layers.1.mlp",
+         "head"]
 
 
 @pytest.mark.parametrize(("pattern", "found"), [

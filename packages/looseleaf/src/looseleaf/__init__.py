@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from looseleaf.attention.call import AttentionBackend, AttentionCall, Geometry
     from looseleaf.attention.registered import register_attention
     from looseleaf.attention.window import SlidingWindow
+    from looseleaf.budget import Budget, costs
     from looseleaf.discovery import get, load, plugins
     from looseleaf.errors import (
         AmbiguousPluginError,
@@ -71,9 +72,8 @@ if TYPE_CHECKING:
     from looseleaf.paper import Paper
     from looseleaf.plugin import Plugin
     from looseleaf.probes.hooks import capture, intervene
-    from looseleaf.probes.probe import Probe
     from looseleaf.probes.patching import patch
-    from looseleaf.budget import Budget, costs
+    from looseleaf.probes.probe import Probe
     from looseleaf.prompts.optimizer import PromptOptimizer
     from looseleaf.prompts.prompt import Prompt
     from looseleaf.pruning.learned import LearnedMasks
@@ -81,6 +81,6 @@ if TYPE_CHECKING:
     from looseleaf.pruning.pruner import Pruner, TokenPruner, UpdatePruner, WeightPruner
     from looseleaf.pruning.selection import NM, PerRow, Selection, Structured, Threshold, Tied, Unstructured
     from looseleaf.pruning.targets import prunable_parameters
-    from looseleaf.unwrap import unwrapped
     from looseleaf.report import Claim, Figure, Report, Series, Table, TokenStrip
     from looseleaf.tasks import Evaluation, Example, Predictor, ScoreMetric, SetMetric, Task
+    from looseleaf.unwrap import unwrapped

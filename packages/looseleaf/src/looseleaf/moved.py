@@ -51,9 +51,9 @@ def refuse_former(cls: type) -> None:
     for name, instead in ATTRIBUTES.items():
         if name in vars(cls):
             raise TypeError(f"{cls.__name__}.{name} was part of looseleaf 0.1: {instead} (see {GUIDE})")
-    run = vars(cls).get("run")
-    if getattr(cls, "kind", "") == "probes" and "tokenizer" in getattr(getattr(run, "__code__", None), "co_varnames", ()) \
-            and "tokenizer" in run.__code__.co_varnames[:run.__code__.co_argcount + run.__code__.co_kwonlyargcount]:
+    code = getattr(vars(cls).get("run"), "__code__", None)
+    if getattr(cls, "kind", "") == "probes" and code is not None \
+            and "tokenizer" in code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]:
         raise TypeError(f"{cls.__name__}.run(model, data, tokenizer=...) was part of looseleaf 0.1: write run(subject, "
                         f"data=None, *, seed=0, progress=None), where subject may be (model, tokenizer) (see {GUIDE})")
 

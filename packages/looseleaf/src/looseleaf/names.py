@@ -27,7 +27,8 @@ def match(names: Iterable[str], patterns: str | Sequence[str], *, what: str = "m
     known = list(names)
     wanted = [patterns] if isinstance(patterns, str) else list(patterns)
     if not wanted or not all(isinstance(p, str) and p for p in wanted):
-        raise ValueError(f"patterns: expected a name pattern such as 'layers.*.mlp' or a list of them, got {patterns!r}")
+        raise ValueError("patterns: expected a name pattern such as 'layers.*.mlp' or a list of them, got "
+                         f"{patterns!r}")
     found: set[str] = set()
     for pattern in wanted:
         hits = [name for name in known if matches(name, pattern)]

@@ -141,7 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
     made = command("check", "run the conformance kit on a plugin", _lazy("making", "check"))
     plugin_name(made)
     command("doctor", "versions, devices, caches, and which kernel implementation is chosen for what, and why",
-            _lazy("doctor", "doctor"))
+            _lazy("listing", "doctor"))
     return parser
 
 

@@ -40,8 +40,8 @@ def write_package(kind: str, name: str, into: Path) -> Path:
         ValueError: the name is not lower case letters, digits and dashes, or the folder exists.
     """
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
-        raise ValueError("name: expected lower-case letters, digits and single dashes, beginning with a letter, such as "
-                         f"'my-method', got {name!r}")
+        raise ValueError("name: expected lower-case letters, digits and single dashes, beginning with a letter, such "
+                         f"as 'my-method', got {name!r}")
     folder = into / f"looseleaf-{name}"
     if folder.exists():
         raise ValueError(f"{folder} exists already: remove it, or choose another name or --into")
@@ -84,7 +84,8 @@ def check(arguments: argparse.Namespace) -> int:
     else:
         said = f"{len(outcomes) - len(failed) - len(skipped)} checks pass" + "".join(
             f", {len(some)} {word}" for some, word in ((skipped, "skipped"), (failed, "fail")) if some)
-        print(f"{entry.name} {entry.version} ({entry.kind}) {'fails' if failed else 'passes'} the conformance kit: {said}")
+        verdict = "fails" if failed else "passes"
+        print(f"{entry.name} {entry.version} ({entry.kind}) {verdict} the conformance kit: {said}")
         for outcome in [*skipped, *failed]:
             print(f"  {'skipped' if outcome.problem is None else 'FAILS'}: {outcome.name}: "
                   f"{outcome.problem or outcome.skipped}")

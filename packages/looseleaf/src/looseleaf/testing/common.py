@@ -68,7 +68,8 @@ class Kit:
     # ------------------------------------------------------------------ what does not depend on the kind
     def check_is_a_dataclass_of_its_interface(self) -> None:
         cls: Any = self.cls
-        assert isinstance(cls, type) and issubclass(cls, self.interface), f"expected a subclass of {self.interface.__name__}"
+        assert isinstance(cls, type) and issubclass(cls, self.interface), \
+            f"expected a subclass of {self.interface.__name__}"
         assert dataclasses.is_dataclass(cls) and "__dataclass_fields__" in cls.__dict__, \
             "decorate the class with @dataclasses.dataclass"
         assert not inspect.isabstract(cls), f"not implemented: {sorted(cls.__abstractmethods__)}"
@@ -96,16 +97,15 @@ class Kit:
         for name, value in made.hyperparameters().items():
             if isinstance(value, bool) or value is None or not isinstance(value, (int, float, str)):
                 continue
-            wrong: list[Any] = ["no such choice"] if isinstance(value, str) else [float("nan")]
-            for bad in wrong:
-                try:
-                    dataclasses.replace(made, **{name: bad})
-                except ValueError as error:
-                    assert name in str(error), f"the error for {name}={bad!r} does not name the field: {error}"
-                except TypeError as error:
-                    raise AssertionError(f"{name}={bad!r} raises TypeError ({error}): declare its range with In") from None
-                else:
-                    assert isinstance(value, str), f"{name}={bad!r} is accepted: declare its range with In"
+            bad: Any = "no such choice" if isinstance(value, str) else float("nan")
+            try:
+                dataclasses.replace(made, **{name: bad})
+            except ValueError as error:
+                assert name in str(error), f"the error for {name}={bad!r} does not name the field: {error}"
+            except TypeError as error:
+                raise AssertionError(f"{name}={bad!r} raises TypeError ({error}): declare its range with In") from None
+            else:
+                assert isinstance(value, str), f"{name}={bad!r} is accepted: declare its range with In"
 
 
 def run(checks: list[Check]) -> list[Outcome]:

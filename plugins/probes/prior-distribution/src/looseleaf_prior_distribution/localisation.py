@@ -116,7 +116,8 @@ def scaling(model: LocalModel, task: PriorTask, prior: dict[str, float], alpha: 
         ValueError: a factor out of range, or no alternatives.
     """
     if not 0 <= alpha <= 1 or alternatives < 1:
-        raise ValueError(f"scaling: expected 0 <= alpha <= 1 and alternatives >= 1, got alpha={alpha}, alternatives={alternatives}")
+        raise ValueError(f"scaling: expected 0 <= alpha <= 1 and alternatives >= 1, got alpha={alpha}, "
+                         f"alternatives={alternatives}")
     net: Any = model.model
     ranked = sorted(task.answers, key=lambda a: -prior[a])
     rows = [[i.answer, *[a for a in ranked if a != i.answer][:alternatives]] for i in task.instances]
