@@ -26,7 +26,7 @@ SUITE = {"items": 9095, "datasets": 82, "seconds": 1.0, "digests": 3 * [subject.
 @pytest.fixture(scope="module")
 def controls() -> list[list[Any]]:
     some = [problem for name in ("add", "stories", "sets") for problem in problems(name, 2)]
-    return as_plain(subject.control_rows(some))  # type: ignore[no-any-return]
+    return as_plain(subject.both_controls(some))  # type: ignore[no-any-return]
 
 
 def rows_of(monkeypatch: pytest.MonkeyPatch, models: list[LanguageModel]) -> list[dict[str, Any]]:

@@ -151,7 +151,8 @@ def test_the_sample_is_stratified() -> None:
 
 
 def test_a_run_reports_everything() -> None:
-    report = AbstractReasoningProbe(**SMALL).run((tiny_text_llama(), tiny_tokenizer()), progress=False)
+    probe = AbstractReasoningProbe(shots=4, per_category=2)
+    report = probe.run((tiny_text_llama(), tiny_tokenizer()), progress=False)
     titles = {t.title: t for t in report.tables}
     scores = titles["Gamma, the abstract reasoning score"]
     assert [row[0] for row in scores.rows] == ["basic-computation", "extended-calculation", "number-base",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from looseleaf import Claim, Paper, Probe, Report
@@ -105,7 +105,7 @@ class AbstractReasoningProbe(Probe):
         report = Report("Abstract reasoning", {"model": model.name, "items": len(items), "seed": seed,
                                                **self.hyperparameters(), "categories": ", ".join(self.categories)})
         write_report(report, scores)
-        self._add_controls(report, self.controls(items, originals, seed))
+        _add_controls(report, self.controls(items, originals, seed))
         return report
 
     def controls(self, items: Sequence[Item], originals: Sequence[Problem] | None,
@@ -122,21 +122,36 @@ class AbstractReasoningProbe(Probe):
             models["oracle"] = Oracle.of(originals, KINDS, seed)
         return {name: self.score(model, items, progress=False) for name, model in models.items()}
 
-    def _add_controls(self, report: Report, controls: dict[str, list[Score]]) -> None:
-        table = report.table("Controls", ["control", "remapping", "problems", "Gamma", "Delta", "Delta must be"],
-                             note="models whose scores are known; any other score would be a fault of the probe")
-        for name, scores in controls.items():
-            must, exact = float(name == "memoriser"), True
-            for kind in REMAPPINGS:
-                rows = pairs(scores, kind)
-                if len(rows):
-                    before, after = rows.mean(0)
-                    table.add(name, kind, len(rows), float(before), float(before - after), must)
-                    exact = exact and before == 1.0 and before - after == must
-            report.claims.append(Claim.decide(
-                exact, statement=f"Control: the {name} has Gamma 1 and Delta {must:.0f}",
-                source="this project's rule", paper="not in the paper", measured="exactly so" if exact else "not so",
-                rule="exactly 1 and exactly that, for each kind of remapping"))
+
+def control_rows(controls: Mapping[str, Sequence[Score]]) -> list[list[Any]]:
+    """What controls got: control, remapping, problems, Gamma, Delta, and what Delta must be.
+
+    Args:
+        controls: as from :meth:`AbstractReasoningProbe.controls`.
+
+    Returns:
+        A row for each control and each kind of remapping that occurs.
+    """
+    rows: list[list[Any]] = []
+    for name, scores in controls.items():
+        for kind in REMAPPINGS:
+            both = pairs(scores, kind)
+            if len(both):
+                before, after = both.mean(0)
+                rows.append([name, kind, len(both), float(before), float(before - after), float(name == "memoriser")])
+    return rows
+
+
+def _add_controls(report: Report, controls: Mapping[str, Sequence[Score]]) -> None:
+    rows = control_rows(controls)
+    report.table("Controls", ["control", "remapping", "problems", "Gamma", "Delta", "Delta must be"], rows,
+                 note="models whose scores are known; any other score would be a fault of the probe")
+    for name in controls:
+        exact = all(gamma == 1.0 and delta == must for control, *_, gamma, delta, must in rows if control == name)
+        report.claims.append(Claim.decide(
+            exact, statement=f"Control: the {name} has Gamma 1 and Delta {name == 'memoriser':d}",
+            source="this project's rule", paper="not in the paper", measured="exactly so" if exact else "not so",
+            rule="exactly 1 and exactly that, for each kind of remapping"))
 
 
 def _read(data: Any) -> list[Item]:

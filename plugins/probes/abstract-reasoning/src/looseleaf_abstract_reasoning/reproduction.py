@@ -18,6 +18,7 @@ from looseleaf import Report
 from looseleaf.statistics import bootstrap
 from looseleaf_abstract_reasoning import DATASETS, AbstractReasoningProbe, Item, draw_remapping, problems, render, suite
 from looseleaf_abstract_reasoning.items import REMAPPINGS, Problem, text_of
+from looseleaf_abstract_reasoning.probe import control_rows
 from looseleaf_abstract_reasoning.scores import Score, of_category, pairs, write_report
 from looseleaf_lab import models
 from looseleaf_lab.study import Decision, Results, Study, StudyClaim
@@ -26,8 +27,6 @@ from looseleaf_text import LocalModel
 SUITE_DIGEST = "f93b0b6e37487a81803b16e210fa0511521d98b0b1bfe8e7369b5aa3d33d8cda"
 """Of the full suite of seed 0, whatever the machine and the version of Python."""
 SECONDS_LIMIT = 10.0
-CONTROLS = ("memoriser", 1), ("oracle", 0)
-"""Names of the controls, and what their Delta must be."""
 smollm2 = functools.cache(functools.partial(models.load, "smollm2"))
 
 
@@ -64,22 +63,19 @@ def exact(scale: Scale) -> dict[str, Any]:
     originals = [problem for some in by_dataset for problem in some]
     questions = {(problem.dataset, problem.rule, text_of(problem.question)) for problem in originals}
     remapped = [(problem, kind) for problem in originals for kind in problem.remappings]
-    return {"controls": control_rows([problem for some in by_dataset for problem in some[:scale.controls]]),
+    return {"controls": both_controls([problem for some in by_dataset for problem in some[:scale.controls]]),
             "items": len(items), "datasets": len({(item.dataset, item.kind) for item in items}), "seconds": seconds,
             "digests": [digest(items), other, SUITE_DIGEST], "remappings": len(remapped),
             "duplicates": len(items) - len({item.prompt for item in items}) + len(originals) - len(questions),
             "faults": sum(not sound(problem, kind) for problem, kind in remapped)}
 
 
-def control_rows(originals: Sequence[Problem]) -> list[list[Any]]:
+def both_controls(originals: Sequence[Problem]) -> list[list[Any]]:
     """Control, scoring, remapping, problems, Gamma, Delta and what it must be."""
     items = [render(problem, kind) for problem in originals for kind in ("original", *problem.remappings)]
-    scores = {"likelihood": AbstractReasoningProbe(scoring="likelihood").controls(items, originals),
-              "match": AbstractReasoningProbe(scoring="match").controls(items, originals)}
-    rows = [(name, scoring, kind, pairs(scores[scoring][name], kind), float(must))
-            for name, must in CONTROLS for scoring in scores for kind in REMAPPINGS]
-    return [[*names, len(both), both[:, 0].mean(), both[:, 0].mean() - both[:, 1].mean(), must]
-            for *names, both, must in rows]
+    rows = [[name, scoring, *rest] for scoring in ("likelihood", "match") for name, *rest in control_rows(
+        AbstractReasoningProbe(scoring=scoring).controls(items, originals))]  # type: ignore[arg-type]
+    return sorted(rows, key=lambda row: str(row[0]))
 
 
 def digest(items: Iterable[Item]) -> str:
@@ -113,8 +109,6 @@ def show(report: Report, results: Results) -> None:
     report.table("Controls", ["control", "scoring", "remapping", "problems", "Gamma", "Delta", "must be"],
                  results.once["controls"], note="the first only remembers, the second only reasons")
 
-
-# -------------------------------------------------------------------------------------------------------- the claims
 
 def _control(name: str, results: Results) -> Decision:
     rows = [row for row in results.once["controls"] if row[0] == name]
@@ -161,7 +155,7 @@ ABOVE = "the 95 % interval lies above 0: holds; at or below 0: does not hold; ac
 CLAIMS = [
     *[StudyClaim(f"Control: the {name} has Gamma 1 and Delta {must}", OWN, NONE,
                  "exact for every category, remapping and way of scoring", functools.partial(_control, name))
-      for name, must in CONTROLS],
+      for name, must in (("memoriser", 1), ("oracle", 0))],
     StudyClaim("The full suite is made in seconds", f"section 4; {OWN}",
                "9,095 items in 82 sub-datasets: 96 each, and 1,319 word problems",
                f"these numbers, in less than {SECONDS_LIMIT:.0f} s",
