@@ -160,6 +160,43 @@ def test_masks_that_a_model_calculates_with(implementation: str) -> None:
     assert first.mask is not None and second.mask is None
 
 
+def test_masks_on_another_device_stay_descriptions() -> None:
+    from transformers.masking_utils import causal_mask_function
+
+    from looseleaf.attention.huggingface import describe
+
+    made: Any = describe(2, 4, 4, mask_function=causal_mask_function, attention_mask=torch.ones(2, 4, dtype=torch.bool))
+    assert made.to("cpu") is made and made.to(device=torch.device("cpu")) is made
+    moved = made.to("meta")
+    assert type(moved) is type(made) and moved.given["attention_mask"].is_meta and moved.given["device"] == "meta"
+    assert made.to(torch.float32).dtype == made.to("cpu", torch.float32).dtype == torch.float32
+
+
+def test_modules_that_add_keys_of_their_own() -> None:
+    """DeepSeek-V4 extends its mask, where it is a tensor, by the keys that it compresses."""
+    import transformers
+
+    if not hasattr(transformers, "DeepseekV4ForCausalLM"):
+        pytest.skip("this transformers has no DeepSeek-V4")
+    config = transformers.DeepseekV4Config(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                           moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2)
+    model = seeded(lambda: transformers.DeepseekV4ForCausalLM(config)).eval()
+    with torch.no_grad():
+        expected = model(ids_of()).logits
+        for backend in (Spy(), Takes()):
+            with attach(model, backend):
+                torch.testing.assert_close(model(ids_of()).logits, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_under_autocast_all_tensors_of_a_call_have_its_dtype() -> None:
+    model = tiny_llama()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model(ids_of()).logits
+        with attach(model, Spy()) as attached:
+            torch.testing.assert_close(model(ids_of()).logits, expected, atol=0.3, rtol=0.1)
+    assert {x.dtype for c in attached.backend.calls for x in (c.query, c.key, c.value)} == {torch.bfloat16}
+
+
 def test_models_that_look_at_the_name_of_their_implementation() -> None:
     model = tiny_llama()
     with attach(model, Spy()):
@@ -178,7 +215,8 @@ def changing(name: str) -> Any:
             vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)).eval()
     if name == "gpt_oss":
         return transformers.GptOssForCausalLM(transformers.GptOssConfig(
-            **small, num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"] * 2)).eval()
+            **small, num_local_experts=2, num_experts_per_tok=1, sliding_window=5,
+            layer_types=["sliding_attention", "full_attention"])).eval()
     return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(
         **small, attn_logit_softcapping=0.5, layer_types=["full_attention"] * 2)).eval()
 

@@ -99,6 +99,10 @@ class Attached:
     def compute(self, call: AttentionCall, layer: int) -> Tensor:
         """Send one call to the backend, timed and recorded."""
         values: dict[str, Any] = {"layer": layer, "phase": call.phase}
+        kind = call.query.device.type
+        if torch.is_autocast_enabled(kind):  # as scaled_dot_product_attention does; rotary embeddings give fp32
+            dtype = torch.get_autocast_dtype(kind)
+            call.query, call.key, call.value = (x.to(dtype) for x in (call.query, call.key, call.value))
         call.layer, call.layers = layer, self._total or len(self.layers)
         call.step, call.steps = self.step, self.steps
         call.state = self._states.setdefault(layer, SimpleNamespace())

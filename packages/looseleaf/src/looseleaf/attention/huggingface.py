@@ -39,10 +39,11 @@ class _Name(str):
     """
 
     original: str
+    tensors: bool
 
-    def __new__(cls, name: str, original: str | None) -> _Name:
+    def __new__(cls, name: str, original: str, tensors: bool) -> _Name:
         made = super().__new__(cls, name)
-        made.original = original or "sdpa"
+        made.original, made.tensors = original, tensors
         return made
 
     def __eq__(self, other: object) -> bool:
@@ -117,9 +118,12 @@ def install(model: Any, modules: Mapping[str, nn.Module], attached: Attached, un
 
     undo.callback(restore)
     model.set_attn_implementation(name)
+    # Modules that add keys of their own extend a mask only if it is a tensor.
+    tensors = any({"isinstance", "Tensor"} <= set(_forward(module).__code__.co_names) for module in modules.values())
     for config, implementation in former:
         if config._attn_implementation_internal == name:
-            config._attn_implementation_internal = _Name(name, str(getattr(implementation, "original", implementation)))
+            original = str(getattr(implementation, "original", implementation) or "sdpa")
+            config._attn_implementation_internal = _Name(name, original, tensors)
 
 
 def register(name: str, function: Any, undo: ExitStack) -> None:
@@ -147,6 +151,16 @@ class MaskDescription:
     def contiguous(self) -> MaskDescription:
         """Itself; `generate` with a static cache asks for it."""
         return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """The same on another device, as accelerate asks for it between layers; with a dtype, the tensor."""
+        device = kwargs.get("device", args[0] if args else None)
+        if not isinstance(device, (str, int, torch.device)) or kwargs.get("dtype") or len(args) > 1:
+            return self.tensor().to(*args, **kwargs)
+        if torch.device(device) == torch.device(self.given["device"]):
+            return self
+        moved = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.given.items()}
+        return MaskDescription({**moved, "device": device})
 
     def tensor(self, kind: str | None = None) -> Tensor:
         """The mask as the model's own implementation has it, (B, 1, Lq, Lk): bool for sdpa, additive for eager."""
@@ -200,17 +214,19 @@ MaskDescription.__hash__ = object.__hash__  # type: ignore[method-assign]
 def describe(batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0,
              mask_function: Callable[..., Any] | None = None, attention_mask: Tensor | None = None,
              local_size: int | None = None, use_vmap: bool = False, device: Any = "cpu", dtype: Any = torch.float32,
-             config: Any = None, **kwargs: Any) -> MaskDescription:
+             config: Any = None, **kwargs: Any) -> MaskDescription | Tensor:
     """The mask function registered with transformers; arguments as in ``transformers.masking_utils.sdpa_mask``."""
     if isinstance(attention_mask, MaskDescription):
         return attention_mask  # `generate` with a static cache makes the masks before the model would
     if isinstance(q_offset, Tensor):
         q_offset = q_offset.clone()  # a static cache counts on in this very tensor before attention is computed
-    original = getattr(getattr(config, "_attn_implementation", None), "original", "sdpa")
-    return MaskDescription({
+    name = getattr(config, "_attn_implementation", None)
+    made = MaskDescription({
         "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset,
         "kv_offset": kv_offset, "mask_function": mask_function, "attention_mask": attention_mask,
-        "local_size": local_size, "use_vmap": use_vmap, "device": device, "dtype": dtype, "original": original})
+        "local_size": local_size, "use_vmap": use_vmap, "device": device, "dtype": dtype,
+        "original": getattr(name, "original", "sdpa")})
+    return made.tensor() if getattr(name, "tensors", False) else made
 
 
 @dataclasses.dataclass
@@ -308,10 +324,10 @@ class Function:
         made, plan = _call(module, query, key, value, attention_mask, scaling, is_causal,
                            bool(place and place[0].chunked_prefill))
         window = kwargs.get("sliding_window") is not None and isinstance(made.mask, LazyMask)
+        made.score_changes = scores if plan is None else _bias_moved(scores, plan, len(query))
         if place is None or place[1] not in place[0].chosen or window:
             result = made.dense()
         else:
-            made.score_changes = scores if plan is None else _bias_moved(scores, plan, len(query))
             shifts = (None, None) if plan is None else (plan.query_shift, plan.key_shift)
             made.context = moved_context(place[0].context, len(query), query.shape[2], made.key.shape[2], *shifts)
             result = place[0].compute(made, place[1])
@@ -359,6 +375,9 @@ def _call(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: An
         causal = mask is None and decoder and lq > 1
         return AttentionCall(query, key, value, scale, causal, mask=mask, is_cross=cross, module=module,
                              phase=_phase(decoder and not cross, lq, lk - lq, chunked)), None
+    if lk > mask.given["kv_length"]:
+        raise UnsupportedModelError(f"{type(module).__name__}: expected as many keys as its mask has, "
+                                    f"{mask.given['kv_length']}, got {lk}: use looseleaf.attach instead of a name")
     plan = mask.plan(lq, lk, not cross)
     if plan.keys < lk:
         key, value = key[:, :, :plan.keys], value[:, :, :plan.keys]
