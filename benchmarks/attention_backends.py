@@ -30,7 +30,8 @@ import looseleaf
 from looseleaf import AttentionBackend, AttentionCall
 from looseleaf_flexprefill import FlexPrefill
 from looseleaf_lab.attention import KeepAttention, calibrate
-from looseleaf_minference import MInference, synthetic
+from looseleaf_minference import MInference
+from looseleaf_minference.search import KNOWN_HEADS
 from looseleaf_paroattention import PAROAttention
 from looseleaf_paroattention.plan import LayerPlan, Plan
 from looseleaf_sparsed import SparseD
@@ -101,7 +102,7 @@ def random(tokens: int, options: argparse.Namespace) -> Iterator[Setting]:
 def planted(tokens: int, options: argparse.Namespace) -> Iterator[Setting]:
     """Heads that look at sinks and nearby tokens, at single tokens and a diagonal, or at blocks, in turns."""
     heads, kv_heads = options.heads
-    makers = list(synthetic.HEADS.values())
+    makers = list(KNOWN_HEADS.values())
     queries, keys = [], []
     for n in range(kv_heads):
         query, key = (F.pad(x, (0, options.width - x.shape[1])) for x in makers[n % len(makers)](tokens, n))
@@ -181,7 +182,7 @@ def main() -> None:
                     call = AttentionCall(q, k, v, scale, True, layer=int(setting.split()[-1]) if own else 1)
                     for name, backend, estimate in causal_backends(call, own):
                         rows.append(measure(setting, name, call, backend, estimate, options))
-            call = AttentionCall(q, k, v, scale, False, phase="encode", layer=1, step=5, steps=10)
+            call = AttentionCall(q, k, v, scale, False, phase="bidirectional", layer=1, step=5, steps=10)
             sparse = SparseD()
             rows.append(measure("bidirectional", "SparseD, select 0.3", call, sparse, partial(sparse.pattern, call),
                                 options))

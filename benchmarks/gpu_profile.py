@@ -30,7 +30,7 @@ def main() -> None:
         for tokens in options.tokens:
             (_, (q, k, v, scale), _), = planted(tokens, shape)
             call = AttentionCall(q, k, v, scale, True, layer=1)
-            both = AttentionCall(q, k, v, scale, False, phase="encode", layer=1, step=5, steps=10)
+            both = AttentionCall(q, k, v, scale, False, phase="bidirectional", layer=1, step=5, steps=10)
             columns = uniform("vertical_slash", 500, 700, 32, 2)
             jobs: dict[str, Callable[[], object]] = {
                 "FlexPrefill.select": partial(FlexPrefill().select, call),
