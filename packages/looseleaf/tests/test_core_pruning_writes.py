@@ -333,6 +333,22 @@ def test_saved_under_masks(tmp_path: Path) -> None:
     assert all(not loaded.get_parameter(n)[~m].any() for n, m in masks.items())
 
 
+def test_a_checkpoint_of_the_trainer_and_a_run_that_goes_on(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    model, twin = tiny_llama(), tiny_llama()
+    masks = masks_of(model).apply(model)
+    masks.apply(twin)
+    options = transformers.TrainingArguments(str(tmp_path), max_steps=4, save_steps=2, report_to=[], use_cpu=True,
+                                             per_device_train_batch_size=2, gradient_checkpointing=True)
+    data = [{"input_ids": torch.arange(12), "labels": torch.arange(12)}] * 8
+    transformers.Trainer(model, options, train_dataset=data).train()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4")
+    assert torch.equal(logits(loaded), logits(model.eval()))
+    transformers.Trainer(twin, options, train_dataset=data).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(logits(twin.eval()), logits(model)) and Masks.of(twin) == masks
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_model_that_was_compiled_and_run_before(backend: str) -> None:
     model = small_network().eval()
