@@ -34,7 +34,7 @@ from looseleaf_outlandish.reproduction import (
 )
 
 METHODS = [EARLY, PLAIN, AT_END, KEEP_TOP, RANDOM, EACH_STEP, slower(0.25), slower(0.5), STONES, STONES_ELSEWHERE]
-TINY = Scale(steps=3, early=2, lr=1e-2, per_level=1, seeds=2)
+TINY = Scale(steps=3, early=2, lr=1e-2, per_level=1, seeds=2, others=False)
 
 
 def llama() -> Any:
@@ -55,7 +55,7 @@ def test_a_tiny_model_goes_through_all_of_it(monkeypatch: pytest.MonkeyPatch) ->
     results = Results([as_plain(study.measure(seed, TINY)) for seed in range(2)], {}, [0, 1], TINY, False)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     figures = Figures(results)
-    assert [row["number"] for row in figures.rows] == list(range(48)) and len(figures.some) == 4
+    assert len(figures.rows) == len(figures.some) == 4
     assert {SAMPLES[row["number"]].level for row in figures.some} == {"ordinary", "unusual", "untrue", "outlandish"}
     assert all(sorted(row["methods"]) == sorted(METHODS) for row in figures.some)
     report = study.report(results)
@@ -63,6 +63,17 @@ def test_a_tiny_model_goes_through_all_of_it(monkeypatch: pytest.MonkeyPatch) ->
     assert report.to_text() and report.tables[-2].title == "Methods"
     quick = study.report(dataclasses.replace(results, quick=True))
     assert {c.verdict for c in quick.claims} == {"not shown at this scale"}
+
+
+def test_all_samples_are_dealt_to_the_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "load", lambda name: (llama(), tiny_tokenizer()))
+    monkeypatch.setattr(r, "learn_all_ways", lambda local, sample, seed, scale, baselines, *_: {
+        "text": sample.text, "seed": seed, "methods": {EACH_STEP: (0.0, 0.0)} if baselines else {}})
+    assert study.measure is not None
+    figures = Figures(Results([study.measure(seed, Scale(seeds=2)) for seed in range(2)], {}, [0, 1], TINY, False))
+    assert [row["number"] for row in figures.rows] == list(range(48)) and len(figures.some) == 4 * 5
+    assert all(row["text"] == s.text and row["seed"] == n % 2 for n, (row, s) in enumerate(zip(figures.rows, SAMPLES)))
+    assert [len(group) for group in figures.by_keyword] == [4] * 12
 
 
 def measured(baselines: bool, model: Any, scale: Scale) -> dict[str, Any]:

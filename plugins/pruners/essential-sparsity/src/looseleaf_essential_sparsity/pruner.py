@@ -45,7 +45,7 @@ class MagnitudePruner(WeightPruner):
 
     def validate(self) -> None:
         """See :class:`looseleaf.Plugin`."""
-        group = _group(self.pattern)
+        group = _group(self.pattern) if isinstance(self.pattern, str) else None
         self.check("pattern", self.pattern == "unstructured" or (group is not None and 1 <= group[0] < group[1]),
                    "'unstructured' or 'N:M' with 1 <= N < M, such as '2:4'")
         if group:
