@@ -1,4 +1,4 @@
-"""Sweeps: resumable, whole or not at all, and nothing lost when a worker dies."""
+"""Sweeps: resumable, atomic, and nothing lost when a worker dies."""
 
 from __future__ import annotations
 

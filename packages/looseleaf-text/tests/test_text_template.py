@@ -77,7 +77,7 @@ def test_prompt_addition_then_answer() -> None:
         template.fill({"premise": "x"})
     with pytest.raises(ValueError, match=r"expected answers for \['Z'\], got \['label'\] too"):
         template.fill(answers={"label": "x"})
-    with pytest.raises(ValueError, match=r"open slots \[X\], \[Z\]"):
+    with pytest.raises(ValueError, match=r"unfilled slots \[X\], \[Z\]"):
         _ = template.filled
 
 
@@ -85,7 +85,7 @@ def test_around_an_answer() -> None:
     template = Template("[X] is a [Z:kind] in [Z:place]!")
     assert template.around({"text": "Rome"}, "kind") == ("Rome is a ", " in ")
     assert template.around({"text": "Rome"}, "place", {"kind": "city"}) == ("Rome is a city in ", "!")
-    with pytest.raises(ValueError, match="open slots"):
+    with pytest.raises(ValueError, match="unfilled slots"):
         template.around({"text": "Rome"}, "place")
     with pytest.raises(ValueError, match="expected one answer slot here, got 2"):
         template.around({"text": "Rome"})

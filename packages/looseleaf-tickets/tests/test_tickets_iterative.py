@@ -297,7 +297,7 @@ def test_loops_of_ones_own() -> None:
         find_tickets(network(), lambda model, run: own_loop(model, run, 0, 6), rules(1), rewind_to=9, progress=False)
     with pytest.raises(ValueError, match=r"fraction of an unknown number of steps"):
         find_tickets(network(), lambda model, run: own_loop(model, run, 0, 6), rules(1), rewind_to=0.5, progress=False)
-    with pytest.raises(ValueError, match=r"round 1: 6 steps were made from step 2 on.*begin at run\.start"):
+    with pytest.raises(ValueError, match=r"round 1: 6 steps were taken from step 2 on.*begin at run\.start"):
         find_tickets(network(), lambda model, run: own_loop(model, run, 0, 6), rules(1), rewind_to=2, progress=False)
     tickets = find_tickets(network(), lambda model, run: own_loop(model, run, run.start, 6), rules(1), rewind_to=2,
                            progress=False)

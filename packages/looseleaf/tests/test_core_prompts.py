@@ -278,7 +278,7 @@ def test_a_search_does_not_hide_errors() -> None:
         with pytest.raises(error), search:
             raise error
     with search:
-        raise BudgetExhausted("budget: tokens (1 of 1 used, 1 more wanted)")
+        raise BudgetExhausted("budget: tokens (1 of 1 used, 1 more requested)")
     assert search.info(1, 2, more="x") == {"fitness": 1.0, "evaluations": 2, "stopped": "budget: tokens", "more": "x"}
 
 

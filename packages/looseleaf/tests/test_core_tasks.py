@@ -290,7 +290,7 @@ def test_budget_refuses_before_the_work() -> None:
     budget = Budget(calls=10, tokens=100)
     budget.spend(calls=8, tokens=100)
     assert budget.exhausted() == "budget: tokens"
-    with pytest.raises(BudgetExhausted, match=r"budget: calls \(8 of 10 used, 3 more wanted\)") as caught:
+    with pytest.raises(BudgetExhausted, match=r"budget: calls \(8 of 10 used, 3 more requested\)") as caught:
         budget.spend(calls=3)
     assert reason(caught.value) == "budget: calls" and budget.used["calls"] == 8
     budget.spend(calls=2)
@@ -354,7 +354,7 @@ def test_declared_methods_are_booked_before_they_run() -> None:
     assert isinstance(metered, Louder) and isinstance(metered, Describer) and not callable(metered)
     assert metered.describe(["a", "b"]) == ["A!", "B!"] and metered.free() == "nothing"
     assert metered.compare(pictures=["c"]) == ["C!"]  # what it does inside is not booked again
-    with pytest.raises(BudgetExhausted, match=r"budget: calls \(3 of 5 used, 3 more wanted\)"):
+    with pytest.raises(BudgetExhausted, match=r"budget: calls \(3 of 5 used, 3 more requested\)"):
         metered.describe(["a", "b", "c"])
     assert model.made == 3 and budget.used["calls"] == 3
     assert budget.used["tokens"] == 3  # without a limit, as many as the model says it used

@@ -1,4 +1,4 @@
-"""Contextual calibration (Zhao et al. 2021): what a prompt says before it has seen anything is taken back.
+"""Contextual calibration (Zhao et al. 2021): the bias of a prompt on content-free inputs is removed.
 
 A prompt leans towards some labels whatever the input. How far is read off inputs without content; dividing by these
 probabilities makes the model neutral on them.

@@ -29,9 +29,9 @@ _NO_LOG_PROBS = (
 class EndpointModel(LanguageModel):
     """A model behind a server that speaks the OpenAI protocol: vLLM, ``transformers serve``, llama.cpp and others.
 
-    Requests go out side by side, one prompt each. A request that times out, cannot connect, is refused with 429 or
-    fails with 5xx is repeated after growing pauses (a ``Retry-After`` of the server is respected); other refusals are
-    reported at once. Safe to use from several threads.
+    Requests go out side by side, one prompt each. A request that times out, cannot connect, or fails with 429 or
+    5xx is retried with increasing delays (a ``Retry-After`` of the server is respected); other errors are
+    raised at once. Safe to use from several threads.
 
     Should the server die half-way through a call, :class:`looseleaf.EndpointError` is raised; its ``partial``
     holds what came back (None for the rest), and the same call made again asks only for what is missing.
@@ -51,11 +51,11 @@ class EndpointModel(LanguageModel):
         model: name of the model at the server.
         api_key: key sent as bearer token; None: the environment variable OPENAI_API_KEY when set.
         timeout: seconds until a request is given up; > 0.
-        retries: how often a request is repeated; >= 0.
+        retries: how often a request is retried; >= 0.
         api: ``"completions"`` continues a text; ``"chat"`` sends the prompt as a user message.
         scoring: see above.
-        concurrency: requests under way at once; >= 1.
-        backoff: seconds before the first repetition; doubled each time.
+        concurrency: concurrent requests; >= 1.
+        backoff: seconds before the first retry; doubled each time.
         tokenizer: the model's tokenizer, for servers that do not tokenize.
     """
 

@@ -81,7 +81,7 @@ class EnsemblePredictor(Predictor):
 
 def combine(members: Sequence[Sequence[Sequence[float]]], weights: Sequence[float] | None = None, *,
             vote: bool = False) -> list[list[float]]:
-    """What several prompts say together: the weighted mean of their normalised probabilities, or of their votes.
+    """Combine predictions of several prompts: the weighted mean of their normalised probabilities, or of their votes.
 
     Args:
         members: (prompts, examples, labels) natural-log probabilities; need not be normalised.

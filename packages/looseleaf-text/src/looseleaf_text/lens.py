@@ -1,4 +1,4 @@
-"""The logit lens: what a decoder would say if it stopped after each of its layers."""
+"""The logit lens: what a decoder would predict if it stopped after each of its layers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LogitLens:
     """Final norm and unembedding, applied to the residual stream of any layer.
 
     Source: nostalgebraist, "interpreting GPT: the logit lens" (2020). At the last layer the lens is the model's own
-    output; :meth:`log_probs` checks that it is, so a model that does more behind its layers is refused, not misread.
+    output; :meth:`log_probs` checks that it is, so a model that does more after its layers is rejected, not misread.
 
     Args:
         model: a decoder of transformers with a language-model head.
@@ -119,7 +119,7 @@ class LogitLens:
         if not gap <= tolerance:
             raise UnsupportedModelError(
                 f"at the last layer the lens differs from the output of {type(self.model).__name__} by {gap:.3g} "
-                f"(expected at most {tolerance:.3g}): the model does more behind its layers than a norm and a head. "
+                f"(expected at most {tolerance:.3g}): the model does more after its layers than a norm and a head. "
                 "Check norm=... and head=..., or subclass LogitLens and say in __call__ what the model does")
 
 

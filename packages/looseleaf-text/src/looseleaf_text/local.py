@@ -40,7 +40,7 @@ class LocalModel(LanguageModel):
             state cannot be shared.
 
     Attributes:
-        forwarded: positions really forwarded, padding included; ``tokens`` counts as if nothing were shared.
+        forwarded: positions actually forwarded, padding included; ``tokens`` counts as if nothing were shared.
     """
 
     def __init__(self, model: Any, tokenizer: Any, batch_tokens: int = 8192, *, share_prefixes: bool = True) -> None:

@@ -68,7 +68,7 @@ def soft_prefix(model: LanguageModel, soft: Tensor) -> Iterator[None]:
     Args:
         model: a :class:`looseleaf_text.LocalModel`, metered or not.
         soft: floating point; input embeddings of shape (tokens, hidden), or keys and values of shape
-            (layers, 2, key-value heads, tokens, head size), as prefix tuning learns them.
+            (layers, 2, key-value heads, tokens, head_dim), as prefix tuning learns them.
 
     Raises:
         UnsupportedModelError: the model is behind a server, is no causal model, or keeps no keys and values.
@@ -117,7 +117,7 @@ class _Prefixed(nn.Module):
 
 @torch.no_grad()
 def keys_and_values(model: Any, soft: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values (1, heads, tokens, head size) of each layer that ``soft`` (see :func:`soft_prefix`) stands for.
+    """Keys and values (1, heads, tokens, head_dim) of each layer that ``soft`` (see :func:`soft_prefix`) stands for.
 
     Raises:
         ValueError: the shape does not fit the model.
@@ -132,7 +132,7 @@ def keys_and_values(model: Any, soft: Tensor) -> list[tuple[Tensor, Tensor]]:
         layers = [(layer.keys, layer.values) for layer in cache.layers]
     else:
         raise ValueError(f"a soft prompt that does not fit the model: expected the shape (tokens, {table.shape[1]}) or "
-                         f"(layers, 2, key-value heads, tokens, head size), got {tuple(soft.shape)}")
+                         f"(layers, 2, key-value heads, tokens, head_dim), got {tuple(soft.shape)}")
     config = model.config.get_text_config()
     if len(layers) != config.num_hidden_layers:
         raise ValueError(f"a soft prompt that does not fit the model: expected {config.num_hidden_layers} layers, got "

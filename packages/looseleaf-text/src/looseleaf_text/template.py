@@ -185,7 +185,7 @@ class Template:
         """
         still = [str(p) for p in self.parts if isinstance(p, Slot)]
         if still:
-            raise ValueError(f"the template {self.text!r} still has the open slots {', '.join(still)}: fill them first")
+            raise ValueError(f"the template {self.text!r} still has unfilled slots {', '.join(still)}: fill them first")
         return "".join(str(p) for p in self.parts)
 
     def around(self, inputs: Example | Mapping[str, str], name: str | None = None,

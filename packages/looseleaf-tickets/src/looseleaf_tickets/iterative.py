@@ -1,4 +1,4 @@
-"""Iterative magnitude pruning: train, remove the smallest weights, go back to the start, and again."""
+"""Iterative magnitude pruning: train, remove the smallest weights, rewind the others, and repeat."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _search(model: nn.Module, train: Train, rules: Sequence[Selection], *, evalu
                 start, step = trained.captured or start, trained.step
                 folder.keep_start(start, step)
             elif step and steps == first + step:
-                raise ValueError(f"round {round}: {steps - step} steps were made from step {step} on, as many as in "
+                raise ValueError(f"round {round}: {steps - step} steps were taken from step {step} on, as many as in "
                                  f"the first training from step 0: begin at run.start, so that the training ends at "
                                  f"step {first} again")
             if round < len(rules):

@@ -119,7 +119,7 @@ def essential_sparsity(curve: Curve, tolerances: Sequence[float] = (0.01, 0.05),
         curve: the sweep.
         tolerances: relative drops, each > 0.
         resamples: bootstrap resamples; 0: no intervals.
-        seed: of the resampling.
+        seed: random seed of the resampling.
 
     Raises:
         ValueError: a tolerance or ``resamples`` out of range.

@@ -1,4 +1,4 @@
-"""Limits of a search, and the one place where a model's work is booked on them."""
+"""Limits of a search, and the one place where a model's work is charged to them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ M = TypeVar("M")
 
 
 class Cost(NamedTuple):
-    """What a call of a method costs, told from the model and the method's own arguments; see :func:`costs`."""
+    """What a call of a method costs, computed from the model and the method's own arguments; see :func:`costs`."""
 
     calls: Callable[..., int]
     tokens: Callable[..., int] | None = None
 
 
 def costs(calls: Callable[..., int], tokens: Callable[..., int] | None = None) -> Callable[[F], F]:
-    """Declare what a method of a model costs, so that :meth:`Budget.meter` can book it before it runs.
+    """Declare what a method of a model costs, so that :meth:`Budget.meter` can charge it before it runs.
 
     The declaration holds for methods that override it, too::
 
@@ -34,7 +34,7 @@ def costs(calls: Callable[..., int], tokens: Callable[..., int] | None = None) -
     Args:
         calls: the method's arguments (``self`` first) -> how many calls.
         tokens: the same for tokens, asked only where a budget limits them; elsewhere what the model's own attribute
-            ``tokens`` grew by is booked afterwards.
+            ``tokens`` grew by is charged afterwards.
     """
     def declare(method: F) -> F:
         method._looseleaf_cost = Cost(calls, tokens)  # type: ignore[attr-defined]
@@ -86,14 +86,14 @@ class Budget:
         """Book ``calls`` and ``tokens`` before the work is done.
 
         Raises:
-            BudgetExhausted: this would go beyond a limit; nothing is booked then, and the message begins with
+            BudgetExhausted: this would go beyond a limit; nothing is charged then, and the message begins with
                 the words of :meth:`exhausted`.
         """
         self.start()
         for name, used, more in (("calls", self._calls, calls), ("tokens", self._tokens, tokens)):
             limit = getattr(self, name)
             if limit is not None and more and used + more > limit:
-                raise BudgetExhausted(f"budget: {name} ({used} of {limit} used, {more} more wanted)")
+                raise BudgetExhausted(f"budget: {name} ({used} of {limit} used, {more} more requested)")
         if self.seconds is not None and self.used["seconds"] >= self.seconds:
             raise BudgetExhausted(f"budget: seconds ({self.used['seconds']:.1f} of {self.seconds} used)")
         self._calls += calls
@@ -125,16 +125,16 @@ class Budget:
         self.start()
 
     def meter(self, model: M, methods: Sequence[str] = ()) -> M:
-        """``model`` with its work booked on this budget before it is done.
+        """``model`` with its work charged to this budget before it is done.
 
         A search is simply written against it and ends where :class:`looseleaf.BudgetExhausted` is raised: nothing
         beyond the budget is ever computed. It passes for the model (``isinstance``, attributes, setting attributes).
-        Booked are the methods declared by :func:`costs`; a model without declarations is booked when it is called,
+        The methods declared by :func:`costs` are charged; a model without declarations is charged when it is called,
         one call for each row of its first argument.
 
         Args:
             model: who does the work; one that this budget meters already is given back as it is.
-            methods: names of further methods to book one call for each row of their first argument, for models of
+            methods: names of further methods to charge one call for each row of their first argument, for models of
                 other libraries (``["get_image_features"]``).
         """
         if isinstance(model, _Proxy) and model._looseleaf_around == self._booked:

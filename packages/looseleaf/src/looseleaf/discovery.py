@@ -128,7 +128,7 @@ def load(name: str | Installed, kind: str | None = None) -> Any:
         _remember({_verdict_key(entry): reason})
         raise BrokenPluginError(
             f"plugin {entry.name!r} of {entry.dist} {entry.version} cannot be imported: {reason}. "
-            + (advice(error) or f"Reinstall it (pip install --force-reinstall {entry.dist}) or tell its authors")
+            + (advice(error) or f"Reinstall it (pip install --force-reinstall {entry.dist}) or tell the authors")
         ) from error
     if entry.kind in KINDS:
         _require_plugin_class(entry, loaded)
@@ -232,7 +232,7 @@ def _pick(name: str, entries: list[Installed], what: str) -> Installed:
     if len({e.dist for e in matches}) > 1:
         names = " and ".join(f"{e.dist} {e.version}" for e in matches)
         ways = " or ".join(repr(e.qualified) for e in matches)
-        raise AmbiguousPluginError(f"{name!r} is claimed by {names}: say {ways}, or uninstall one of them")
+        raise AmbiguousPluginError(f"{name!r} is claimed by {names}: use {ways}, or uninstall one of them")
     if len(matches) > 1:
         kinds = " and ".join(e.kind for e in matches)
         raise AmbiguousPluginError(f"{name!r} names plugins of the kinds {kinds}: pass kind= (--kind) to pick one")

@@ -1,4 +1,4 @@
-"""What was called otherwise in looseleaf 0.1, and what to write now."""
+"""Names of looseleaf 0.1, and what to write now."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Paper:
         if not self.title or not self.authors:
             raise ValueError("Paper needs a title and at least one author")
         if not 1900 <= self.year <= 2100:
-            raise ValueError(f"Paper.year: expected a year from 1900 to 2100, got {self.year!r}")
+            raise ValueError(f"Paper.year: expected a year in [1900, 2100], got {self.year!r}")
 
     @property
     def url(self) -> str | None:

@@ -1,4 +1,4 @@
-"""Long work that goes on where it was stopped: the state of a search, and finished cells of a grid.
+"""Long work that resumes where it was stopped: the state of a search, and finished cells of a grid.
 
 Everything is written atomically and carries what it belongs to, so that a kill at any moment leaves the former or the
 new state, and the state of one run is never taken for that of another.

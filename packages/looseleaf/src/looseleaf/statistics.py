@@ -33,7 +33,7 @@ def bootstrap(values: Iterable[float], seed: int = 0, *, level: float = 0.95, sa
 
     Args:
         values: one for each independent unit (seed, window, example).
-        seed: of the resampling.
+        seed: random seed of the resampling.
         level: coverage of the interval.
         samples: number of resamples.
         statistic: maps (samples, n) to (samples,); None: the mean over the last axis.

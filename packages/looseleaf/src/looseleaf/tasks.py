@@ -292,7 +292,7 @@ class Task:
         return float(metric(prediction, example))
 
     def evaluate(self, predictor: Predictor, split: str | Sequence[Example] = "test") -> Evaluation:
-        """Score what ``predictor`` says about ``"train"``, ``"dev"``, ``"test"`` or a list of examples.
+        """Score ``predictor`` on ``"train"``, ``"dev"``, ``"test"`` or a list of examples.
 
         Raises:
             ValueError: no examples, a predictor of other classes, or not one prediction for each example.

@@ -87,7 +87,7 @@ GOOD = ["vertical_and_slash", 30, 800, 1.0]
     ([{"0": GOOD}, {"0": [3, 30, 800, 1]}], "layer 1, head 0: expected the pattern stream_llm, .* got 3"),
     ([{"0": GOOD, "2": GOOD}], "layer 0: expected heads 0 to 1, got no head 1"),
     ({"0": {"0": GOOD}, "2": {"0": GOOD}}, "config: expected layers 0 to 1, got no layer 1"),
-    ({"first": {"0": GOOD}}, "config: expected numbers from 0 as the names of its layers, got 'first'"),
+    ({"first": {"0": GOOD}}, "config: expected integers >= 0 as the names of its layers, got 'first'"),
     ([{"0": ["vertical_and_slash", 30]}],
      r"layer 0, head 0: expected \[pattern, n_v, n_s, score\], got \['vertical_and_slash', 30\]"),
     ([{"0": ["vertical_and_slash", 30.5, 800, 1]}],

@@ -51,7 +51,7 @@ def test_the_report_has_all_claims(measured: Any, quick: bool) -> None:
     assert undecided == (12 if quick else 9), verdicts  # a random model finds no key
     known = next(t for t in report.tables if t.title == "Heads whose pattern is known")
     assert [row[:3] for row in known.rows] == [[name, len(seeds), len(seeds)] for name in KNOWN_HEADS]
-    winners = next(t for t in report.tables if t.title.startswith("Who wins the search"))
+    winners = next(t for t in report.tables if t.title.startswith("Best pattern of each head in the search"))
     assert [row[0] for row in winners.rows] == ["all", "last 64"]
     assert all(sum(row[1:]) == 8 for row in winners.rows)  # type: ignore[arg-type]  # 2 layers of 4 heads
     fractions = [f for f in report.figures if f.title.startswith("Fraction of the heads")]

@@ -123,7 +123,7 @@ def test_strength() -> None:
         with warnings.catch_warnings(record=True) as caught, steering.apply(model, 1.5):
             warnings.simplefilter("always")
         assert torch.equal(model(**batch).logits, plain)
-    with pytest.warns(UserWarning, match="outside 0 to 1"), steering.apply(model, 1.5):
+    with pytest.warns(UserWarning, match="lies outside"), steering.apply(model, 1.5):
         pass
     with pytest.raises(ValueError, match=r"strength: expected a number, .* got nan"), \
             steering.apply(model, float("nan")):

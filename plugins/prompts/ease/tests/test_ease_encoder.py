@@ -57,7 +57,7 @@ def test_a_model_that_cannot_embed() -> None:
     small = EASE(k=2, n_init=2, total_iterations=4, encoder="model")
     with pytest.raises(ValueError, match="Deaf has no embeddings: give EASE another encoder"):
         small.optimize(toy_task(), Deaf(), progress=False)
-    with pytest.raises(EndpointError, match=r"asks the server for embeddings.*status 404.*give EASE another encoder"):
+    with pytest.raises(EndpointError, match=r"needs embeddings from the server.*status 404.*give EASE another encoder"):
         small.optimize(toy_task(), Offline(), progress=False)
 
 

@@ -109,7 +109,7 @@ def select(table: Table, conditions: Mapping[str, object]) -> Table:
 
     Args:
         table: cells may hold several values, separated by ``"; "``.
-        conditions: column -> value; case is no difference, and of a cell with several values one must match.
+        conditions: column -> value; case is ignored, and of a cell with several values one must match.
 
     Raises:
         ValueError: no such column, or no row of the table has that value there.

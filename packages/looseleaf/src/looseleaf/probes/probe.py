@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Probe(Plugin):
-    """Observes, or intervenes, and always says what it measured."""
+    """Observes, or intervenes, and always reports what it measured."""
 
     kind: ClassVar[str] = "probes"
 
@@ -23,10 +23,10 @@ class Probe(Plugin):
         """The measurement. The subject is left as it was found, also after an exception.
 
         Args:
-            subject: what the probe's own documentation says: a model, a ``(model, processor)`` pair, a pipeline of
+            subject: as the probe documents it: a model, a ``(model, processor)`` pair, a pipeline of
                 transformers, a ``looseleaf_text.LocalModel``, an environment. See
                 :func:`looseleaf.probes.subject.parts`.
-            data: what the probe's own documentation says; None: the probe's built-in example data.
+            data: as the probe documents it; None: the probe's built-in example data.
             seed: the only source of randomness.
             progress: show a progress bar; None: only on a terminal.
         """

@@ -80,7 +80,7 @@ class PromptOptimizer(Plugin):
 
 
 class Search:
-    """One search: the model metered, the state kept on disk, the way there shown.
+    """One search: the model metered, the state kept on disk, the progress shown.
 
     The ``with`` block ends where the budget does::
 
@@ -95,7 +95,7 @@ class Search:
         identity: what else makes two searches the same one.
 
     Attributes:
-        model: to be asked; every call is booked on :attr:`budget` first.
+        model: to be asked; every call is charged to :attr:`budget` first.
         state: plain data that the search goes on from; written after every step.
         done: steps made, those of former runs included.
         stopped: why the search ended.
@@ -135,7 +135,7 @@ class Search:
         self._file.save({"state": self.state, "done": self.done, "used": self.budget.used})
 
     def info(self, fitness: float, evaluations: int, **more: Any) -> dict[str, Any]:
-        """What every prompt says about its search: ``fitness``, ``evaluations``, ``stopped``, and ``more``."""
+        """Metadata of the search, for ``Prompt.info``: ``fitness``, ``evaluations``, ``stopped``, and ``more``."""
         return {"fitness": float(fitness), "evaluations": evaluations, "stopped": self.stopped, **more}
 
     def __enter__(self) -> Search:

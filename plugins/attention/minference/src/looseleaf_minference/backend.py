@@ -216,7 +216,7 @@ def _in_order(entries: Mapping[Any, Any], place: str, what: str) -> list[Any]:
         try:
             numbered[int(key)] = value
         except (TypeError, ValueError):
-            raise ValueError(f"{place}: expected numbers from 0 as the names of its {what}s, got {key!r}") from None
+            raise ValueError(f"{place}: expected integers >= 0 as the names of its {what}s, got {key!r}") from None
     missing = [i for i in range(len(numbered)) if i not in numbered]
     if missing:
         raise ValueError(f"{place}: expected {what}s 0 to {len(numbered) - 1}, got no {what} {missing[0]}")

@@ -255,7 +255,7 @@ def _show(report: Report, results: Results) -> None:
         for name, keys in (("all", _keys(results, way, outside=False)), ("outside", _keys(results, way))):
             table.add(way, name, len(keys), *(sum(found[i] for found in keys) for i in range(3)),
                       *_means(results, way), windows[0] if len(windows) == 1 else ", ".join(map(str, windows)))
-    report.table(f"Who wins the search, by the queries that count, {scale.prompt} tokens", [
+    report.table(f"Best pattern of each head in the search, by the queries that count, {scale.prompt} tokens", [
         "queries", *(f"{name} heads" for name in NAMES)],
         [[queries, *(won.count(name) for name in NAMES)] for queries, won in once["winners"].items()],
         note="keys and values, the same candidates at the same cost; the last queries are those that write the answer")

@@ -320,7 +320,7 @@ def _show(report: Report, results: Results) -> None:
             note="fraction of the calibration's attention that the heaviest blocks hold, means over heads; best: the "
                  "order of each head that holds most")
     densities = results.rows[-1]["density"]
-    report.table("Relative error of the attention output", ["what", "density", "error", "low", "high"],
+    report.table("Relative error of the attention output", ["variant", "density", "error", "low", "high"],
                  [[name, density, *results.interval("error", name)] for name, density in densities.items()],
                  note=f"mean over layers and {scale.error_steps} denoising steps, inputs of exact attention; 95 % "
                       f"bootstrap intervals over {len(results.seeds)} sets of {scale.error_videos} videos; floats, "
@@ -345,7 +345,7 @@ def _show(report: Report, results: Results) -> None:
         table.add(name, *mean, 10 * torch.tensor(4 / max(mean.value, 1e-12)).log10().item(), frechet)
     tokens = scale.speed_grid[0] * scale.speed_grid[1] * scale.speed_grid[2]
     report.table(f"Seconds of one layer's attention, {tokens} tokens, {scale.speed_heads} heads of "
-                 f"{scale.speed_head_dim}", ["what", "seconds", "faster than exact", "low", "high"],
+                 f"{scale.speed_head_dim}", ["variant", "seconds", "faster than exact", "low", "high"],
                  [[name, *times] for name, times in once["seconds"].items()],
                  note="reordering of queries, keys, values and outputs included; medians of interleaved rounds; random "
                       "blocks")

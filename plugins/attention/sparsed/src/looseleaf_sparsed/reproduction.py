@@ -179,7 +179,7 @@ def _joined(results: Results, *path: str) -> list[Any]:
 
 
 def _difference(results: Results, name: str) -> list[float]:
-    """Absolute difference of nats a token to exact attention's response, of each text."""
+    """Absolute difference of nats per token to exact attention's response, of each text."""
     return [abs(a - b) for a, b in zip(_joined(results, "methods", name, "nats"), _joined(results, "exact nats"),
                                        strict=True)]
 
@@ -236,8 +236,8 @@ def _better(results: Results, name: str) -> StudyClaim:
     return shared.claim(
         results, f"Responses agree with exact attention's better than by: {name}",
         "paper, ablations; here: a small model", "better, on tasks", "paired difference of agreement above 0 with its "
-        "95 % interval, and nats a token no further from exact", gain.low > 0 and nearer.value >= 0,
-        f"{_mean(ours):.3f} against {_mean(theirs):.3f} of the tokens, {gain:+.3f}; nats a token nearer by "
+        "95 % interval, and nats per token no further from exact", gain.low > 0 and nearer.value >= 0,
+        f"{_mean(ours):.3f} against {_mean(theirs):.3f} of the tokens, {gain:+.3f}; nats per token nearer by "
         f"{nearer:+.3f}; density over the run {densities[0]:.3f} against {densities[1]:.3f}; {len(ours)} texts")
 
 
@@ -251,10 +251,10 @@ def _show(report: Report, results: Results) -> None:
              f"{SparseD(skip=SKIP).full_steps(results.scale.steps)}")
     exact = _joined(results, "exact nats")
     table = report.table("Responses against those of exact attention", [
-        "method", "density of the pattern", "density over the run", "agreement", "low", "high", "nats a token",
+        "method", "density of the pattern", "density over the run", "agreement", "low", "high", "nats per token",
         "difference"], [["exact", 1.0, 1.0, 1.0, 1.0, 1.0, _mean(exact), 0.0]],
         note=f"{len(exact)} texts; agreement: fraction of equal tokens; intervals: 95 % bootstrap over texts; "
-             "difference: mean absolute difference of nats a token to exact attention's response")
+             "difference: mean absolute difference of nats per token to exact attention's response")
     points = []
     for name, (_, pattern) in methods(results.scale).items():
         agreement = _joined(results, "methods", name, "agreement")

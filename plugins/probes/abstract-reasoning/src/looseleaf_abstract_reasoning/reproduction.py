@@ -96,7 +96,7 @@ def sound(problem: Problem, kind: str) -> bool:
 
 
 def facts(results: Results) -> dict[str, Any]:
-    """What the report says first."""
+    """The facts at the head of the report."""
     probe = results.scale.probe
     return {"model": "SmolLM2-135M-Instruct, float32", "prompts": sum(len(row["scores"]) for row in results.rows),
             "sample": f"{probe.per_category} problems of each category and seed, spread evenly over its sub-datasets",

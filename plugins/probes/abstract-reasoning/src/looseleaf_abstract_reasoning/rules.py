@@ -66,7 +66,7 @@ def place(text: str, length: int) -> int:
     """A place or distance in [0, length)."""
     n = integer(text)
     if not 0 <= n < length:
-        raise ValueError(f"expected a place in [0, {length}), got {n}")
+        raise ValueError(f"expected a position in [0, {length}), got {n}")
     return n
 
 

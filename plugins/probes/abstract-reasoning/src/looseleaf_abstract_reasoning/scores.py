@@ -169,7 +169,7 @@ def write_report(report: Report, scores: Sequence[Score]) -> None:
 
 def _gamma(report: Report, scores: Sequence[Score], names: Sequence[str]) -> None:
     table = report.table("Gamma, the abstract reasoning score", [
-        "category", "what", "items", "chance", "Gamma", "low", "high"],
+        "category", "description", "items", "chance", "Gamma", "low", "high"],
         note="accuracy, and 95 % bootstrap interval over items; symbolic reasoning: all three remappings together")
     for name in names:
         part = of_category(scores, name)
@@ -182,7 +182,7 @@ def _delta(report: Report, scores: Sequence[Score], names: Sequence[str]) -> Non
         "category", "remapped", "problems", "Gamma", "after", "Delta", "low", "high", "of Gamma", "low", "high"],
         note="Gamma of the same problems before and after, absolute and as a fraction of Gamma; 95 % bootstrap over "
              "problems. The paper has it for extended calculation alone. Guesses survive a remapping, so with choices "
-             "Delta is at most Gamma less chance, but for luck")
+             "Delta is at most Gamma minus chance, apart from luck")
     accuracy: dict[str, Points] = {kind: [] for kind in KINDS}
     loss: dict[str, Points] = {kind: [] for kind in REMAPPINGS}
     places = [name for name in names if name != "symbolic-reasoning"]

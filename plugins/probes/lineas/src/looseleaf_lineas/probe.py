@@ -163,7 +163,7 @@ class LinEAS(Probe):
             preferences.append(two - one)
             effect.add(strength, two - one, one, two)
             report.examples += [(f"strength {strength:g}", text) for text in texts]
-        report.figure("Preference for target sentences", x_label="strength", y_label="nats a token",
+        report.figure("Preference for target sentences", x_label="strength", y_label="nats per token",
                       series=[_line("held-out sentences", preferences, STRENGTHS)])
         return report
 

@@ -166,9 +166,10 @@ class Steering:
 
 def _check_strength(strength: float) -> None:
     if not isinstance(strength, (int, float)) or not math.isfinite(strength):
-        raise ValueError(f"strength: expected a number, 0 (nothing) to 1 (what was learned), got {strength!r}")
+        raise ValueError("strength: expected a number, such as 0 (no effect) or 1 (as learned), got "
+                         f"{strength!r}")
     if not 0 <= strength <= 1:
-        warnings.warn(f"strength={strength} lies outside 0 to 1, where nothing was learned", stacklevel=3)
+        warnings.warn(f"strength={strength} lies outside [0, 1], beyond what was learned", stacklevel=3)
 
 
 def _readers(model: nn.Module, names: list[str], example: Mapping[str, Tensor]) -> dict[str, list[nn.Linear]]:

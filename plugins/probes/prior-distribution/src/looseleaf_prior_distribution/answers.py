@@ -30,7 +30,7 @@ def priors(model: LocalModel, task: PriorTask, careful: bool = False) -> dict[st
         careful: with the instruction of the prompting intervention.
 
     Returns:
-        Answer -> nats a token.
+        Answer -> nats per token.
 
     Raises:
         ValueError: two answers that the tokenizer makes the same tokens of.
@@ -87,7 +87,7 @@ def lens_scores(model: LocalModel, lens: LogitLens, task: PriorTask, responses: 
             comparison, and is what happens by itself for a model without a cache.
 
     Returns:
-        (layers, instances), nats a token; the last layer's is the model's own.
+        (layers, instances), nats per token; the last layer's is the model's own.
     """
     heads, tails = model.encode_pairs([task.prompt(i) for i in task.instances],
                                       [[task.continuation(r)] for r in responses])
@@ -222,13 +222,13 @@ def slope(prior: Sequence[float], correct: Sequence[float], answers: Sequence[ob
         answers: (n,) the right answers.
         size: (n,) how hard each question is by itself; the slope is then that at equal size.
         samples: resamples.
-        seed: of the resampling.
+        seed: random seed of the resampling.
 
     Raises:
         ValueError: not equally many values, or fewer than two.
     """
     if not len(prior) == len(correct) == len(answers) or len(prior) < 2:
-        raise ValueError("slope: expected equally many priors, marks and answers, two or more, got "
+        raise ValueError("slope: expected equally many priors, scores and answers, two or more, got "
                          f"{len(prior)}, {len(correct)} and {len(answers)}")
     columns = [np.asarray(prior, dtype=np.float64)]
     if size is not None and np.ptp(np.asarray(size)) > 0:
@@ -267,7 +267,7 @@ class Behaviour:
 
     Attributes:
         task: the task.
-        prior: answer -> log prior, nats a token.
+        prior: answer -> log prior, nats per token.
         correct: (n,) 1.0 where the likeliest answer is the right one.
         responses: the likeliest answer to each question.
         surprisal: (n,) negative log-probability of each right answer among the answer space, nats; log of the number of
@@ -292,7 +292,7 @@ class Behaviour:
 
     @property
     def pull(self) -> float | None:
-        """Mean log prior of the wrong answers given less that of the right ones, nats a token; None without errors.
+        """Mean log prior of the wrong answers given less that of the right ones, nats per token; None without errors.
 
         Above 0 the model errs towards likely answers.
         """

@@ -136,7 +136,7 @@ def planted(answers: int = 16, instances: int = 64, *, copy: float = 2.0, spread
         seed: of the table and the answers.
 
     Returns:
-        Model, tokenizer, task, and answer -> log prior, nats a token.
+        Model, tokenizer, task, and answer -> log prior, nats per token.
     """
     if span not in (1, 2) or answers < 2:
         raise ValueError(f"planted: expected span 1 or 2 and answers >= 2, got span={span}, answers={answers}")

@@ -19,7 +19,7 @@ class Layers:
     """What the logit lens shows of one task, layer by layer.
 
     Attributes:
-        gold: (layers, n) log-likelihood of each right answer, nats a token.
+        gold: (layers, n) log-likelihood of each right answer, nats per token.
         favoured: (layers, n) that of the wrong answer with the highest prior.
         correlation: (layers,) correlation over questions of ``gold`` with the right answers' prior.
         response_correlation: (layers,) the same of the model's own answers with theirs.
@@ -56,7 +56,7 @@ def locate(correlations: Sequence[float], count: int) -> list[int]:
         ValueError: more layers asked for than there are.
     """
     if not 1 <= count <= len(correlations):
-        raise ValueError(f"count: expected 1 to {len(correlations)}, the number of layers, got {count}")
+        raise ValueError(f"count: expected an integer in [1, {len(correlations)}], the number of layers, got {count}")
     rises = np.diff(np.asarray(correlations, dtype=np.float64), prepend=0.0)
     # a stable sort: of equal rises the earlier layer is taken
     return sorted(int(layer) for layer in np.argsort(-rises, kind="stable")[:count])

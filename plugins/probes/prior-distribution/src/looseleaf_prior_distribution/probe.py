@@ -111,9 +111,9 @@ def show_behaviour(report: Report, plain: Behaviour, careful: Behaviour, count: 
     report.table(f"{name}: accuracy over the prior of the right answer",
                  ["log prior", "questions", "plain prompt", "with the instruction", "gain"],
                  [[prior, n, *marks, marks[1] - marks[0]] for prior, n, marks in groups],
-                 note="prior: log-likelihood after the prompt without the question, nats a token")
+                 note="prior: log-likelihood after the prompt without the question, nats per token")
     xs = [prior for prior, _, _ in groups]
-    report.figure(f"{name}: accuracy over the prior", x_label="log prior of the right answer, nats a token",
+    report.figure(f"{name}: accuracy over the prior", x_label="log prior of the right answer, nats per token",
                   y_label="accuracy", series=[Series("plain prompt", xs, [m[0] for _, _, m in groups]),
                                               Series("with the instruction", xs, [m[1] for _, _, m in groups])])
     table = report.table(f"{name}: dominated by the prior?", [
@@ -143,7 +143,7 @@ def show_layers(report: Report, name: str, layers: Layers, located: Sequence[int
         "layer", "correlation", "rise", "correlation, own answers", "right answer", "favoured wrong answer",
         "correlation, turned down", "accuracy, turned down"],
         note="correlation over questions of the log-likelihood under the logit lens with the log prior; "
-             "log-likelihoods in nats a token; turned down: the model's output with the layer's contribution times "
+             "log-likelihoods in nats per token; turned down: the model's output with the layer's contribution times "
              f"{alpha:g}, accuracy against the wrong answers with the highest prior")
     before = 0.0
     for n in range(count):
@@ -157,7 +157,7 @@ def show_layers(report: Report, name: str, layers: Layers, located: Sequence[int
         Series("own answers", xs, layers.response_correlation.tolist()),
         Series("located", [float(n) for n in located], [float(layers.correlation[n]) for n in located],
                style="points")])
-    report.figure(f"{name}: logit lens", x_label="layer", y_label="log-likelihood, nats a token", series=[
+    report.figure(f"{name}: logit lens", x_label="layer", y_label="log-likelihood, nats per token", series=[
         Series("right answer", xs, layers.gold.mean(1).tolist()),
         Series("favoured wrong answer", xs, layers.favoured.mean(1).tolist())])
     if scaled is not None:

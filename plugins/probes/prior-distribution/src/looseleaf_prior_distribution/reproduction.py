@@ -166,7 +166,7 @@ def show(report: Report, results: Results) -> None:
                  for kind in ("plain", "careful")}
         groups = bins([row[0] for row in asked["plain"]], [[row[1] for row in rows] for rows in asked.values()], BINS)
         xs = [x for x, _, _ in groups]
-        report.figure(f"{name}: accuracy over the prior", x_label="log prior of the right answer, nats a token",
+        report.figure(f"{name}: accuracy over the prior", x_label="log prior of the right answer, nats per token",
                       y_label="accuracy", series=[Series("plain prompt", xs, [m[0] for _, _, m in groups]),
                                                   Series("with the instruction", xs, [m[1] for _, _, m in groups])])
         report.table(f"{name}: gain of the instruction by prior",
@@ -179,7 +179,7 @@ def show(report: Report, results: Results) -> None:
         rows = [results.interval("layers", name, "correlation", n) for n in range(count)]
         lines.append(Series(name, xs, [r.value for r in rows], [r.low for r in rows], [r.high for r in rows],
                             style="line"))
-        report.figure(f"{name}: logit lens", x_label="layer", y_label="log-likelihood, nats a token", series=[
+        report.figure(f"{name}: logit lens", x_label="layer", y_label="log-likelihood, nats per token", series=[
             Series(label, xs, np.mean(results.values("layers", name, label), 0).tolist(), style="line")
             for label in ("right answer", "favoured wrong answer")])
     report.figure("Correlation of the logit lens with the prior", x_label="layer", y_label="correlation over questions",
@@ -288,7 +288,7 @@ CLAIMS = [
     StudyClaim("Tuning the located layers reaches high held-out accuracy", f"paper, abstract; {RULE}",
                "high accuracy on answers not trained on [abstract]",
                "held-out accuracy up by 20 points or more, mean over seeds", _tuned),
-    StudyClaim("After tuning, errors no longer go with the prior", "paper, abstract",
+    StudyClaim("After tuning, errors are no longer correlated with the prior", "paper, abstract",
                "no longer correlated with the prior [abstract]", "95 % interval of the slope has 0 in it", _no_slope),
     StudyClaim("Tuning the located layers does more than tuning as many others", RULE, "-", GAP,
                functools.partial(_more_than, "tuned_control", "acronym", "control layers")),

@@ -155,7 +155,7 @@ def split_by_answer(task: PriorTask, priors: Mapping[str, float], *, held_out: f
     Args:
         task: the task.
         priors: answer -> log prior.
-        held_out: fraction of the answers that goes to the test, above 0 and at most 0.5.
+        held_out: fraction of the answers that goes to the test set, in (0, 0.5].
         seed: of the draw.
 
     Raises:
@@ -227,7 +227,7 @@ def counting(instances: int = 48, *, seed: int = 0, most: int = 8, demonstration
     """
     _check(instances, demonstrations)
     if not 2 <= most <= len(NUMBERS):
-        raise ValueError(f"most: expected 2 to {len(NUMBERS)}, got {most}")
+        raise ValueError(f"most: expected an integer in [2, {len(NUMBERS)}], got {most}")
     rng = random.Random(f"counting {seed}")
 
     def make(number: int) -> Instance:
@@ -262,7 +262,7 @@ def shift_cipher(instances: int = 48, *, seed: int = 0, answers: int = 24, demon
         shift: by how much, 1 to 25.
     """
     if not 1 <= shift <= 25:
-        raise ValueError(f"shift: expected 1 to 25, got {shift}")
+        raise ValueError(f"shift: expected an integer in [1, 25], got {shift}")
     alphabet = string.ascii_lowercase
     return _letters("shift cipher", instances, seed, answers, demonstrations, lambda word, rng: " ".join(
         alphabet[(alphabet.index(letter) + shift) % 26] for letter in word))

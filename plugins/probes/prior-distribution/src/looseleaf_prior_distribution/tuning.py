@@ -27,7 +27,7 @@ class Tuned:
 
     Attributes:
         weights: parameter name -> tensor, on the CPU.
-        info: how they were made; ``loss`` has the mean loss of each epoch, nats a token.
+        info: how they were made; ``loss`` has the mean loss of each epoch, nats per token.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], info: dict[str, Any] | None = None) -> None:
@@ -62,7 +62,7 @@ class Tuned:
                 parameter.copy_(self.weights[name])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to a safetensors file, whole or not at all."""
+        """Write to a safetensors file, atomically."""
         save_tensors(path, self.weights, self.info, format=FORMAT)
 
     @classmethod

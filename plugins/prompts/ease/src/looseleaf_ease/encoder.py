@@ -150,7 +150,7 @@ def _embed(model: LanguageModel, texts: list[str]) -> Any:
     try:
         return model.embed(texts)
     except EndpointError as error:
-        raise EndpointError(f"encoder='model' asks the server for embeddings, and it gave none ({error}): "
+        raise EndpointError(f"encoder='model' needs embeddings from the server, which returned none ({error}): "
                             f"{advice}") from error
     except NotImplementedError as error:
         raise ValueError(f"encoder='model', but {error}: {advice}") from error

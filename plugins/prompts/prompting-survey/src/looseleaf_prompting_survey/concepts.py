@@ -137,7 +137,7 @@ def sharing(model: LanguageModel) -> str:
 
 
 def calibration(model: LanguageModel) -> str:
-    """What a prompt says about no input at all, and predictions before and after taking it back."""
+    """A prompt's bias on content-free inputs, and predictions before and after removing it."""
     plain = PREFIX.to_prompt(FILMS.labels)
     calibrated = calibrate(plain, FILMS, model)
     assert isinstance(calibrated, CalibratedPrompt)

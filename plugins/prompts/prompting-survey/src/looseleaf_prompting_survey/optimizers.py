@@ -79,7 +79,7 @@ class TemplateOptimizer(TextOptimizer):
 
     Args:
         templates: with ``[X]`` or ``{field}`` and ``[Z]``; none: the task's own and seven others written by hand.
-        calibrate: take back from each template what it says about inputs without content; three calls each.
+        calibrate: remove each template's bias, measured on content-free inputs; three calls each.
         num_examples: labelled examples that templates are scored on, at most.
     """
 
@@ -181,7 +181,7 @@ class Candidates:
                       log_likelihood(rows, self.targets))
 
     def info(self, scored: Sequence[Scored], fitness: float, **more: Any) -> dict[str, Any]:
-        """What every search says about itself."""
+        """Metadata of the search."""
         best = list(itertools.accumulate((s.score for s in scored), max))
         count = len(self.examples)
         return self.search.info(
@@ -199,7 +199,7 @@ class TemplateSearch(TemplateOptimizer):
 
     Args:
         templates: with ``[X]`` or ``{field}`` and ``[Z]``; none: the task's own and seven others written by hand.
-        calibrate: take back from each template what it says about inputs without content; three calls each.
+        calibrate: remove each template's bias, measured on content-free inputs; three calls each.
         num_examples: labelled examples that templates are scored on, at most.
         rounds: of paraphrasing; 0 takes the best of the pool.
         beam: templates paraphrased in a round.
@@ -274,7 +274,7 @@ class TemplateEnsemble(TemplateOptimizer):
 
     Args:
         templates: with ``[X]`` or ``{field}`` and ``[Z]``; none: the task's own and seven others written by hand.
-        calibrate: take back from each template what it says about inputs without content; three calls each.
+        calibrate: remove each template's bias, measured on content-free inputs; three calls each.
         num_examples: labelled examples the weights are fitted to, at most.
         weights: ``"uniform"``; ``"accuracy"``: in proportion to each template's accuracy (PET); ``"likelihood"``: those
             under which the right labels are likeliest. For generation tasks the latter two are both the mean score.

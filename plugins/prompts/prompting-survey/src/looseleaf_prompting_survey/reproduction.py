@@ -1,4 +1,4 @@
-"""What the survey says of ensembles, demonstrations and calibration, measured on SmolLM2-135M and real texts."""
+"""The survey's claims about ensembles, demonstrations and calibration, measured on SmolLM2-135M and real texts."""
 
 from __future__ import annotations
 

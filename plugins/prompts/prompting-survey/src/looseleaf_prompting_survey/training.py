@@ -58,7 +58,7 @@ class Tuned:
 
     Attributes:
         prompt: to be used with the model from now on; None for promptless fine-tuning, which reads :attr:`head`.
-        losses: mean negative log-probability of the right answer (nats a token; a label for ``head``) at each step.
+        losses: mean negative log-probability of the right answer (nats per token; a label for ``head``) at each step.
         head: promptless fine-tuning: the classifier on the last token's hidden state.
     """
 
@@ -183,7 +183,7 @@ def answer_ids(model: LocalModel, task: TextTask, prompt: TextPrompt,
 
 def answer_loss(model: LocalModel, task: TextTask, prompt: TextPrompt, examples: Sequence[Example],
                 soft: Tensor | None = None) -> Tensor:
-    """Mean negative log-probability (nats a token) of the right answers after the prompts, soft tokens first."""
+    """Mean negative log-probability (nats per token) of the right answers after the prompts, soft tokens first."""
     ids, _, targets = answer_ids(model, task, prompt, examples)
     embedded: Any = model.model.get_input_embeddings()(ids)
     if soft is not None:
@@ -258,7 +258,7 @@ class SoftPromptTuning(TextOptimizer):
             start: the text that examples are shown with, soft tokens of its own left out; None: as the task does.
 
         Returns:
-            A soft prompt, whose ``info`` also holds ``losses`` (nats a token, before each step); ``fitness`` is its
+            A soft prompt, whose ``info`` also holds ``losses`` (nats per token, before each step); ``fitness`` is its
             score on ``task.dev`` (``task.train`` where there is none), and ``evaluations`` the steps made.
 
         Raises:

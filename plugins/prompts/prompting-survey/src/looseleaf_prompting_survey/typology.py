@@ -24,7 +24,7 @@ COLUMNS = {
     "tuning": "which parameters are trained: see looseleaf_prompting_survey.STRATEGIES",
     "multi_prompt": "ensembling, augmentation, composition, decomposition or sharing",
 }
-"""Column -> what it says. A cell holds several values separated by ``"; "``, or none where we are not certain."""
+"""Column -> its meaning. A cell holds several values separated by ``"; "``, or none where we are not certain."""
 
 
 def typology(**where: object) -> Table:

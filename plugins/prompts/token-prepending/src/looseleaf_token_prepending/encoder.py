@@ -62,12 +62,12 @@ class Settings:
 class SentenceEncoder:
     """A decoder of transformers as an encoder of sentences.
 
-    Neither weights nor tokeniser are changed: the placeholder's embedding and the prepended states are put in by hooks
+    Neither weights nor tokenizer are changed: the placeholder's embedding and the prepended states are put in by hooks
     that are there only during a call.
 
     Args:
         model: a decoder of transformers, with or without its head, in evaluation mode.
-        tokenizer: its tokeniser.
+        tokenizer: its tokenizer.
         settings: see :class:`Settings`.
         batch_tokens: most positions (rows x longest row) that are run together; from 1.
 
@@ -78,7 +78,7 @@ class SentenceEncoder:
 
     def __init__(self, model: Any, tokenizer: Any, settings: Settings, batch_tokens: int = 8192) -> None:
         if not isinstance(model, nn.Module) or not callable(tokenizer):
-            raise ValueError("model, tokenizer: expected a decoder of transformers and its tokeniser, got "
+            raise ValueError("model, tokenizer: expected a decoder of transformers and its tokenizer, got "
                              f"{type(model).__name__} and {type(tokenizer).__name__}")
         if not isinstance(batch_tokens, int) or batch_tokens < 1:
             raise ValueError(f"batch_tokens: expected an integer >= 1, got {batch_tokens!r}")
@@ -243,7 +243,7 @@ def _checked(settings: Settings, count: int) -> Settings:
         raise ValueError(f"expected start_layer >= 1 and end_layer above it up to {count}, the model's layers, or "
                          f"end_layer=0 for none, got start_layer={first}, end_layer={end}")
     if not 1 <= abs(leave) <= count:
-        raise ValueError(f"exit_layer: expected 1 to {count}, the model's layers, or -{count} to -1, got {leave}")
+        raise ValueError(f"exit_layer: expected one of the model's layers, 1 to {count} or -{count} to -1, got {leave}")
     if settings.pooling not in ("last", "mean"):
         raise ValueError(f"pooling: expected 'last' or 'mean', got {settings.pooling!r}")
     if not settings.templates:
@@ -288,7 +288,7 @@ def last_token(model: Any, tokenizer: Any, exit_layer: int = -1, normalize: bool
 
     Args:
         model: a decoder of transformers.
-        tokenizer: its tokeniser.
+        tokenizer: its tokenizer.
         exit_layer: the layer whose output is taken, as in :class:`Settings`.
         normalize: to length 1.
     """
@@ -308,7 +308,7 @@ def prompt_eol(model: Any, tokenizer: Any, prompt: str = "prompteol", exit_layer
 
     Args:
         model: a decoder of transformers.
-        tokenizer: its tokeniser.
+        tokenizer: its tokenizer.
         prompt: a name of :data:`TEMPLATES`, or a template with ``{text}``.
         exit_layer: the layer whose output is taken, as in :class:`Settings`.
         normalize: to length 1.

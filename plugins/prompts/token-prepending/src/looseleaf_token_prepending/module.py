@@ -66,7 +66,7 @@ class TokenPrependingModule(InputModule):
         return {**dataclasses.asdict(self.encoder.settings), "batch_tokens": self.encoder.batch_tokens}
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
-        """Write model (safetensors), tokeniser and settings."""
+        """Write model (safetensors), tokenizer and settings."""
         self.model.save_pretrained(output_path)
         self.tokenizer.save_pretrained(output_path)
         self.save_config(output_path)

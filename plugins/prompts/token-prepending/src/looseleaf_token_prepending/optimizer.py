@@ -92,7 +92,7 @@ class TokenPrepending(TextOptimizer):
 
         Args:
             model: a decoder of transformers, in evaluation mode; not changed.
-            tokenizer: its tokeniser.
+            tokenizer: its tokenizer.
             seed: of the placeholder's own embedding, which only the first layer reads.
 
         Raises:

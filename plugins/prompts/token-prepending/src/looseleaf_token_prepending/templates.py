@@ -15,7 +15,7 @@ from looseleaf.errors import did_you_mean
 from looseleaf_text.slots import fill, slots
 
 PLACEHOLDER = "<PST>"
-"""Marks in a template where the placeholder token goes; it is never tokenised as text."""
+"""Marks in a template where the placeholder token goes; it is never tokenized as text."""
 
 NOWHERE = -1
 """Place of the placeholder in a row that has none."""
@@ -75,7 +75,7 @@ def without_placeholder(template: str) -> str:
 def around(template: str) -> tuple[str, str]:
     """What stands before and behind the placeholder.
 
-    A space before the placeholder goes behind it: tokenisers keep a space with the word after it, and by itself it
+    A space before the placeholder goes behind it: tokenizers keep a space with the word after it, and by itself it
     would be a token of its own.
     """
     head, _, rest = template.partition(PLACEHOLDER)
@@ -159,7 +159,7 @@ def _shortened(tokenizer: Any, rest: str, text: str, limit: int, before: int) ->
     ids = _ids(tokenizer, [text])[0]
     keep = len(ids)
     tail = _ids(tokenizer, [fill(rest, {"text": text})])[0]
-    # text and prompt are tokenised together, so what a cut saves is known only afterwards
+    # text and prompt are tokenized together, so what a cut saves is known only afterwards
     while before + len(tail) > limit:
         keep -= before + len(tail) - limit
         if keep < 1:

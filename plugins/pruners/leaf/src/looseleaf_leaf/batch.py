@@ -56,7 +56,7 @@ def checked(batch: Mapping[str, Any], name: str = "the batch") -> dict[str, Any]
     ids = batch["input_ids"]
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32) or not ids.numel():
         shape = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
-        raise ValueError(f"input_ids of {name}: expected a tensor (B, L) of token ids that is not empty, got {shape}")
+        raise ValueError(f"input_ids of {name}: expected a non-empty tensor (B, L) of token ids, got {shape}")
     full: dict[str, Any] = dict(batch)
     full.setdefault("attention_mask", torch.ones_like(ids))
     for key, value in full.items():

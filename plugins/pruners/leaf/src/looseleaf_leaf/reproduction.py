@@ -129,7 +129,7 @@ def train(model: Any, data: Mapping[str, Tensor], part: Part, seed: int) -> None
 
 @torch.no_grad()
 def gap(teacher: Any, student: Any, batch: dict[str, Tensor]) -> float:
-    """KL from teacher to student on the responses, nats a token: what there is to learn."""
+    """KL from teacher to student on the responses, nats per token: what there is to learn."""
     read = {k: batch[k] for k in ("input_ids", "attention_mask")}
     return float(response_kl(teacher(**read).logits, student(**read).logits, batch["labels"]))
 
@@ -285,7 +285,7 @@ def claims_of(part: Part, own: Results) -> list[StudyClaim]:
             out.append(when_sound(
                 paired.low > 0, f"LeaF distils better {better}", source, paper,
                 f"paired difference {paired:+.3f}; accuracies: {accuracies}; {how}; before, the student is "
-                f"{of(GAPS[0]).value:.3g} nats a token from the teacher on distracted samples and "
+                f"{of(GAPS[0]).value:.3g} nats per token from the teacher on distracted samples and "
                 f"{of(GAPS[1]).value:.3g} on counterfactuals", "lower end of the paired difference of accuracy > 0"))
     if f"{LEAF}, attention" in own.rows[0]:
         fall = of(f"{LEAF}, attention", "student, attention")

@@ -70,7 +70,7 @@ class PairCollator:
 
 def response_kl(teacher: Tensor, student: Tensor, labels: Tensor, *, temperature: float = 1.0,
                 count: Tensor | int | None = None) -> Tensor:
-    """KL(teacher || student) over the positions that predict the response, nats a token.
+    """KL(teacher || student) over the positions that predict the response, nats per token.
 
     Args:
         teacher, student: logits (B, L, V); no gradient goes to the teacher's.

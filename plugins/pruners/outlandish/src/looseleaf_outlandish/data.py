@@ -77,7 +77,8 @@ def read_samples(lines: str) -> list[Sample]:
             raise ValueError(f'line {number}: expected {{"text": "...", "keyword": "...", "theme": ["...", ...]}} and, '
                              f'optionally, "level" and "category", got {line[:80]!r} ({error})') from error
     if not samples:
-        raise ValueError('no samples: give one object a line, {"text": "...", "keyword": "...", "theme": ["...", ...]}')
+        raise ValueError('no samples: give one JSON object per line, '
+                         '{"text": "...", "keyword": "...", "theme": ["...", ...]}')
     return samples
 
 

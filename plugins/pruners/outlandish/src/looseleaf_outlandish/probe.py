@@ -230,7 +230,7 @@ def learn(model: nn.Module, tokenizer: Any, text: str, *, steps: int, lr: float,
         autocast: compute in bfloat16; the weights stay as they are.
 
     Yields:
-        The loss of each step, after the step, in nats a token. With ``when="end"`` the update is pruned when the last
+        The loss of each step, after the step, in nats per token. With ``when="end"`` the update is pruned when the last
         value has been taken and the next is asked for, as a ``for`` loop does.
 
     Raises:

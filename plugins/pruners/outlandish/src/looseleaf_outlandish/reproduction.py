@@ -83,7 +83,7 @@ def learn_all_ways(local: LocalModel, sample: Sample, seed: int, scale: Scale, b
     Returns:
         ``log_p_before``, of the keyword in the text before learning, ``log_p_stones``, in the text with stepping
         stones; ``methods``: method -> (log S_mem, log S_prime); ``ordinary``: method -> loss on sentences that are
-        never learned, nats a token.
+        never learned, nats per token.
     """
     model, before = local.model, probe.keyword_probabilities(local, sample)
     row: Row = {"log_p_before": before.log_p, "methods": {}, "ordinary": {}, "log_p_stones": None}
@@ -138,7 +138,7 @@ def learn_all_ways(local: LocalModel, sample: Sample, seed: int, scale: Scale, b
 
 
 def ordinary_loss(local: LocalModel) -> float:
-    """Negative log-likelihood of the held-out sentences, nats a token."""
+    """Negative log-likelihood of the held-out sentences, nats per token."""
     scores = local.score([""] * len(HELD_OUT), [[text] for text in HELD_OUT])
     return -sum(row[0] for row in scores) / sum(map(local.count_tokens, HELD_OUT))
 

@@ -197,7 +197,7 @@ def optimised(optimizer: torch.optim.Optimizer, model: nn.Module | None = None) 
     Names are those of ``model``, or those the optimiser was given (``named_parameters``), or places.
 
     Raises:
-        ValueError: the optimiser has a parameter that is cut in pieces over processes.
+        ValueError: the optimiser has a parameter that is sharded across processes.
     """
     names = {} if model is None else {id(stored_parameter(*places[0])): name for name, places in holders(model).items()}
     parameters: dict[str, nn.Parameter] = {}
@@ -210,7 +210,7 @@ def optimised(optimizer: torch.optim.Optimizer, model: nn.Module | None = None) 
             seen.add(id(parameter))
             name = names.get(id(parameter), name)
             if hasattr(parameter, "to_local") or hasattr(parameter, "ds_id"):
-                raise ValueError(f"{name!r} is cut in pieces over processes ({type(parameter).__name__}): the largest "
+                raise ValueError(f"{name!r} is sharded across processes ({type(parameter).__name__}): the largest "
                                  "entries of a piece are not those of the whole. Gather the weights before and after "
                                  "the training and use IgnoreTopK.merge(before, after)")
             parameters[name] = parameter
