@@ -34,7 +34,7 @@ def attach(model: Any, backend: AttentionBackend, layers: str | int | Sequence[i
             :mod:`looseleaf.names`) of the attention modules to change; None: all that are known. Layers with a sliding
             window of their own are left exact always.
         steps: number of denoising steps of a run, for methods that change with them. In your own sampling loop also
-            set ``attached.step`` before each step; diffusers pipelines say both by themselves.
+            set ``attached.step`` before each step; diffusers pipelines do both by themselves.
         chunked_prefill: long prompts come in pieces. Otherwise several queries after a cache are taken for drafts of
             speculative decoding, which must be verified exactly.
 
@@ -130,16 +130,15 @@ def geometry(model: Any, modules: Sequence[nn.Module], layers: int) -> Geometry:
 
 def _grid(model: Any, modules: Sequence[nn.Module]) -> tuple[int, int, int] | None:
     """Frames, height and width in patches of what an image model takes."""
-    patches = getattr(getattr(model, "patch_embed", None), "grid_size", None)  # timm
-    if isinstance(patches, tuple) and len(patches) == 2:
-        return (1, *patches)
-    for place in (*(getattr(m, "config", None) for m in modules[:1]), getattr(model, "config", model)):
-        image, patch = (getattr(place, "image_size", None) or getattr(place, "sample_size", None),
-                        getattr(place, "patch_size", None))
-        sides, pieces = ([x, x] if isinstance(x, int) else list(x) if isinstance(x, (tuple, list)) else []
-                         for x in (image, patch))
-        if len(sides) == len(pieces) == 2:
-            return 1, sides[0] // pieces[0], sides[1] // pieces[1]
+    places = [*(getattr(m, "config", None) for m in modules[:1]), getattr(model, "config", model),
+              getattr(model, "patch_embed", None)]
+    for place in places:
+        sizes = (getattr(place, name, None) for name in ("image_size", "sample_size", "img_size"))
+        image = next((x for x in sizes if x), None)
+        (height, width), patch = ((x, x) if isinstance(x, int) else tuple(x or (0, 0))[-2:]
+                                  for x in (image, getattr(place, "patch_size", None)))
+        if height and all(patch):
+            return 1, height // patch[0], width // patch[1]
     return None
 
 
@@ -159,4 +158,4 @@ def _add_learned(backend: AttentionBackend, hosts: Sequence[nn.Module], attached
             learned.to(device=torch.device(device), dtype=like.dtype)
         learned.train(host.training)
         host.add_module(LEARNED, learned)
-        attached.also_undo(partial(host._modules.pop, LEARNED, None))
+        attached._undo.callback(host._modules.pop, LEARNED, None)

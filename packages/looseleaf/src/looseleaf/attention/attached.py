@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from types import SimpleNamespace, TracebackType
 from typing import Any
@@ -72,10 +72,6 @@ class Attached:
         except BaseException:
             self.detach()
             raise
-
-    def also_undo(self, step: Callable[[], Any]) -> None:
-        """Let :meth:`detach` run ``step`` too, before the rest."""
-        self._undo.callback(step)
 
     def detach(self) -> None:
         """Give the model its own attention back. Calling it again does nothing."""
@@ -170,23 +166,13 @@ class _Recomputed:
             return self.function(*args, **kwargs)
 
 
-class _Reentrant:
-    """In the place of torch's ``CheckpointFunction``, which calls the function in both passes."""
-
-    @staticmethod
-    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
-        return _ORIGINAL["CheckpointFunction"].apply(_Recomputed(function, ran=False), preserve, *args)
-
-
-def _non_reentrant(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[Any]:
-    """In the place of torch's generator, which calls the function in the backward pass only."""
-    original: Iterator[Any] = _ORIGINAL["_checkpoint_without_reentrant_generator"](
-        _Recomputed(function, ran=True), *args, **kwargs)
-    return original
-
-
-_OURS = {"CheckpointFunction": _Reentrant, "_checkpoint_without_reentrant_generator": _non_reentrant}
-_ORIGINAL: dict[str, Any] = {name: getattr(checkpoint, name) for name in _OURS}
+# What torch calls a function with under checkpointing: in both passes, and in the backward pass only.
+_BOTH, _BACKWARD = "CheckpointFunction", "_checkpoint_without_reentrant_generator"
+_ORIGINAL: dict[str, Any] = {name: getattr(checkpoint, name) for name in (_BOTH, _BACKWARD)}
+_OURS = {_BOTH: SimpleNamespace(apply=lambda function, *args: _ORIGINAL[_BOTH].apply(
+             _Recomputed(function, ran=False), *args)),
+         _BACKWARD: lambda function, *args, **kwargs: _ORIGINAL[_BACKWARD](
+             _Recomputed(function, ran=True), *args, **kwargs)}
 
 
 def _remember_recomputations() -> None:

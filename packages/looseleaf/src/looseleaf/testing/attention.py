@@ -343,6 +343,7 @@ class AttentionKit(Kit):
             try:
                 loss.backward()
             except (NotImplementedError, RuntimeError) as error:
+                assert not checkpointed, f"the backward pass fails behind the with-block: {error}"
                 raise Skip(f"the method has no gradient, and says so: {error}") from None
             gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
             assert bool(torch.isfinite(gradients[-1]).all()), "a gradient is not finite"
