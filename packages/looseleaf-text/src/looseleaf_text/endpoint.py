@@ -416,7 +416,7 @@ class EndpointModel(LanguageModel):
             return words(text)
 
     def count_tokens(self, text: str) -> int:
-        """See :meth:`LanguageModel.count_tokens`; a quarter of the characters where nobody can tell."""
+        """See :meth:`LanguageModel.count_tokens`; a quarter of the characters where it is unknown."""
         try:
             return len(self.tokenize(text))
         except EndpointError:

@@ -102,8 +102,8 @@ class TicketFolder:
     killed at any moment goes on with the first round that has no such file.
 
     Args:
-        folder: where, made when needed; None: keep nothing.
-        identity: plain data that tell this search from others; a folder of another search is refused.
+        folder: where, created when needed; None: keep nothing.
+        identity: plain data that tell this search from others; a folder of another search is rejected.
 
     Raises:
         ValueError: the folder belongs to another search, or cannot be read.

@@ -82,7 +82,7 @@ class TrainingRun:
         elif self._total is None:
             raise ValueError(f"rewind_to={self._rewind} is a fraction of an unknown number of steps: use "
                              "run.steps(total) or run.batches(loader, total), set run.total before the first "
-                             "run.step(), or give rewind_to as a whole number of steps")
+                             "run.step(), or give rewind_to as an integer number of steps")
         else:
             step = round(self._rewind * self._total)
             if not step:

@@ -26,7 +26,7 @@ class In:
     ``gamma: expected a number in (0, 1], got 3``. Fields that may be None and sequences of numbers work alike.
 
     Args:
-        interval: such as ``"[0, 1)"``, ``">= 1"`` or ``"> 0"``; whole numbers where the field is an ``int``.
+        interval: such as ``"[0, 1)"``, ``">= 1"`` or ``"> 0"``; integers where the field is an ``int``.
         infinite: accept infinity, where the interval is open to it.
     """
 

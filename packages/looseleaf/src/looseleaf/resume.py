@@ -29,9 +29,9 @@ class SearchState:
     """The state of one search in ``<state_dir>/state.json``.
 
     Args:
-        state_dir: folder of this search alone, made when needed; None keeps nothing.
+        state_dir: folder of this search alone, created when needed; None keeps nothing.
         identity: plain data that tell this search from others (method, parameters, data, model, seed); a state with
-            another identity is refused. What may change between the calls, such as a budget, is no part of it.
+            another identity is rejected. What may change between the calls, such as a budget, is no part of it.
     """
 
     def __init__(self, state_dir: str | os.PathLike[str] | None, identity: Mapping[str, Any]) -> None:

@@ -38,8 +38,8 @@ class MInference(AttentionBackend):
             None: 1000 columns and 6096 diagonals for all heads until :meth:`calibrate` or :meth:`load`.
         min_length: keys up to which attention is exact.
         block_size: tokens of a block: 16, 32, 64 or 128.
-        forced_columns: so many first columns are always among the columns of a head.
-        forced_offsets: so many nearest diagonals are always among the diagonals of a head.
+        forced_columns: number of first columns that are always among the columns of a head.
+        forced_offsets: number of nearest diagonals that are always among the diagonals of a head.
     """
 
     last_q: Annotated[int, In(">= 1")] = 64

@@ -63,7 +63,7 @@ class PAROAttention(AttentionBackend):
         pv_bits: bits of probabilities and values: 8, 4, or 16; with ``qk_bits`` 16 only 16.
         alpha: weight of uniform blocks against empty blocks in the choice of the order, 0 to 1.
         block: tokens of a block: 16, 32, 64 or 128.
-        dense_steps: so many first denoising steps are exact.
+        dense_steps: number of initial denoising steps that are exact.
         step_groups: parts of a run of denoising steps with masks of their own; 1, or 2 for two halves, or more.
         threshold: keep the blocks that hold at least this fraction of their rows' attention, instead of a
             ``density``; in (0, 1], or None.

@@ -93,7 +93,7 @@ class TokenGrid:
         text_tokens: tokens of text in the same sequence, at most.
         text_first: text stands before the grid, else after it.
         permutations: as :class:`PAROAttention` takes them.
-        dense_steps: so many first denoising steps are exact.
+        dense_steps: number of initial denoising steps that are exact.
         step_groups: parts of a run of denoising steps.
     """
 

@@ -1,4 +1,4 @@
-"""Gamma and Delta: accuracy with original symbols, and what of it is lost when they are remapped (section 4)."""
+"""Gamma and Delta: accuracy with original symbols, and how much of it is lost when they are remapped (section 4)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What a model gives answers: sequence likelihoods and priors, also under the logit lens, and how being right goes with
-the prior."""
+"""What a model gives answers: sequence likelihoods and priors, also under the logit lens, and how being right
+depends on the prior."""
 
 from __future__ import annotations
 

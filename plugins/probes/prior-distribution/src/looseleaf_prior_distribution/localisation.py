@@ -107,7 +107,7 @@ def scaling(model: LocalModel, task: PriorTask, prior: dict[str, float], alpha: 
         task: the task.
         prior: answer -> log prior of the model as it is.
         alpha: the factor, 0 to 1.
-        alternatives: the right answer is compared with so many wrong ones, those with the highest prior.
+        alternatives: number of wrong answers that the right one is compared with, those with the highest prior.
         part: the attention's contribution, the MLP's, or both.
         layers: which layers; None: all.
         progress: show a progress bar; None: only on a terminal.

@@ -25,11 +25,11 @@ class PriorProbe(Probe):
         tasks: which of the built-in tasks: counting, acronym, shift_cipher, reversal, middle_word.
         instances: questions of each task.
         demonstrations: solved questions in each prompt.
-        bins: groups of like prior in which accuracy is shown.
+        bins: groups of similar prior in which accuracy is shown.
         layers: how many layers to locate: those where the correlation with the prior rises most.
         scaled: questions that layers are turned down on, one layer after the other; fewer than instances, as this costs
             most.
-        alpha: factor of a layer's contribution when it is turned down, 0 to 1.
+        alpha: factor of a layer's contribution when it is turned down, in [0, 1].
         part: what is turned down: attention, mlp or both.
     """
 

@@ -259,7 +259,7 @@ def shift_cipher(instances: int = 48, *, seed: int = 0, answers: int = 24, demon
 
     Args:
         instances, seed, answers, demonstrations: as for :func:`acronym`.
-        shift: by how much, 1 to 25.
+        shift: by how much, in [1, 25].
     """
     if not 1 <= shift <= 25:
         raise ValueError(f"shift: expected an integer in [1, 25], got {shift}")

@@ -97,9 +97,9 @@ def mitigate(model: nn.Module, tokenizer: Any, task: PriorTask, layers: Sequence
         tokenizer: the model's.
         task: what to train on; its demonstrations are not used.
         layers: which layers, from 0; negative ones count from the end.
-        epochs: passes over the questions.
+        epochs: number of epochs.
         lr: learning rate of the first step.
-        pack: questions in a text.
+        pack: questions per text.
         seed: of the order.
         progress: show a progress bar; None: only on a terminal.
 

@@ -37,7 +37,7 @@ def resolve(encoder: Choice, model: LanguageModel) -> tuple[str, Encoder]:
     Args:
         encoder: ``"minilm"``, ``"model"`` (``model.embed``), ``"auto"`` (MiniLM where its package and transformers
             are installed, else the model), a name for sentence-transformers, or a function.
-        model: the language model, metered: what it embeds is paid for.
+        model: the language model, metered: its embeddings are charged to the budget.
 
     Raises:
         ModuleNotFoundError: the package of the encoder is not installed.

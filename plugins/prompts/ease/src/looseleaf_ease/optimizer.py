@@ -46,26 +46,26 @@ class EASE(TextOptimizer):
     the first instruction and its exemplars, if any, are the first arm.
 
     Args:
-        k: exemplars in the prompt; from 1, at most as many as there are different training examples.
-        total_iterations: the search ends after this many evaluations; from 1.
+        k: exemplars in the prompt; >= 1, and at most the number of different training examples.
+        total_iterations: the search ends after this many evaluations; >= 1.
         n_init: random evaluations at the beginning, from 1 to ``total_iterations``, all of which is Best-of-N; None:
             the paper's 40 of 165, or the same fraction of what ``total_iterations`` or the budget's calls allow.
-        nu: weight of exploration, inside the root of the bound; from 0, which is greedy.
-        lam: regularisation of the network and of the bound; above 0.
-        domain: arms drawn in each round; from 1.
-        keep: arms of a round that are embedded and compared; from 1. None: 50, or as many as there are validation
+        nu: weight of exploration, inside the root of the bound; >= 0; 0 is greedy.
+        lam: regularisation of the network and of the bound; > 0.
+        domain: arms drawn in each round; >= 1.
+        keep: arms of a round that are embedded and compared; >= 1. None: 50, or as many as there are validation
             examples where ``model`` embeds, since each is a call then.
         ot: keep the arms nearest by optimal transport; False keeps the first drawn.
-        hidden: width of the network's three hidden layers; from 1.
-        train_steps: training steps of the network in each round; from 1.
+        hidden: width of the network's three hidden layers; >= 1.
+        train_steps: training steps of the network in each round; >= 1.
         encoder: what embeds prompts. "minilm": the sentence encoder of the extra looseleaf-ease[minilm];
             "model": the language model's own ``embed``, each text a call; "auto": MiniLM where it is installed, else
             the model; any name of sentence-transformers; or a function from texts to vectors.
-        pool: at most this many training examples to choose from, labels taking turns; from 1.
-        validation: at most this many dev examples to score on, labels taking turns; from 1.
+        pool: at most this many training examples to choose from, labels taking turns; >= 1.
+        validation: at most this many dev examples to score on, labels taking turns; >= 1.
         instructions: candidate instructions, beside none at all or the start's.
-        propose: how many more instructions the model writes itself, one call each; from 0.
-        target: the search ends when a score reaches it; above 0. For a metric of your own that goes beyond 1.
+        propose: how many more instructions the model writes itself, one call each; >= 0.
+        target: the search ends when a score reaches it; > 0. For a metric of your own that goes beyond 1.
     """
 
     k: Annotated[int, In(">= 1")] = 5

@@ -138,7 +138,7 @@ def closest(cost: Floats, sets: Ints, keep: int) -> Ints:
     Args:
         cost: (n, m) between all exemplars and the validation examples.
         sets: (problems, k) rows of ``cost``.
-        keep: how many, from 1.
+        keep: how many, >= 1.
 
     Returns:
         Indices into ``sets``, nearest first; equal distances in the order given.

@@ -48,7 +48,7 @@ def search(template: Template, examples: Sequence[Example], model: LanguageModel
         template: with one answer slot.
         examples: the inputs x.
         model: causal, masked or behind a server; an open space needs one that generates.
-        space: the answer space Z: a verbalizer, texts, or None for whatever the model says (open).
+        space: the answer space Z: a verbalizer, texts, or None for whatever the model generates (open).
         how: take the likeliest answer, or draw one with the model's probabilities (temperature 1).
         seed: of the drawing.
         max_tokens, stop: of an open answer.
