@@ -469,7 +469,7 @@ def test_optimisers_that_cannot_be_pruned() -> None:
         pass
 
 
-def test_a_weight_cut_in_pieces_over_processes_is_refused() -> None:
+def test_a_weight_sharded_across_processes_is_rejected() -> None:
     weight = nn.Parameter(torch.ones(3))
     weight.ds_id = 0  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="sharded across"), IgnoreTopK().attach(torch.optim.SGD([weight], lr=0.1)):

@@ -38,11 +38,11 @@ class PromptQuine(TextOptimizer):
     ``task.train`` where there is no ``dev``; at most ``num_shots // 2`` examples per class each.
 
     Args:
-        population_size: prompts that live at a time; from 1.
-        reproduction_size: offspring per generation (GGA); from 1.
-        max_prompts: the search ends after this many different prompts; from 1.
+        population_size: prompts in the population; >= 1.
+        reproduction_size: offspring per generation (GGA); >= 1.
+        max_prompts: the search ends after this many different prompts; >= 1.
         min_prompt_length: the search ends when the population keeps this many tokens on average, slots not
-            counted; from 0.
+            counted; >= 0.
         mode: "GGA": the best offspring replace their parents all at once; "SSGA": one offspring at a time
             replaces the worst of the population.
         mutation_sizes: how many tokens an offspring may lose, chosen with equal chances; each from 1.
@@ -50,14 +50,14 @@ class PromptQuine(TextOptimizer):
         rerank_top: fraction of the prompts seen that is ranked again, in [0, 1]; 0 returns the fittest.
         initialize_duplicate: begin with copies of the start; False begins with random prunings of 5 to 20 %.
         reward_driven: fitness is the piecewise reward on label margins; False takes plain accuracy, as the
-            authors' code does unless told otherwise. Generation tasks always take the task's metric.
-        num_shots: examples per class; half for fitness and half for re-ranking; from 2.
-        shots: demonstrations of the start made where none is given; from 1.
+            authors' code does by default. Generation tasks always take the task's metric.
+        num_shots: examples per class; half for fitness and half for re-ranking; >= 2.
+        shots: demonstrations of the start made where none is given; >= 1.
         calibrate: classification: subtract from the log-probability of each label what it is given after an input
             without content; one more call per prompt. The prompt found is a
             :class:`looseleaf_text.CalibratedPrompt` then.
         halving_stages: generation (GGA): offspring are scored on a part of the fitness examples first, and only
-            the better half goes on to twice as many, in so many stages; 1 scores all on all. From 1.
+            the better half goes on to twice as many, in this many stages (>= 1); 1 scores all on all.
     """
 
     population_size: Annotated[int, In(">= 1")] = 30

@@ -124,7 +124,7 @@ class Search:
     # -- evaluating -----------------------------------------------------------------------------------------------
 
     def evaluate(self, masks: Iterable[str]) -> None:
-        """See to it that all ``masks`` are in :attr:`visited`, asking the model for those not seen before.
+        """Ensure that all ``masks`` are in :attr:`visited`, asking the model for those not seen before.
 
         Raises:
             BudgetExhausted: no further prompt can be paid for; those before it are done and kept.

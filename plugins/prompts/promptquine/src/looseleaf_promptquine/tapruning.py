@@ -27,11 +27,11 @@ class TAPruning(TextOptimizer):
     Args:
         threshold: how far fitness may fall below the best, in (0, 1]; 1 accepts no fall.
         shuffle: go through the tokens in an order drawn anew for each pass, not from first to last.
-        max_prompts: the search ends after this many different prompts; from 1.
+        max_prompts: the search ends after this many different prompts; >= 1.
         rerank_top: fraction of the prompts seen that is ranked again, in [0, 1]; 0 returns the fittest.
         reward_driven: fitness is the piecewise reward on label margins; False takes plain accuracy.
-        num_shots: examples per class; half for fitness and half for re-ranking; from 2.
-        shots: demonstrations of the start made where none is given; from 1.
+        num_shots: examples per class; half for fitness and half for re-ranking; >= 2.
+        shots: demonstrations of the start made where none is given; >= 1.
     """
 
     threshold: Annotated[float, In("(0, 1]")] = 0.96

@@ -36,7 +36,7 @@ class Settings:
     Attributes:
         templates: prompts with ``{text}`` and, where there is one, the placeholder; the embedding is the mean over
             them.
-        start_layer: the first layer whose output is prepended to the next one's input; from 1.
+        start_layer: the first layer whose output is prepended to the next one's input; >= 1.
         end_layer: the last layer whose input is prepended to, so that the outputs of ``start_layer`` up to
             ``end_layer - 1`` are; above ``start_layer``, or 0: nothing is prepended.
         exit_layer: the layer whose output is the embedding; negative counts from the end, -1 is the last with the
@@ -69,7 +69,7 @@ class SentenceEncoder:
         model: a decoder of transformers, with or without its head, in evaluation mode.
         tokenizer: its tokenizer.
         settings: see :class:`Settings`.
-        batch_tokens: most positions (rows x longest row) that are run together; from 1.
+        batch_tokens: most positions (rows x longest row) that are run together; >= 1.
 
     Raises:
         ValueError: a setting that this model does not allow.

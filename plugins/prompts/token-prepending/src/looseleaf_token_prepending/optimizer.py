@@ -49,8 +49,8 @@ class TokenPrepending(TextOptimizer):
         normalize: make every embedding of length 1.
         tidy: quotes and end of the text as in the authors' evaluation: double quotes become single ones, a missing
             full stop is added, a question mark at the end becomes one.
-        max_length: most tokens of prompt and text together, from 16; None: the model's context.
-        batch_tokens: most positions that are run together; from 1.
+        max_length: maximum tokens of prompt and text together, >= 16; None: the model's context.
+        batch_tokens: most positions that are run together; >= 1.
     """
 
     prompt: str = "prompteol"

@@ -294,7 +294,7 @@ class Judged:
         as often as its two sentences were drawn together.
 
         Returns:
-            n, and a function of rows (samples, n) of numbers from 0 to n - 1 that gives (samples,).
+            n, and a function of rows (samples, n) of integers in [0, n - 1] that gives (samples,).
         """
         owners = np.concatenate([np.full(len(part.test), k) for k, part in enumerate(split.values())])
 

@@ -129,7 +129,7 @@ class Row:
 def tokenize(tokenizer: Any, template: str, texts: Sequence[str], limit: int | None = None) -> list[Row]:
     """Each text in the template, as ids that end with the template's last token.
 
-    The tokeniser's special tokens go in front, none behind: the last token of the prompt is the embedding. A text too
+    The tokenizer's special tokens go in front, none behind: the last token of the prompt is the embedding. A text too
     long for ``limit`` tokens loses its end, never the prompt around it, and one warning says how many did.
 
     Raises:
@@ -204,7 +204,7 @@ def collate(rows: Sequence[Row], left: bool = False) -> tuple[Tensor, Tensor, Te
 
 
 def batches(rows: Sequence[Row], size: int) -> Iterator[list[int]]:
-    """Indices of ``rows`` in batches of like length, each of ``size`` positions at most, padding included.
+    """Indices of ``rows`` in batches of similar length, each of ``size`` positions at most, padding included.
 
     A row longer than ``size`` is a batch of its own.
     """

@@ -19,7 +19,7 @@ class MagnitudePruner(WeightPruner):
     """Remove the weights of smallest magnitude, once, without retraining.
 
     The number removed is exactly ``round(sparsity * n)`` of the n prunable weights (``scope="global"``) or of each of
-    them (``"layer"``); of equal magnitudes the one that comes first goes first. [section 3 of the paper]
+    them (``"layer"``); among equal magnitudes the first ones are removed. [section 3 of the paper]
 
     Args:
         sparsity: fraction of the prunable weights to remove, in [0, 1). With an N:M pattern it must be 1 - N/M.
