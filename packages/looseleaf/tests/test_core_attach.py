@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -419,3 +420,51 @@ def test_steps_below_one() -> None:
         attach(model, Spy(), steps=0)
     with attach(model, Spy()):
         pass
+
+
+def test_cross_and_joint_attention_of_diffusers_and_their_recomputation() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32),
+        norm_num_groups=8, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+        mid_block_type=None, cross_attention_dim=16, attention_head_dim=8)
+    g = torch.Generator().manual_seed(1)
+    x, text = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 64, 16, generator=g)
+
+    def run() -> torch.Tensor:
+        out: torch.Tensor = unet(x, torch.tensor([5]), encoder_hidden_states=text).sample
+        return out
+
+    before = run()
+    with attach(unet, Spy()) as attached:
+        torch.testing.assert_close(run(), before)
+        copied = copy.deepcopy(unet)
+    assert [c.is_cross for c in attached.backend.calls] == [False, True], "as many tokens of text as of the image"
+    assert not [n for m in copied.modules() for n in m.__dict__ if "looseleaf" in n]
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            unet.enable_gradient_checkpointing()
+        unet.zero_grad()
+        with attach(unet, SquaredSpy()) as attached:
+            loss = run().square().mean()
+        loss.backward()
+        gradients.append(unet.conv_in.weight.grad.clone())
+        assert len(attached.records) == 2
+    torch.testing.assert_close(*gradients)
+    flux = diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=0, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8)).eval()
+    with torch.no_grad(), attach(flux, Spy()) as attached:
+        flux(hidden_states=torch.randn(1, 16, 4), encoder_hidden_states=torch.randn(1, 5, 8),
+             timestep=torch.tensor([1.0]), pooled_projections=torch.randn(1, 8), img_ids=torch.zeros(16, 3), txt_ids=torch.zeros(5, 3))
+    assert [(c.is_cross, c.shape[3]) for c in attached.backend.calls] == [(False, 21)], "text and image together"
+
+
+@dataclasses.dataclass
+class SquaredSpy(Spy):
+    """Not exact."""
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        return super().attend(call).square()
