@@ -178,8 +178,12 @@ def docstring_arguments(doc: str) -> dict[str, str]:
     return out
 
 
+def _hints(cls: Any) -> dict[str, Any]:
+    return _cached_hints(cls)
+
+
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
+def _cached_hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls, include_extras=True)
 
 
