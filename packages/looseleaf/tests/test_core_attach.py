@@ -427,8 +427,8 @@ def test_cross_and_joint_attention_of_diffusers_and_their_recomputation() -> Non
     torch.manual_seed(0)
     unet = diffusers.UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32),
-        norm_num_groups=8, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
-        mid_block_type=None, cross_attention_dim=16, attention_head_dim=8)
+        norm_num_groups=8, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"), mid_block_type=None, cross_attention_dim=16, attention_head_dim=8)
     g = torch.Generator().manual_seed(1)
     x, text = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 64, 16, generator=g)
 
@@ -458,7 +458,8 @@ def test_cross_and_joint_attention_of_diffusers_and_their_recomputation() -> Non
         joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8)).eval()
     with torch.no_grad(), attach(flux, Spy()) as attached:
         flux(hidden_states=torch.randn(1, 16, 4), encoder_hidden_states=torch.randn(1, 5, 8),
-             timestep=torch.tensor([1.0]), pooled_projections=torch.randn(1, 8), img_ids=torch.zeros(16, 3), txt_ids=torch.zeros(5, 3))
+             timestep=torch.tensor([1.0]), pooled_projections=torch.randn(1, 8),
+             img_ids=torch.zeros(16, 3), txt_ids=torch.zeros(5, 3))
     assert [(c.is_cross, c.shape[3]) for c in attached.backend.calls] == [(False, 21)], "text and image together"
 
 
