@@ -256,13 +256,16 @@ DATES = [Rule("days between", "days_between", 2, _days)]
 
 # -- functions of one number, to be inferred from pairs ---------------------------------------------------------------
 
+_remembering = functools.lru_cache(maxsize=128)  # induction asks each function for the same few arguments
+
+
 def _integer_function(value: Callable[[int], int]) -> Callable[[str], str]:
-    return lambda x: str(value(integer(x)))
+    return _remembering(lambda x: str(value(integer(x))))
 
 
 def _wave(value: Callable[[Fraction], Fraction], k: int) -> Callable[[str], str]:
     """A wave of k periods in ten steps; exact, since the phase is a fraction."""
-    return lambda x: rounded(value(Fraction(k * integer(x) % 10, 10)))
+    return _remembering(lambda x: rounded(value(Fraction(k * integer(x) % 10, 10))))
 
 
 def _trigonometric(value: Callable[[float], float], a: int, b: int) -> Callable[[str], str]:
@@ -273,7 +276,7 @@ def _trigonometric(value: Callable[[float], float], a: int, b: int) -> Callable[
             raise ValueError(f"expected a value that rounds alike everywhere, got {exact}")
         return rounded(Fraction(f"{exact:.{PLACES}f}"))
 
-    return apply
+    return _remembering(apply)
 
 
 def _square(phase: Fraction) -> Fraction:
