@@ -28,10 +28,12 @@ RUN_NEEDS = ["torch", "triton", "transformers", "accelerate", "gguf", "llm-smoll
              "chatterbot-corpus", "reasoning_gym", "vaderSentiment", "scikit-learn", "scipy", "safetensors", "numpy",
              "tqdm", "tyro", "httpx", "packaging", "jaxtyping", "Jinja2", "filelock"]
 TEST_NEEDS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-tqdm", "types-PyYAML",
-              "hatchling", "editables", "build", "beartype", "timm", "torchvision", "virtualenv", "diffusers",
-              "sentence-transformers", "playwright",
-              "ray", "fastapi", "uvicorn", "openai", "pydantic", "peft", "lm-eval", "dspy", "mkdocs", "mkdocs-material",
-              "mkdocs-gen-files", "mkdocstrings[python]", "nox"]
+              "hatchling", "editables", "build", "beartype", "virtualenv", "diffusers", "sentence-transformers",
+              "playwright", "ray", "fastapi", "uvicorn", "openai", "pydantic", "peft", "lm-eval", "dspy", "mkdocs",
+              "mkdocs-material", "mkdocs-gen-files", "mkdocstrings[python]", "nox"]
+
+VISION_TESTS = ["packages/looseleaf/tests/test_core_attention_modules.py"]
+"""What runs once more with timm and torchvision on the path."""
 
 nox.options.default_venv_backend = "virtualenv"
 nox.options.sessions = ["lint", "tests", "kernels", "docs", "isolation"]
@@ -93,6 +95,21 @@ def tests(session: nox.Session) -> None:
     # One thread for each worker: two workers with a thread for every core would wait for each other.
     run(session, python, "-m", "pytest", "-q", "--timeout=900", "-n", "2", "--dist", "loadfile", *session.posargs,
         OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 2) // 2)))
+    if not session.posargs:
+        run(session, python, "-m", "pytest", "-q", *VISION_TESTS, PYTHONPATH=vision(session, python))
+
+
+def vision(session: nox.Session, python: str) -> str:
+    """A folder with timm and torchvision for PYTHONPATH.
+
+    They are not in the shared environment: the wheel of torchvision has no operators beside a torch for the CPU, and
+    transformers, which asks for it everywhere, could not be imported any more. The tests that want it help themselves.
+    """
+    folder = ROOT / ".nox" / "vision"
+    if not folder.exists():
+        session.run(python, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), "timm", "torchvision",
+                    external=True, env=environment())
+    return str(folder)
 
 
 def _one_plugin(folder: Path) -> None:

@@ -33,12 +33,18 @@ def test_pruned_models_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     from looseleaf.testing.models import tiny_text_llama
 
     monkeypatch.chdir(tmp_path)
-    keep, compress = blocks("docs/how-to/pruned-models.md")
+    keep, learn, tie, compress = blocks("docs/how-to/pruned-models.md")
     exec(keep, {"model": tiny_text_llama(), "looseleaf": looseleaf})
     assert (tmp_path / "pruned" / "model.safetensors").exists()
+    model = tiny_text_llama()
+    exec(learn, {"model": model, "torch": torch})
+    assert looseleaf.Masks.of(model)
+    names: dict[str, Any] = {"model": tiny_text_llama()}
+    exec(tie, names)
+    assert names["masks"].sparsity() == pytest.approx(0.25, abs=0.02)
     if not torch.cuda.is_available():
         compress = compress.replace(".cuda()", "")
-        with pytest.raises(looseleaf.UnsupportedModelError, match="Wanted is a CUDA device"):
+        with pytest.raises(looseleaf.UnsupportedModelError, match="expected a CUDA device"):
             exec(compress, {"model": tiny_text_llama(), "looseleaf": looseleaf})
 
 

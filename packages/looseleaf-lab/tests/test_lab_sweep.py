@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from looseleaf.resume import Cells
+from looseleaf.resume import ResultCache
 from looseleaf_lab import sweep as sweep_
 from looseleaf_lab.sweep import SweepError, settings, sweep
 
@@ -60,7 +60,7 @@ def test_none_is_a_result_and_a_broken_file_is_not(tmp_path: Path) -> None:
     sweep(work, {"x": [1, 2]}, tmp_path)
     sweep(work, {"x": [1, 2]}, tmp_path)
     assert calls == [1, 2]
-    path = Cells(tmp_path).path({"x": 2})
+    path = ResultCache(tmp_path).path({"x": 2})
     assert path is not None
     path.write_text("{ half")
     sweep(work, {"x": [1, 2]}, tmp_path)

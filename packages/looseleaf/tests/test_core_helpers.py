@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from looseleaf import files, modes, names, statistics
-from looseleaf.resume import Cells, SearchState, StateError, restore_rng, rng_state
+from looseleaf.resume import ResultCache, SearchState, StateError, restore_rng, rng_state
 from looseleaf.testing.common import assert_unchanged, mixed_modes, snapshot
 from looseleaf.testing.models import small_network
 
@@ -173,7 +173,7 @@ def test_search_state(tmp_path: Path) -> None:
 
 
 def test_cells(tmp_path: Path) -> None:
-    cells, calls = Cells(tmp_path), []
+    cells, calls = ResultCache(tmp_path), []
 
     def work() -> dict[str, float]:
         calls.append(1)

@@ -146,8 +146,8 @@ def compress_semi_structured(model: nn.Module, masks: Masks) -> list[str]:
             made[name] = module, to_sparse_semi_structured(weight.masked_fill(~masks[name].to(weight.device), 0))
         except (RuntimeError, ValueError) as error:
             raise UnsupportedModelError(
-                f"{name!r} ({weight.dtype}, {tuple(weight.shape)}, on {weight.device}) has no semi-structured form: "
-                f"{error}. Expected a CUDA device of capability 8.0 or later, and float16, bfloat16 or int8"
+                f"{name!r}: expected a CUDA device of capability 8.0 or later and float16, bfloat16 or int8, got "
+                f"{weight.dtype}, {tuple(weight.shape)}, on {weight.device}, which has no semi-structured form: {error}"
             ) from error
     masks.make_permanent(model)
     for module, sparse in made.values():

@@ -30,7 +30,7 @@ from looseleaf import progress as progress_
 from looseleaf.errors import LooseleafError
 from looseleaf.files import cache_dir
 from looseleaf.report import Claim, Report
-from looseleaf.resume import Cells, as_plain, digest
+from looseleaf.resume import ResultCache, as_plain, digest
 from looseleaf.statistics import Interval, bootstrap
 
 Row = dict[str, Any]
@@ -162,7 +162,7 @@ class Study:
         scale = self.quick if quick else self.full
         numbers = list(range(min(seeds, self.quick_seeds) if quick else seeds)) if self.measure else []
         folder = Path(state) if state is not None else cache_dir() / "studies" / digest(self._key(scale))
-        cells = Cells(folder)
+        cells = ResultCache(folder)
         rows: dict[int, Row] = {}
         with progress_.bar("seeds", len(numbers) + (self.once is not None), progress) as progress_bar:
             for seed, row in self._rows(numbers, scale, cells, jobs):
@@ -196,7 +196,7 @@ class Study:
         package = (self.measure or self.once or self.show).__module__.partition(".")[0]  # type: ignore[union-attr]
         return {"study": self.title, "package": package, "code": _code(package), "scale": repr(scale)}
 
-    def _rows(self, seeds: Sequence[int], scale: Any, cells: Cells, jobs: int) -> Iterator[tuple[int, Row]]:
+    def _rows(self, seeds: Sequence[int], scale: Any, cells: ResultCache, jobs: int) -> Iterator[tuple[int, Row]]:
         """Seed and row, in the order in which they are finished; those kept come first."""
         keys = {seed: {**self._key(scale), "seed": seed} for seed in seeds}
         todo = []

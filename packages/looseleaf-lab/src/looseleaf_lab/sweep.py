@@ -13,7 +13,7 @@ from typing import Any
 
 from looseleaf import progress as progress_
 from looseleaf.errors import LooseleafError
-from looseleaf.resume import Cells, digest
+from looseleaf.resume import ResultCache, digest
 
 
 class MissingRayError(LooseleafError, ModuleNotFoundError):
@@ -102,7 +102,7 @@ def sweep(function: Callable[..., Any], grid: Mapping[str, Sequence[Any]] | Iter
     if retries < 0:
         raise ValueError(f"retries: expected an integer >= 0, got {retries}")
     todo = settings(grid)
-    cells = Cells(Path(state_dir))
+    cells = ResultCache(Path(state_dir))
     results = [_kept(cells, setting) for setting in todo]
     open_ = [i for i, result in enumerate(results) if not result.resumed]
     with progress_.bar("sweep", len(todo), progress) as progress_bar:
@@ -121,7 +121,7 @@ def sweep(function: Callable[..., Any], grid: Mapping[str, Sequence[Any]] | Iter
     return results
 
 
-def _kept(cells: Cells, setting: dict[str, Any]) -> Result:
+def _kept(cells: ResultCache, setting: dict[str, Any]) -> Result:
     found = cells.get(setting)
     # the value is in a dictionary of its own so that a function may return None
     return Result(setting) if found is None else Result(setting, found["value"], resumed=True)
@@ -135,7 +135,7 @@ def _attempt(function: Callable[..., Any], setting: dict[str, Any]) -> tuple[Any
         return None, f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
 
 
-def _keep(cells: Cells, setting: dict[str, Any], value: Any, error: str | None) -> Result:
+def _keep(cells: ResultCache, setting: dict[str, Any], value: Any, error: str | None) -> Result:
     if error is not None:
         return Result(setting, error=error)
     cells.put(setting, {"value": value})
@@ -144,7 +144,7 @@ def _keep(cells: Cells, setting: dict[str, Any], value: Any, error: str | None) 
 
 
 def _on_ray(function: Callable[..., Any], todo: list[dict[str, Any]], open_: list[int], results: list[Result],
-            cells: Cells, address: str | None, workers: int | None, cpus: float, gpus: float, retries: int,
+            cells: ResultCache, address: str | None, workers: int | None, cpus: float, gpus: float, retries: int,
             progress_bar: Any) -> None:
     try:
         import ray

@@ -70,7 +70,7 @@ class SearchState:
                                               "checksum": digest(plain), "payload": plain}))
 
 
-class Cells:
+class ResultCache:
     """A folder with one JSON file for each finished piece of work; without a folder nothing is kept.
 
     Args:
@@ -156,4 +156,4 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-__all__ = ["Cells", "SearchState", "StateError", "as_plain", "compare", "digest", "restore_rng", "rng_state"]
+__all__ = ["ResultCache", "SearchState", "StateError", "as_plain", "compare", "digest", "restore_rng", "rng_state"]

@@ -12,7 +12,7 @@ from looseleaf import AttentionBackend, Report, Series
 from looseleaf import progress as progress_
 from looseleaf.errors import LooseleafError
 from looseleaf.plugin import In, Plugin
-from looseleaf.resume import Cells
+from looseleaf.resume import ResultCache
 from looseleaf_lab import metrics, timing
 from looseleaf_lab.attention import DENSE, BlockWindow, SideBySide, density_of
 from looseleaf_lab.benches.bench import Bench, State, ready
@@ -161,7 +161,7 @@ def compare_denoising(backends: Mapping[str, AttentionBackend], models: Sequence
                       "output differs", "quality", "fallbacks"],
         note="a whole run; density: mean over its calls; attention error: relative, mean over layers and steps, each "
              "given exact inputs; smaller quality is better")
-    cells, failed = Cells(state), dict[str, str]()
+    cells, failed = ResultCache(state), dict[str, str]()
     for name in progress_.track(models, "denoising models", show=progress):
         try:
             denoiser = MODELS[name](progress=progress)

@@ -16,7 +16,7 @@ from looseleaf import Report, Series, Unstructured, WeightPruner
 from looseleaf import progress as progress_
 from looseleaf.modes import evaluating
 from looseleaf.plugin import In, Plugin
-from looseleaf.resume import Cells
+from looseleaf.resume import ResultCache
 from looseleaf.statistics import bootstrap
 from looseleaf_lab import vision
 from looseleaf_lab.benches.bench import Bench, State
@@ -86,7 +86,7 @@ def compare_lotteries(pruners: Mapping[str, Swept], sparsities: Sequence[float] 
     jobs: list[tuple[str, float | None]] = [(DENSE, None)]
     for name, method in methods.items():
         jobs += [(name, s) for s in sparsities] if swept(method) else [(name, None)]
-    cells, failed, rows = Cells(state), dict[str, str](), dict[tuple[str, float | None], list[Row]]()
+    cells, failed, rows = ResultCache(state), dict[str, str](), dict[tuple[str, float | None], list[Row]]()
     trained = functools.cache(lambda seed: _trained(network, steps, seed))
     every = [(seed, name, sparsity) for seed in seeds for name, sparsity in jobs]
     for seed, name, sparsity in progress_.track(every, "trainings", show=progress):

@@ -13,7 +13,7 @@ import looseleaf
 from looseleaf import AttentionBackend, Report, Series
 from looseleaf import progress as progress_
 from looseleaf.plugin import In, Plugin
-from looseleaf.resume import Cells, digest
+from looseleaf.resume import ResultCache, digest
 from looseleaf.statistics import bootstrap
 from looseleaf_lab import data, metrics, models, timing
 from looseleaf_lab.attention import DENSE, SideBySide, calibrate, density_of, with_start
@@ -113,7 +113,7 @@ def compare_attention(model: Any, tokenizer: Any, backends: Mapping[str, Attenti
         except Exception as error:  # one backend that fails must not cost the others their figures
             failed[name] = reason(error)
             del calibrated[name]
-    cells, about = Cells(state), model_facts(model)
+    cells, about = ResultCache(state), model_facts(model)
     cell_of: dict[int, dict[str, Any]] = {}
     for context in progress_.track(contexts, "contexts", show=progress):
         key = {"what": "attention", "context": context, **about, "last": last,

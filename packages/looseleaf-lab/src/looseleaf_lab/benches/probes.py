@@ -12,7 +12,7 @@ from looseleaf import Figure, Probe, Report, Table
 from looseleaf import progress as progress_
 from looseleaf.plugin import Plugin
 from looseleaf.probes.subject import parts
-from looseleaf.resume import Cells
+from looseleaf.resume import ResultCache
 from looseleaf_lab import models
 from looseleaf_lab.benches.bench import Bench, State, ready
 from looseleaf_lab.facts import facts, identity, left_out, model_facts, model_name, reason
@@ -66,7 +66,7 @@ def compare_probes(subjects: Mapping[str, Any], probes: Mapping[str, Probe], *, 
     report = Report("Probes side by side", facts(models=", ".join(subjects), seed=seed))
     table = report.table("Probes", ["probe", "model", "seconds", "tables", "figures", "claims"])
     failed: dict[str, str] = {}
-    cells, about = Cells(state), {on: _known(subject) for on, subject in subjects.items()}
+    cells, about = ResultCache(state), {on: _known(subject) for on, subject in subjects.items()}
     reports: dict[str, dict[str, Report]] = {}
     for name, on in progress_.track([(p, m) for p in probes for m in subjects], "probes", show=progress):
         probe, subject = probes[name], subjects[on]

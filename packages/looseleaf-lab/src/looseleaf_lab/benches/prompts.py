@@ -14,7 +14,7 @@ from looseleaf import Budget, BudgetExhausted, Evaluation, Example, Predictor, P
 from looseleaf import progress as progress_
 from looseleaf.fingerprint import fingerprint
 from looseleaf.plugin import In, Plugin
-from looseleaf.resume import Cells, digest
+from looseleaf.resume import ResultCache, digest
 from looseleaf.statistics import Interval, bootstrap
 from looseleaf.tasks import content_fingerprint
 from looseleaf_lab import data, models
@@ -112,7 +112,7 @@ def compare_prompts(model: Any, optimizers: Mapping[str, PromptOptimizer], tasks
         if not task.dev or not task.test:
             raise ValueError(f"task {task.name!r}: expected dev and test examples to compare on, got {len(task.dev)} "
                              f"and {len(task.test)}")
-    cells, failed, about = Cells(state), dict[str, str](), _about(model)
+    cells, failed, about = ResultCache(state), dict[str, str](), _about(model)
     runs: list[tuple[Task, str, int, dict[str, Any]]] = []
     methods = {task.name: _methods(task, model, baselines, optimizers, shots, published) for task in tasks}
     jobs = [(t, n, s, b) for t in tasks for n in methods[t.name] for s in seeds

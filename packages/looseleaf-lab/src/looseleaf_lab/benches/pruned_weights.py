@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from looseleaf import Report, Series, SetMetric, WeightPruner
 from looseleaf import progress as progress_
 from looseleaf.plugin import In, Plugin
-from looseleaf.resume import Cells, digest
+from looseleaf.resume import ResultCache, digest
 from looseleaf.statistics import bootstrap
 from looseleaf_lab import data, metrics, models, timing
 from looseleaf_lab.benches import llm_compressor
@@ -114,7 +114,7 @@ def compare_pruners(model: Any, tokenizer: Any, pruners: Mapping[str, Swept],
     jobs: list[tuple[str, float | None]] = [(DENSE, None)]
     for name, method in methods.items():
         jobs += [(name, s) for s in sparsities] if swept(method) else [(name, None)]
-    cells, about, failed = Cells(state), model_facts(model), dict[str, str]()
+    cells, about, failed = ResultCache(state), model_facts(model), dict[str, str]()
     found: list[tuple[str, float | None, dict[str, Any]]] = []
     shown = {task.name: [task.fingerprint(), digest([str(e) for e in task.test])] for task in tasks}
     for name, sparsity in progress_.track(jobs, "pruners", show=progress):
