@@ -13,13 +13,10 @@ import torch
 from test_quantized_attention import inputs
 from torch import Tensor
 
-from looseleaf_kernels import (
-    BlockIndex,
-    quantize_blocks,
-    quantized_block_sparse_attention,
-    quantizers,
-)
-from looseleaf_kernels.quantizers import Quantized
+from looseleaf_kernels import BlockIndex, quantize_blocks, quantized_block_sparse_attention
+from looseleaf_kernels.problem import Problem
+from looseleaf_kernels.quantized import quantizers
+from looseleaf_kernels.quantized.quantizers import Bits, Quantized
 
 EXP2 = 2.0 ** -22
 """Relative error of exp2: PTX promises this for ex2.approx.ftz.f32."""
@@ -30,12 +27,12 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Bounds(NamedTuple):
-    """Output and log-sum-exp in fp64, how far from them a right kernel may be, and the share of P at an edge."""
+    """Output and log-sum-exp in fp64, how far from them a right kernel may be, and the fraction of P at an edge."""
 
     out: Tensor
-    out_allowed: Tensor
+    out_limit: Tensor
     lse: Tensor
-    lse_allowed: Tensor
+    lse_limit: Tensor
     edges: float
 
 
@@ -45,8 +42,8 @@ def bounds(x: Quantized, index: BlockIndex, dtype: torch.dtype, last: float) -> 
     P = exp2(s - top) has the relative error e of exp2 and of its argument: s is rounded once, top is an s, and the
     difference is rounded; 2^-24 of each becomes ln 2 times that in P. P then lies in [p (1 - e), p (1 + e)], the
     block's largest likewise, and the integer between the integers of these ends. They differ only at a rounding edge.
-    Each that does adds its step times |v| to what is allowed, fp32's rounding a share r of the sum of |P V|, and the
-    output's rounding the share ``last`` of the output.
+    Each that does adds its step times |v| to the limit, fp32's rounding a fraction r of the sum of |P V|, and the
+    output's rounding the fraction ``last`` of the output.
     """
     bq, bk, nq, nk = index.block_q, index.block_k, index.rows, index.columns
     group = x.q.shape[1] // x.k.shape[1]
@@ -92,8 +89,8 @@ def bounds(x: Quantized, index: BlockIndex, dtype: torch.dtype, last: float) -> 
     out, size, edge = weigh(n, values), weigh(n, values.abs()), weigh(high - low, values.abs())
     # In each block the sum is shrunk by an exp2; then there are the scales, and the sum over a block's keys.
     r = (nk + 3) * (float(e.max()) + EXP2) + bk * 2 * U
-    allowed = (edge + r * size) * (1 + last) + last * out.abs()
-    allowed += torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the least step of fp16 is not so small
+    limit = (edge + r * size) * (1 + last) + last * out.abs()
+    limit += torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the least step of fp16 is not so small
 
     def rows(t: Tensor) -> Tensor:
         return t.flatten(2, 3)[:, :, :index.q_len]
@@ -101,9 +98,9 @@ def bounds(x: Quantized, index: BlockIndex, dtype: torch.dtype, last: float) -> 
     lse = torch.where(rows(seen.any(-1).any(3)), (rows(safe[:, :, :, -1, :, 0] + torch.log2(total[..., 0]))) * LN_2,
                       -torch.inf)
     size = torch.where(torch.isneginf(lse), 0.0, lse.abs())
-    lse_allowed = r + 4 * U * (1 + rows(safe[:, :, :, -1, :, 0]).abs() + size + x.taken.abs())
+    lse_limit = r + 4 * U * (1 + rows(safe[:, :, :, -1, :, 0]).abs() + size + x.taken.abs())
     edges = float(((high - low) > 0)[seen].double().mean()) if x.v_scale is not None else 0.0
-    return Bounds(rows(out), rows(allowed), lse + x.taken, lse_allowed, edges)
+    return Bounds(rows(out), rows(limit), lse + x.taken, lse_limit, edges)
 
 
 def plain_layout(x: Quantized, k_len: int) -> Quantized:
@@ -115,13 +112,15 @@ def plain_layout(x: Quantized, k_len: int) -> Quantized:
 def quantize(given: tuple[Tensor, Tensor, Tensor], index: BlockIndex, bits: int, device: str,
              lengths: tuple[Tensor, Tensor] | None = None, smooth: bool = True) -> Quantized:
     """By Triton; the result as ``plain_layout`` gives it."""
-    from looseleaf_kernels import quantizers_triton
+    from looseleaf_kernels.quantized import quantizers_triton
 
     q, k, v = (t.to(device) for t in given)
-    q_len, k_len = (t.to(device) for t in lengths or full(index))
-    x = quantizers_triton.quantize_all(q, k, v, q.shape[3] ** -0.5, index.block_q, index.block_k, q_len, k_len, 8,
-                                       bits, smooth)
-    return plain_layout(x, index.k_len)
+    problem = problem_of(index, q.shape[3] ** -0.5, *(t.to(device) for t in lengths or full(index)))
+    return plain_layout(quantizers_triton.quantize(q, k, v, problem, Bits(8, bits, smooth)), index.k_len)
+
+
+def problem_of(index: BlockIndex, scale: float, q_len: Tensor, k_len: Tensor) -> Problem:
+    return Problem(scale, index.causal, index.block_q, index.block_k, q_len, k_len)
 
 
 def full(index: BlockIndex) -> tuple[Tensor, Tensor]:
@@ -138,21 +137,21 @@ def check_attention(case: tuple, dtype: torch.dtype, bits: int, device: str = "c
     last = torch.finfo(dtype).eps / (1 if device == "cpu" and dtype == torch.bfloat16 else 2)
     may = bounds(quantize((q, k, v), index, bits, device, smooth=smooth), index, dtype, last)
     assert may.edges < 1e-3, f"{case} {dtype} {bits} bits: {may.edges:.2%} of P at an edge makes the bound too wide"
-    for name, got, want, allowed in (("output", out, may.out, may.out_allowed), ("lse", lse, may.lse, may.lse_allowed)):
+    for name, got, want, limit in (("output", out, may.out, may.out_limit), ("lse", lse, may.lse, may.lse_limit)):
         got = got.cpu().double()
         apart = torch.where(got == want, 0.0, (got - want).abs())
-        wrong = ~(apart <= allowed)
+        wrong = ~(apart <= limit)
         if wrong.any():
-            at = int((apart / allowed).nan_to_num(torch.inf).argmax())
+            at = int((apart / limit).nan_to_num(torch.inf).argmax())
             raise AssertionError(
                 f"{case} {dtype} {bits} bits: {name} {got.flatten()[at]:.6g} where fp64 has {want.flatten()[at]:.6g}: "
-                f"error {apart.flatten()[at]:.3g}, allowed {allowed.flatten()[at]:.3g}; beyond it are "
+                f"error {apart.flatten()[at]:.3g}, permitted {limit.flatten()[at]:.3g}; beyond it are "
                 f"{int(wrong.sum())} of {wrong.numel()} entries; {may.edges:.3%} of P at a rounding edge")
 
 
 def check_quantiser(case: tuple, dtype: torch.dtype, bits: int, device: str = "cpu", smooth: bool = True) -> None:
     """Integers and scales bit for bit those of the plain quantiser, with NaN in the padding; the mean to rounding."""
-    from looseleaf_kernels import quantizers_triton
+    from looseleaf_kernels.quantized import quantizers_triton
 
     q, k, v, index = inputs(case, dtype)
     k[..., 3] += 5
@@ -163,7 +162,7 @@ def check_quantiser(case: tuple, dtype: torch.dtype, bits: int, device: str = "c
             item[0, :max(0, n // 2)] *= 0  # blocks of zeros
     got = quantize((q, k, v), index, bits, device, lengths, smooth)
     scale = q.shape[3] ** -0.5
-    want = quantizers.quantize_all(q, k, v, scale, index.block_q, index.block_k, *lengths, 8, bits, smooth)
+    want = quantizers.quantize(q, k, v, problem_of(index, scale, *lengths), Bits(8, bits, smooth))
     if smooth:
         mean = quantizers_triton.key_mean(k.to(device), lengths[1].to(device)).cpu()
         valid = (torch.arange(index.k_len) < lengths[1][:, None])[:, None, :, None]
@@ -192,7 +191,7 @@ def check_edges_of_the_quantiser(device: str = "cpu") -> None:
     x[0, 0, ::32] = 127.0                                             # with a scale of 1
     x[0, 0, 64:96] = 1e-42
     got = quantize((x, x, x), index, 8, device, smooth=False)
-    want = quantizers.quantize_all(x, x, x, 0.25, 32, 32, *full(index), 8, 8, False)
+    want = quantizers.quantize(x, x, x, problem_of(index, 0.25, *full(index)), Bits(8, 8, False))
     for one, two in zip(got[:6], want[:6], strict=True):
         assert torch.equal(one, two)
     assert got.q[0, 0, 1, :4].tolist() == [-56, -55, -54, -54]  # -55.5, -55, -54.5, -54: halves to even

@@ -99,6 +99,17 @@ def test_lengths_and_nan_in_padding(impl: str, causal: bool) -> None:
         assert (out[b, :, n:] == 0).all() and torch.isneginf(lse[b, :, n:]).all()
 
 
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_nan_in_a_valid_row_is_not_hidden(impl: str) -> None:
+    for which in range(3):
+        *tensors, _ = inputs((1, 1, 1, 64, 64, 16, 32, 32, True), torch.float32)
+        index = BlockIndex.from_mask(torch.ones(1, 1, 2, 2, dtype=torch.bool).tril(), block_q=32, block_k=32,
+                                     q_len=64, k_len=64, causal=True)
+        tensors[which][0, 0, 40, 2] = torch.nan
+        out, lse = block_sparse_attention(*tensors, index, impl=impl)
+        assert torch.isnan(out[0, 0, 40, 2]) and torch.isnan(lse[0, 0, 40]) == (which < 2)
+
+
 def test_gradients() -> None:
     for case in [CASES[1], CASES[2], CASES[3]]:
         q, k, v, index = inputs(case, torch.float64)
@@ -142,12 +153,12 @@ def test_choice_of_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
     with implementation("reference"):
         assert implementation_for("block_sparse_attention", cpu, torch.float32, 64) == ("reference", "forced")
     monkeypatch.setenv("LOOSELEAF_KERNELS", "fast")
-    with pytest.raises(ValueError, match="LOOSELEAF_KERNELS='fast': allowed is reference, cpu, triton"):
+    with pytest.raises(ValueError, match="LOOSELEAF_KERNELS: expected reference, cpu or triton, got 'fast'"):
         implementation_for("block_mean", cpu, torch.float32, 64)
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    ({"q_len": 64}, "the tensors have"), ({"heads": 3}, "the tensors have")])
+    ({"q_len": 64}, "got one for batch 1, 2 heads, Lq 64"), ({"heads": 3}, "got one for batch 1, 3 heads, Lq 128")])
 def test_an_index_of_other_sizes(change: dict, says: str) -> None:
     q, k, v, _ = inputs(CASES[0], torch.float32)
     n = change.get("q_len", 128)
@@ -159,7 +170,7 @@ def test_an_index_of_other_sizes(change: dict, says: str) -> None:
 
 def test_heads_that_do_not_divide() -> None:
     q, k, v, index = inputs(CASES[1], torch.float32)
-    with pytest.raises(ValueError, match="must divide"):
+    with pytest.raises(ValueError, match="divides the 6 of the query, got 4"):
         block_sparse_attention(q, k[:, :1].expand(-1, 4, -1, -1), v[:, :1].expand(-1, 4, -1, -1), index)
 
 
@@ -167,7 +178,8 @@ INTERPRET = """
 import torch, sys
 sys.path.insert(0, {tests!r})
 import test_kernels_attention as t
-from looseleaf_kernels import BlockIndex, block_sparse_attention, triton_kernels, reference
+from looseleaf_kernels import block_sparse_attention
+from looseleaf_kernels.mean import reference, triton
 for case in t.CASES[:6]:
     q, k, v, index = t.inputs(case, torch.float32)
     out, lse = block_sparse_attention(q, k, v, index, impl="triton")
@@ -176,9 +188,10 @@ for case in t.CASES[:6]:
     torch.testing.assert_close(lse.double(), want_lse, atol=1e-4, rtol=1e-4)
 t.test_empty_rows_give_zero_and_minus_infinity("triton")
 t.test_large_logits("triton")
+t.test_nan_in_a_valid_row_is_not_hidden("triton")
 t.test_lengths_and_nan_in_padding("triton", True)
 x = torch.randn(2, 3, 50, 24); n = torch.tensor([50, 17])
-torch.testing.assert_close(triton_kernels.block_mean(x, 16, n), reference.block_mean(x, 16, n))
+torch.testing.assert_close(triton.block_mean(x, 16, n), reference.block_mean(x, 16, n))
 print("agrees")
 """
 

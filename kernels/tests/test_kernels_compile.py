@@ -16,7 +16,7 @@ def test_unknown_target(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["--target", "vulkan:1"])
     assert stop.value.code == 2
-    assert "allowed are cuda:<capability>" in capsys.readouterr().err
+    assert "expected cuda:<capability> or hip:<gfx name>" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -44,9 +44,9 @@ def test_flex_round_trip() -> None:
 
 
 def test_bad_index() -> None:
-    with pytest.raises(ValueError, match=r"allowed is torch\.bool"):
+    with pytest.raises(ValueError, match=r"mask: expected torch\.bool of shape \(B, H, 2, 2\), got torch\.float32"):
         BlockIndex.from_mask(torch.ones(1, 1, 2, 2), block_q=8, block_k=8, q_len=16, k_len=16, causal=True)
-    with pytest.raises(ValueError, match="names key block 2: allowed is 0 to 1"):
+    with pytest.raises(ValueError, match=r"lists: expected key blocks in \[0, 1\], got 2 in item 0, head 0, row 1"):
         BlockIndex.from_lists([[[[0], [2]]]], block_q=8, block_k=8, q_len=16, k_len=16, causal=True)
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from looseleaf_kernels import block_importance, importance_cpu
+from looseleaf_kernels import block_importance
+from looseleaf_kernels.importance import cpu
 
 CASES = [  # batch, query heads, key heads, Lq, Lk, D, block_q, block_k, causal
     (1, 4, 2, 64, 64, 16, 16, 16, True),
@@ -62,7 +63,7 @@ def test_sums_are_those_of_the_softmax(case: tuple, impl: str) -> None:
 
 @pytest.mark.parametrize("scores", [1, 1 << 10])
 def test_chunks_do_not_matter(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importance_cpu, "CHUNK_SCORES", scores)
+    monkeypatch.setattr(cpu, "CHUNK_SCORES", scores)
     for case in CASES[:4]:
         check("cpu", case)
 
@@ -86,13 +87,14 @@ def test_no_length_at_all() -> None:
 
 
 @pytest.mark.parametrize(("given", "says"), [
-    ({"reduce": "max"}, "allowed is 'mean' or 'sum'"), ({"impl": "fast"}, "allowed is reference, cpu, triton"),
-    ({"key_lengths": torch.tensor([1])}, "key_lengths has shape")])
+    ({"reduce": "max"}, "reduce: expected 'mean' or 'sum', got 'max'"),
+    ({"impl": "fast"}, "impl: expected reference, cpu or triton, got 'fast'"),
+    ({"key_lengths": torch.tensor([1])}, r"key_lengths: expected shape \(2,\)")])
 def test_what_is_refused(given: dict, says: str) -> None:
     q, k = inputs(CASES[1])
     with pytest.raises(ValueError, match=says):
         block_importance(q, k, 16, 16, causal=True, **given)
-    with pytest.raises(ValueError, match="block_k=0: allowed is 1 or more"):
+    with pytest.raises(ValueError, match="block_k: expected an integer >= 1, got 0"):
         block_importance(q, k, 16, 0, causal=True)
 
 

@@ -32,5 +32,5 @@ def test_lengths_default_to_all_rows_and_blocks_are_checked() -> None:
     q, k = torch.zeros(2, 1, 20, 4), torch.zeros(2, 1, 30, 4)
     layout = Layout.of(q, k, 16)
     assert layout.query_lengths.tolist() == [20, 20] and layout.key_lengths.tolist() == [30, 30]
-    with pytest.raises(ValueError, match="block=0: allowed is 1 or more"):
+    with pytest.raises(ValueError, match="block: expected an integer >= 1, got 0"):
         Layout.of(q, k, 0)

@@ -16,8 +16,9 @@ from looseleaf_kernels import (
     block_sparse_attention,
     column_index,
     vertical_slash_attention,
-    vertical_slash_cpu,
 )
+from looseleaf_kernels.problem import Problem
+from looseleaf_kernels.vertical_slash import cpu
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 CASES = [  # batch, query heads, key heads, Lq, Lk, D, block
@@ -95,7 +96,7 @@ def test_no_blocks_and_all_blocks(density: float, impl: str) -> None:
 
 @pytest.mark.parametrize("rows", [1, 64])
 def test_sharing_of_columns_does_not_matter(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vertical_slash_cpu, "SHARED_ROWS", rows)
+    monkeypatch.setattr(cpu, "SHARED_ROWS", rows)
     for case in CASES[:4]:
         check("cpu", case)
 
@@ -124,6 +125,18 @@ def test_without_columns_it_is_block_sparse_attention() -> None:
     got = vertical_slash_attention(q, k, v, layout.index(blocks), none)
     for one, two in zip(got, block_sparse_attention(q, k, v, layout.index(blocks)), strict=True):
         torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_nan_in_a_valid_column_is_not_hidden(impl: str) -> None:
+    for which in (1, 2):
+        tensors, blocks, columns, layout = inputs(CASES[0])
+        columns[..., 5], blocks[..., 0] = True, False
+        tensors[which][0, 0, 5, 2] = torch.nan
+        out, lse = vertical_slash_attention(*tensors, layout.index(blocks), column_index(blocks, columns, layout),
+                                            impl=impl)
+        assert torch.isnan(out[0, 0, 5:, 2]).all() and torch.isfinite(out[0, 0, :5]).all()
+        assert torch.isnan(lse[0, 0, 5:]).all() == (which == 1)
 
 
 def test_gradients() -> None:
@@ -165,10 +178,9 @@ def test_memory_is_that_of_the_columns() -> None:
     with Largest() as made:
         index = layout.index(torch.eye(64, dtype=torch.bool)[None, None])
         singles = column_index(index.to_mask(), columns, layout)
-        vertical_slash_cpu.vertical_slash_attention(
-            q, k, v, index.row_ptr, index.col, singles.row_ptr, singles.col, 0.25, 64, 64, layout.query_lengths,
-            layout.key_lengths)
-    assert length * 16 <= made.numel <= max(vertical_slash_cpu.SHARED_ROWS * chosen, length * length // 16)
+        problem = Problem(0.25, True, 64, 64, layout.query_lengths, layout.key_lengths)
+        cpu.vertical_slash_attention(q, k, v, index.csr, singles.csr, problem)
+    assert length * 16 <= made.numel <= max(cpu.SHARED_ROWS * chosen, length * length // 16)
 
 
 class Largest(TorchDispatchMode):
@@ -187,13 +199,13 @@ class Largest(TorchDispatchMode):
 def test_indices_that_do_not_fit() -> None:
     (q, k, v), blocks, columns, layout = inputs(CASES[0])
     index, singles = layout.index(blocks), column_index(blocks, columns, layout)
-    with pytest.raises(ValueError, match=r"columns has blocks of 32 x 32: allowed is 32 x 1"):
+    with pytest.raises(ValueError, match=r"columns: expected blocks of 32 x 1, .* got 32 x 32"):
         vertical_slash_attention(q, k, v, index, index)
-    with pytest.raises(ValueError, match="columns is for batch 1, 2 heads, Lq 128, Lk 128: the tensors have"):
+    with pytest.raises(ValueError, match=r"columns: .* Lq 128, Lk 96, got one for batch 1, 2 heads, Lq 128, Lk 128"):
         vertical_slash_attention(q, k[:, :, :96], v[:, :, :96], Layout.of(q, k[:, :, :96], 32).index(
             blocks[..., :3]), singles)
     both = BlockIndex.from_mask(blocks, block_q=32, block_k=32, q_len=128, k_len=128, causal=False)
-    with pytest.raises(ValueError, match=r"index\.causal=False: allowed is True"):
+    with pytest.raises(ValueError, match=r"index\.causal: expected True, got False"):
         vertical_slash_attention(q, k, v, both, singles)
 
 
@@ -206,6 +218,7 @@ for case in t.CASES:
     t.check("triton", case)
 t.check("triton", t.CASES[2], density=0.0)
 t.check("triton", t.CASES[1], density=1.0)
+t.test_nan_in_a_valid_column_is_not_hidden("triton")
 print("agrees")
 """
 

@@ -13,11 +13,10 @@ from looseleaf_kernels import (
     quantize_blocks,
     quantize_values,
     quantized_block_sparse_attention,
-    quantized_cpu,
-    quantized_reference,
     smooth_keys,
 )
-from looseleaf_kernels.quantizers import LARGEST_P
+from looseleaf_kernels.quantized import cpu, reference
+from looseleaf_kernels.quantized.quantizers import LARGEST_P
 
 CASES = [  # batch, query heads, key heads, Lq, Lk, D, block_q, block_k, causal
     (1, 2, 2, 128, 128, 64, 32, 32, True),
@@ -121,7 +120,7 @@ def test_integers_of_p_and_of_the_products_are_the_references(case: tuple, pv_bi
         assert torch.equal(x, x.round())
         seen[name] = seen.get(name, 0) + torch.bincount(x.flatten().long(), minlength=128)
 
-    for module in (quantized_reference, quantized_cpu):
+    for module in (reference, cpu):
         real = module.quantize_p
 
         def watched(p: Tensor, largest: int, name: str = module.__name__,
@@ -131,7 +130,7 @@ def test_integers_of_p_and_of_the_products_are_the_references(case: tuple, pv_bi
             return integers, scale
 
         monkeypatch.setattr(module, "quantize_p", watched)
-        quantized_block_sparse_attention(q, k, v, index, pv_bits=pv_bits, impl=module.__name__.rsplit("_")[-1])
+        quantized_block_sparse_attention(q, k, v, index, pv_bits=pv_bits, impl=module.__name__.rpartition(".")[2])
     one, two = seen.values()
     assert one.sum() > 1000 and one[LARGEST_P[pv_bits]] > 0 and one[LARGEST_P[pv_bits] + 1:].sum() == 0
     assert torch.equal(one[1:], two[1:])  # zeros also fill what is ragged
@@ -291,7 +290,7 @@ def test_lengths_and_nan_in_padding(impl: str, causal: bool) -> None:
 
 
 def test_long_rows_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantized_cpu, "CHUNK_SCORES", 3 * 32 * 32)
+    monkeypatch.setattr(cpu, "CHUNK_SCORES", 3 * 32 * 32)
     for bits in BITS:
         agrees("cpu", inputs((1, 2, 1, 100, 320, 32, 32, 32, True), density=0.8), bits)
 
@@ -308,7 +307,7 @@ def test_sums_beyond_fp32_are_exact_too() -> None:
         out, _ = quantized_block_sparse_attention(q, k, v, index, impl=impl)
         want = (2047 + 126 / 127) / 2048
         torch.testing.assert_close(out[0, 0, :, 3], torch.full((2,), want), atol=1e-7, rtol=0)
-    assert quantized_cpu._exact(1040, 127) == torch.float32 and quantized_cpu._exact(1041, 127) == torch.float64
+    assert cpu._exact(1040, 127) == torch.float32 and cpu._exact(1041, 127) == torch.float64
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
@@ -329,15 +328,15 @@ def test_backward_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    ({"qk_bits": 4}, "qk_bits=4: allowed is 8"),
-    ({"pv_bits": 2}, "pv_bits=2: allowed is 8, 4, 16"),
-    ({"impl": "cuda"}, "impl='cuda': allowed is reference, cpu, triton"),
-    ({"value": torch.zeros(1, 2, 128, 32)}, "allowed is equal shapes"),
+    ({"qk_bits": 4}, "qk_bits: expected 8, got 4"),
+    ({"pv_bits": 2}, "pv_bits: expected 4, 8 or 16, got 2"),
+    ({"impl": "cuda"}, "impl: expected reference, cpu or triton, got 'cuda'"),
+    ({"value": torch.zeros(1, 2, 128, 32)}, "key, value: expected equal shapes"),
     ({"key": torch.zeros(1, 2, 128, 64).half()}, "and the query's dtype"),
-    ({"query": torch.zeros(1, 2, 128, 64).double()}, "query has dtype torch.float64: allowed is torch.float32"),
-    ({"query": torch.zeros(1, 2, 64, 64)}, "the tensors have"),
-    ({"key_lengths": torch.tensor([1, 2])}, "key_lengths has shape"),
-    ({"impl": "triton"}, "blocks of 32 x 16: the Triton kernel takes powers of two"),
+    ({"query": torch.zeros(1, 2, 128, 64).double()}, "dtype of query: expected torch.float32, .* got torch.float64"),
+    ({"query": torch.zeros(1, 2, 64, 64)}, "index: expected an index for the tensors"),
+    ({"key_lengths": torch.tensor([1, 2])}, "key_lengths: expected shape"),
+    ({"impl": "triton"}, "blocks: expected powers of two .* for the Triton kernel, got 32 x 16"),
 ])
 def test_what_does_not_fit(change: dict, says: str) -> None:
     q, k, v, index = inputs((1, 2, 2, 128, 128, 64, 32, 16, True))
@@ -348,11 +347,11 @@ def test_what_does_not_fit(change: dict, says: str) -> None:
 
 def test_bits_and_blocks_of_the_quantisers() -> None:
     x = torch.zeros(1, 1, 4, 4)
-    with pytest.raises(ValueError, match="bits=16: allowed is 8 or 4"):
+    with pytest.raises(ValueError, match="bits: expected 8 or 4, got 16"):
         quantize_blocks(x, 2, 16)
-    with pytest.raises(ValueError, match="block=0: allowed is 1 or more"):
+    with pytest.raises(ValueError, match="block: expected an integer >= 1, got 0"):
         quantize_values(x, 0, 8)
-    with pytest.raises(ValueError, match="allowed is floats of shape"):
+    with pytest.raises(ValueError, match="expected floats of shape"):
         quantize_blocks(x.long(), 2, 8)
 
 

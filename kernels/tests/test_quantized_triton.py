@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -59,22 +60,24 @@ t.check_edges_of_the_quantiser()
 """, **INTERPRETER)
 
 
+KERNEL, SHARED = "looseleaf_kernels.quantized.triton", "looseleaf_kernels.tiles"
 MUTATIONS = {
-    "rounds at 0.55": ("p * inverse + 0.5)", "p * inverse + 0.45)"),
-    "cuts P off": ("p * inverse + 0.5)", "p * inverse)"),
-    "scale of P too small": ("tl.div_rn(most, p_largest) * v_scale", "tl.div_rn(most, p_largest + 0.1) * v_scale"),
-    "forgets a maximum": ("acc = acc * shrink[:, None]", "acc = acc"),
-    "hides the diagonal": ("keys[None, :] <= position", "keys[None, :] < position"),
-    "forgets the mean": ("0.6931471805599453 + taken", "0.6931471805599453"),
+    "rounds at 0.55": (KERNEL, "p * inverse + 0.5)", "p * inverse + 0.45)"),
+    "cuts P off": (KERNEL, "p * inverse + 0.5)", "p * inverse)"),
+    "scale of P too small": (KERNEL, "tl.div_rn(most, p_largest) * v_scale",
+                             "tl.div_rn(most, p_largest + 0.1) * v_scale"),
+    "forgets a maximum": (KERNEL, "acc = acc * shrink[:, None]", "acc = acc"),
+    "hides the diagonal": (KERNEL, "keys[None, :] <= position", "keys[None, :] < position"),
+    "forgets the mean": (KERNEL, "LN_2 + taken", "LN_2"),
+    "forgets the former sum": (SHARED, "total * shrink + tl.sum(p, 1)", "total + tl.sum(p, 1)"),
+    "drops a channel of the queries": (SHARED, "(d < D)[None, :], other=0)", "(d < D - 1)[None, :], other=0)"),
 }
 
 
 @needs_triton
 def test_a_wrong_kernel_is_beyond_the_bound(tmp_path: Path) -> None:
-    from looseleaf_kernels import quantized_triton
-
-    text = Path(str(quantized_triton.__file__)).read_text()
-    for number, (old, new) in enumerate(MUTATIONS.values()):
+    for number, (module, old, new) in enumerate(MUTATIONS.values()):
+        text = Path(str(importlib.import_module(module).__file__)).read_text()
         assert text.count(old) == 1, old
         (tmp_path / f"wrong{number}.py").write_text(text.replace(old, new))
     run(f"""
@@ -86,15 +89,21 @@ case = (1, 2, 1, 100, 128, 32, 32, 32, True)
 kinds = ((torch.float32, 8), (torch.bfloat16, 4))
 for dtype, bits in kinds:
     t.check_attention(case, dtype, bits)
-for number, name in enumerate({list(MUTATIONS)!r}):
-    sys.modules["looseleaf_kernels.quantized_triton"] = importlib.import_module(f"wrong{{number}}")
+for number, (name, module) in enumerate({[(name, module) for name, (module, _, _) in MUTATIONS.items()]!r}):
+    right = sys.modules[module]
+    sys.modules[module] = importlib.import_module(f"wrong{{number}}")
+    if module != {KERNEL!r}:
+        del sys.modules[{KERNEL!r}]
+        importlib.import_module({KERNEL!r})
     for dtype, bits in kinds:
         try:
             t.check_attention(case, dtype, bits)
         except AssertionError as error:
-            assert "allowed" in str(error), error
+            assert "permitted" in str(error), error
         else:
             raise SystemExit(f"{{name}}, {{dtype}}, {{bits}} bits: not seen")
+    sys.modules[module] = right
+    del sys.modules[{KERNEL!r}]
 """, **INTERPRETER)
 
 

@@ -1,23 +1,25 @@
-"""Shared attention kernels: one public function per operation, three implementations each."""
+"""Shared attention kernels: one public function per operation, up to three implementations of each."""
 
-from looseleaf_kernels.importance import block_importance
+from looseleaf_kernels.block_sparse.op import block_sparse_attention
+from looseleaf_kernels.importance.op import block_importance
 from looseleaf_kernels.index import BlockIndex
+from looseleaf_kernels.last_queries.op import last_query_scores
 from looseleaf_kernels.layout import Layout
-from looseleaf_kernels.ops import (
+from looseleaf_kernels.mass.op import top_mass
+from looseleaf_kernels.mean.op import block_mean
+from looseleaf_kernels.operations import (
+    Operation,
     available_implementations,
-    block_mean,
-    block_sparse_attention,
     implementation,
     implementation_for,
-    last_query_scores,
-    top_mass,
+    operations,
 )
-from looseleaf_kernels.quantized import quantized_block_sparse_attention
-from looseleaf_kernels.quantizers import quantize_blocks, quantize_values, smooth_keys
-from looseleaf_kernels.vertical_slash import column_index, vertical_slash_attention
+from looseleaf_kernels.quantized.op import quantized_block_sparse_attention
+from looseleaf_kernels.quantized.quantizers import quantize_blocks, quantize_values, smooth_keys
+from looseleaf_kernels.vertical_slash.op import column_index, vertical_slash_attention
 
-__all__ = ["BlockIndex", "Layout", "available_implementations", "block_importance", "block_mean",
+__all__ = ["BlockIndex", "Layout", "Operation", "available_implementations", "block_importance", "block_mean",
            "block_sparse_attention", "column_index", "implementation", "implementation_for", "last_query_scores",
-           "quantize_blocks", "quantize_values", "quantized_block_sparse_attention", "smooth_keys", "top_mass",
-           "vertical_slash_attention"]
-__version__ = "0.1.0"
+           "operations", "quantize_blocks", "quantize_values", "quantized_block_sparse_attention", "smooth_keys",
+           "top_mass", "vertical_slash_attention"]
+__version__ = "0.2.0"

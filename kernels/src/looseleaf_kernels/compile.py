@@ -20,6 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from looseleaf_kernels.launch import Job
+from looseleaf_kernels.operations import operations
+
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 
 
@@ -33,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     form = re.fullmatch(r"cuda:(\d+)|hip:(gfx\w+)", arguments.target)
     if not form:
-        parser.error(f"--target {arguments.target}: allowed are cuda:<capability> and hip:<gfx name>, "
-                     f"such as {', '.join(TARGETS)}")
+        parser.error(f"--target: expected cuda:<capability> or hip:<gfx name>, such as {', '.join(TARGETS)}, got "
+                     f"{arguments.target}")
     if arguments.out:
         os.environ["TRITON_CACHE_DIR"] = str(Path(arguments.out).resolve())
     rows = compile_all(arguments.target, arguments.jobs)
@@ -55,18 +58,17 @@ def compile_all(target: str, processes: int = 1) -> list[dict[str, Any]]:
         target: ``cuda:<capability>`` or ``hip:<gfx name>``.
         processes: how many compile side by side; 1: this one alone.
     """
-    numbers = range(len(_jobs()))
+    numbers = range(len(jobs()))
     if processes <= 1:
         return [_compile(target, n) for n in numbers]
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(partial(_compile, target), numbers))
 
 
-def _jobs() -> list[dict[str, Any]]:
-    from looseleaf_kernels import importance_triton, quantized_triton, triton_kernels, vertical_slash_triton
-
-    modules = (triton_kernels, quantized_triton, importance_triton, vertical_slash_triton)
-    return [job for module in modules for job in module.compile_jobs()]
+def jobs() -> list[Job]:
+    """Every kernel of every operation, for each dtype, head size and block size that is compiled ahead of time."""
+    return [job for operation in operations() if "triton" in operation.implementations
+            for job in operation.module("triton").compile_jobs()]
 
 
 def _compile(target: str, number: int) -> dict[str, Any]:
@@ -75,25 +77,21 @@ def _compile(target: str, number: int) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from looseleaf_kernels import config
-
     kind, _, arch = target.partition(":")
     gpu = GPUTarget(kind, int(arch) if kind == "cuda" else arch, 32 if kind == "cuda" else 64)
-    job = _jobs()[number]
-    names = job["kernel"].arg_names
-    signature = {n: job["signature"].get(n, "constexpr") for n in names}
-    constants = {(names.index(n),): value for n, value in job["constants"].items()}
+    job = jobs()[number]
+    names = job.kernel.arg_names
+    signature = {n: job.types.get(n, "constexpr") for n in names}
+    constants = {(names.index(n),): value for n, value in job.constants.items()}
     # Pointers and most sizes are multiples of 16 in practice; Triton specialises on it when launching.
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in names if signature[n].startswith("*")}
-    choose, *sizes = job.get("launch") or (config.attention, job["block"], job["block"], job["head_dim"], 2)
-    launch = choose(arch, *sizes)
-    done = triton.compile(ASTSource(job["kernel"], signature, constants, attributes), target=gpu,
-                          options={"num_warps": launch.num_warps, "num_stages": launch.num_stages})
-    usage = _nvidia(done) if kind == "cuda" else _amd(done)
-    return {"kernel": job["name"], "target": target, "shared": int(done.metadata.shared), **usage}
+    source = ASTSource(job.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=gpu, options=job.launch(arch).options())
+    usage = _nvidia(compiled) if kind == "cuda" else _amd(compiled)
+    return {"kernel": job.name, "target": target, "shared": int(compiled.metadata.shared), **usage}
 
 
-def _nvidia(done: Any) -> dict[str, Any]:
+def _nvidia(compiled: Any) -> dict[str, Any]:
     """Registers and spills from the assembled binary, read with the cuobjdump that Triton carries."""
     import triton
 
@@ -101,16 +99,16 @@ def _nvidia(done: Any) -> dict[str, Any]:
     if not tool.exists():
         return {"registers": None, "spills": None}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(done.asm["cubin"])
+        file.write(compiled.asm["cubin"])
         file.flush()
         text = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True).stdout
     registers, local = re.search(r"REG:(\d+)", text), re.search(r"LOCAL:(\d+)", text)
     return {"registers": int(registers[1]) if registers else None, "spills": int(local[1]) if local else None}
 
 
-def _amd(done: Any) -> dict[str, Any]:
+def _amd(compiled: Any) -> dict[str, Any]:
     """Vector registers and spills from the assembly's metadata."""
-    text = done.asm["amdgcn"]
+    text = compiled.asm["amdgcn"]
     registers, spills = re.search(r"\.vgpr_count:\s*(\d+)", text), re.search(r"\.vgpr_spill_count:\s*(\d+)", text)
     return {"registers": int(registers[1]) if registers else None, "spills": int(spills[1]) if spills else None}
 

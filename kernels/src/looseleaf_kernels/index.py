@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from looseleaf_kernels.shapes import BlockMask, Entries, RowPointers
+
+
+class Csr(NamedTuple):
+    """Which columns each row has: those of row r of a head are ``col[row_ptr[..., r]:row_ptr[..., r + 1]]``."""
+
+    row_ptr: RowPointers
+    col: Entries
 
 
 @dataclass(eq=False)
@@ -22,8 +31,8 @@ class BlockIndex:
             empties are harmless.
     """
 
-    row_ptr: Tensor
-    col: Tensor
+    row_ptr: RowPointers
+    col: Entries
     block_q: int
     block_k: int
     q_len: int
@@ -34,13 +43,13 @@ class BlockIndex:
     def __post_init__(self) -> None:
         for name in ("block_q", "block_k"):
             if getattr(self, name) < 1:
-                raise ValueError(f"BlockIndex.{name}={getattr(self, name)}: allowed is 1 or more")
+                raise ValueError(f"BlockIndex.{name}: expected an integer >= 1, got {getattr(self, name)}")
         if self.row_ptr.dim() != 3 or self.row_ptr.shape[-1] != self.rows + 1:
-            raise ValueError(f"BlockIndex.row_ptr has shape {tuple(self.row_ptr.shape)}: allowed is "
-                             f"(B, H, {self.rows + 1}) for q_len={self.q_len} in blocks of {self.block_q}")
+            raise ValueError(f"BlockIndex.row_ptr: expected shape (B, H, {self.rows + 1}) for q_len={self.q_len} in "
+                             f"blocks of {self.block_q}, got {tuple(self.row_ptr.shape)}")
         for name in ("row_ptr", "col"):
             if getattr(self, name).dtype != torch.int32:
-                raise ValueError(f"BlockIndex.{name} has dtype {getattr(self, name).dtype}: allowed is torch.int32")
+                raise ValueError(f"BlockIndex.{name}: expected dtype torch.int32, got {getattr(self, name).dtype}")
 
     @property
     def rows(self) -> int:
@@ -62,26 +71,25 @@ class BlockIndex:
         """B."""
         return self.row_ptr.shape[0]
 
+    @property
+    def csr(self) -> Csr:
+        """The entries alone."""
+        return Csr(self.row_ptr, self.col)
+
     @classmethod
-    def from_mask(cls, mask: Tensor, *, block_q: int, block_k: int, q_len: int, k_len: int,
+    def from_mask(cls, mask: BlockMask, *, block_q: int, block_k: int, q_len: int, k_len: int,
                   causal: bool) -> BlockIndex:
         """From a boolean block mask, (B, H, Nq, Nk).
 
         Raises:
             ValueError: the mask has another shape or is not boolean.
         """
-        wanted = (-(-q_len // block_q), -(-k_len // block_k))
-        if mask.dtype != torch.bool or mask.dim() != 4 or tuple(mask.shape[2:]) != wanted:
-            raise ValueError(f"block mask is {mask.dtype} {tuple(mask.shape)}: allowed is torch.bool (B, H, "
-                             f"{wanted[0]}, {wanted[1]})")
-        counts = mask.sum(-1, dtype=torch.int32)
-        ends = counts.flatten().cumsum(0, dtype=torch.int32).view_as(counts)
-        starts = torch.cat([torch.zeros(1, dtype=torch.int32, device=mask.device), ends.flatten()[:-1]]) \
-            if ends.numel() else ends.flatten()
-        row_ptr = torch.cat([starts.view_as(counts)[..., :1], ends], -1) if wanted[0] else \
-            torch.zeros(*mask.shape[:2], 1, dtype=torch.int32, device=mask.device)
-        return cls(row_ptr.contiguous(), mask.nonzero()[:, 3].to(torch.int32).contiguous(), block_q, block_k,
-                   q_len, k_len, causal)
+        rows, columns = -(-q_len // block_q), -(-k_len // block_k)
+        if mask.dtype != torch.bool or mask.dim() != 4 or tuple(mask.shape[2:]) != (rows, columns):
+            raise ValueError(f"mask: expected torch.bool of shape (B, H, {rows}, {columns}), got {mask.dtype} of shape "
+                             f"{tuple(mask.shape)}")
+        col = mask.nonzero()[:, 3].to(torch.int32).contiguous()
+        return cls(row_pointers(mask.sum(-1, dtype=torch.int32)), col, block_q, block_k, q_len, k_len, causal)
 
     @classmethod
     def from_lists(cls, lists: list[list[list[list[int]]]], *, block_q: int, block_k: int, q_len: int, k_len: int,
@@ -96,12 +104,12 @@ class BlockIndex:
         for b, heads in enumerate(lists):
             for h, blocks in enumerate(heads):
                 if len(blocks) != rows:
-                    raise ValueError(f"item {b}, head {h} has {len(blocks)} rows: allowed is {rows}")
+                    raise ValueError(f"lists: expected {rows} rows, got {len(blocks)} for item {b}, head {h}")
                 for r, chosen in enumerate(blocks):
                     bad = [c for c in chosen if not 0 <= c < columns]
                     if bad:
-                        raise ValueError(f"item {b}, head {h}, row {r} names key block {bad[0]}: allowed is 0 to "
-                                         f"{columns - 1}")
+                        raise ValueError(f"lists: expected key blocks in [0, {columns - 1}], got {bad[0]} in item {b}, "
+                                         f"head {h}, row {r}")
                     mask[b, h, r, chosen] = True
         return cls.from_mask(mask, block_q=block_q, block_k=block_k, q_len=q_len, k_len=k_len, causal=causal)
 
@@ -121,7 +129,7 @@ class BlockIndex:
 
         mask = self.to_mask()
         if self.causal:
-            mask = mask & self._allowed(mask.device)
+            mask = mask & self._visible(mask.device)
         order = torch.argsort(mask.int(), dim=-1, descending=True, stable=True).to(torch.int32)
         offset = self.k_len - self.q_len
         block = self.block_q, self.block_k
@@ -146,27 +154,27 @@ class BlockIndex:
         if "row_of_entry" not in self._cache:
             counts = (self.row_ptr[..., 1:] - self.row_ptr[..., :-1]).flatten().long()
             self._cache["row_of_entry"] = torch.repeat_interleave(counts)
-        found: Tensor = self._cache["row_of_entry"]
-        return found
+        row: Tensor = self._cache["row_of_entry"]
+        return row
 
     def density(self, lengths: Tensor | None = None) -> Tensor:
-        """(B, H) float: active blocks over all blocks that causality allows.
+        """(B, H) float: active blocks over all blocks with a query that sees a key.
 
         Args:
             lengths: (B,) valid keys of each item, all queries being the last of them; None: all.
         """
-        allowed = self._allowed(self.col.device)
-        mask = self.to_mask() & allowed
+        visible = self._visible(self.col.device)
+        mask = self.to_mask() & visible
         if lengths is None:
-            return mask.sum((2, 3)) / allowed.sum().clamp(min=1)
+            return mask.sum((2, 3)) / visible.sum().clamp(min=1)
         k_ok = torch.arange(self.columns, device=mask.device) * self.block_k < lengths[:, None]
         rows = lengths - self.k_len + self.q_len if self.causal else torch.full_like(lengths, self.q_len)
         q_ok = torch.arange(self.rows, device=mask.device) * self.block_q < rows[:, None]
-        ok = allowed & q_ok[:, None, :, None] & k_ok[:, None, None, :]
+        ok = visible & q_ok[:, None, :, None] & k_ok[:, None, None, :]
         return (mask & ok).sum((2, 3)) / ok.sum((2, 3)).clamp(min=1)
 
-    def _allowed(self, device: torch.device) -> Tensor:
-        """(Nq, Nk) bool: blocks with at least one pair that causality allows."""
+    def _visible(self, device: torch.device) -> Tensor:
+        """(Nq, Nk) bool: blocks with at least one query that sees a key."""
         if not self.causal:
             return torch.ones(self.rows, self.columns, dtype=torch.bool, device=device)
         last = (torch.arange(1, self.rows + 1, device=device) * self.block_q).clamp(max=self.q_len) - 1
@@ -181,7 +189,7 @@ class BlockIndex:
             dense = dense & (torch.arange(self.k_len, device=dense.device) <= q)
         return dense
 
-    def transpose(self) -> tuple[Tensor, Tensor]:
+    def transpose(self) -> Csr:
         """The same set by columns: (B, H, Nk + 1) int32 offsets and (nnz,) int32 query blocks. Made once."""
         if "transpose" not in self._cache:
             row = self.row_of_entry()
@@ -189,14 +197,20 @@ class BlockIndex:
             flat = head * self.columns + self.col.long()
             order = torch.argsort(flat, stable=True)
             counts = torch.bincount(flat, minlength=self.batch * self.heads * self.columns)
-            ends = counts.cumsum(0).view(self.batch, self.heads, self.columns).to(torch.int32)
-            starts = ends - counts.view_as(ends).to(torch.int32)
-            self._cache["transpose"] = (torch.cat([starts[..., :1], ends], -1).contiguous(),
-                                        query[order].to(torch.int32).contiguous())
-        found: tuple[Tensor, Tensor] = self._cache["transpose"]
-        return found
+            self._cache["transpose"] = Csr(row_pointers(counts.view(self.batch, self.heads, self.columns)),
+                                           query[order].to(torch.int32).contiguous())
+        transposed: Csr = self._cache["transpose"]
+        return transposed
 
     def to(self, device: torch.device | str) -> BlockIndex:
         """The same index on another device."""
         return BlockIndex(self.row_ptr.to(device), self.col.to(device), self.block_q, self.block_k, self.q_len,
                           self.k_len, self.causal)
+
+
+def row_pointers(counts: Tensor) -> Tensor:
+    """(B, H, N + 1) int32: the global offsets of rows that have so many entries, (B, H, N)."""
+    ends = torch.nn.functional.pad(counts.flatten().cumsum(0, dtype=torch.int32), (1, 0))
+    starts = torch.arange(counts.shape[0] * counts.shape[1], device=counts.device) * counts.shape[2]
+    row = starts[:, None] + torch.arange(counts.shape[2] + 1, device=counts.device)
+    return ends[row].view(*counts.shape[:2], -1)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from looseleaf_kernels.index import BlockIndex
+from looseleaf_kernels.problem import lengths_of
+from looseleaf_kernels.shapes import BlockMask, Keys, Lengths, Queries
 
 
 @dataclass(frozen=True)
@@ -27,19 +29,17 @@ class Layout:
     block: int
 
     @classmethod
-    def of(cls, query: Tensor, key: Tensor, block: int, query_lengths: Tensor | None = None,
-           key_lengths: Tensor | None = None) -> Layout:
+    def of(cls, query: Queries, key: Keys, block: int, query_lengths: Lengths | None = None,
+           key_lengths: Lengths | None = None) -> Layout:
         """From the tensors of a call, (B, Hq, Lq, D) and (B, Hkv, Lk, D), and their lengths (B,); None: all rows.
 
         Raises:
-            ValueError: block is below 1.
+            ValueError: block is below 1, or lengths of another shape.
         """
         if block < 1:
-            raise ValueError(f"block={block}: allowed is 1 or more")
-        full = [torch.full((x.shape[0],), x.shape[2], dtype=torch.int64, device=x.device) if given is None
-                else given.to(device=x.device, dtype=torch.int64)
-                for x, given in ((query, query_lengths), (key, key_lengths))]
-        return cls(full[0], full[1], query.shape[2], key.shape[2], block)
+            raise ValueError(f"block: expected an integer >= 1, got {block}")
+        return cls(lengths_of(query, query_lengths, "query_lengths"), lengths_of(key, key_lengths, "key_lengths"),
+                   query.shape[2], key.shape[2], block)
 
     @property
     def rows(self) -> int:
@@ -79,7 +79,7 @@ class Layout:
         first, last = self.row_ends
         return ((self.column_starts <= last[..., None]) & (last >= first)[..., None])[:, None]
 
-    def index(self, blocks: Tensor) -> BlockIndex:
+    def index(self, blocks: BlockMask) -> BlockIndex:
         """The causal index of a block mask, (B, H, Nq, Nk) bool.
 
         Raises:

@@ -11,7 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from looseleaf_kernels.problem import Problem, lengths_of
+from looseleaf_kernels.shapes import BlockVectors, Lengths, RowBlocks, VectorIntegers, Vectors
+
 LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
 LARGEST = {8: 127, 4: 7}
 """Largest magnitude of a signed integer of so many bits; -128 and -8 are not used, so that the range is symmetric."""
 LARGEST_P = {8: 127, 4: 15}
@@ -19,6 +23,20 @@ LARGEST_P = {8: 127, 4: 15}
 are unsigned and lie in int8."""
 P_FLOOR = 2.0 ** -64
 """A block of P with no entry above this adds nothing to the output (its own scale would come near fp32's smallest)."""
+
+
+class Bits(NamedTuple):
+    """How Q, K and V become integers.
+
+    Attributes:
+        qk: bits of Q and K.
+        pv: bits of P and V; 16: V stays as it is.
+        smooth_key: whether the mean of the keys is taken from them first.
+    """
+
+    qk: int
+    pv: int
+    smooth_key: bool
 
 
 class Quantized(NamedTuple):
@@ -42,7 +60,7 @@ class Quantized(NamedTuple):
     taken: Tensor
 
 
-def smooth_keys(key: Tensor, lengths: Tensor | None = None) -> Tensor:
+def smooth_keys(key: Vectors, lengths: Lengths | None = None) -> Vectors:
     """Keys less their mean over the valid tokens, per head and channel (SageAttention, arXiv 2410.02367, section 4.2).
 
     Softmax attention does not change: every score of a query falls by the same amount. An offset that all keys share
@@ -65,7 +83,8 @@ def key_mean(key: Tensor, lengths: Tensor | None = None) -> Tensor:
     return torch.where(valid, key.float(), 0.0).sum(2, keepdim=True) / valid.sum(2, keepdim=True).clamp(min=1)
 
 
-def quantize_blocks(x: Tensor, block: int, bits: int, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_blocks(x: Vectors, block: int, bits: int,
+                    lengths: Lengths | None = None) -> tuple[VectorIntegers, RowBlocks]:
     """Symmetric integers with one scale for each block of rows.
 
     Args:
@@ -86,7 +105,8 @@ def quantize_blocks(x: Tensor, block: int, bits: int, lengths: Tensor | None = N
     return integers, scale[:, :, :, 0, 0]
 
 
-def quantize_values(value: Tensor, block: int, bits: int, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_values(value: Vectors, block: int, bits: int,
+                    lengths: Lengths | None = None) -> tuple[VectorIntegers, BlockVectors]:
     """As :func:`quantize_blocks` with one scale for each block of rows and channel.
 
     Returns:
@@ -96,18 +116,26 @@ def quantize_values(value: Tensor, block: int, bits: int, lengths: Tensor | None
     return integers, scale[:, :, :, 0]
 
 
-def quantize_all(query: Tensor, key: Tensor, value: Tensor, scale: float, block_q: int, block_k: int,
-                 query_lengths: Tensor, key_lengths: Tensor, qk_bits: int, pv_bits: int, smooth: bool) -> Quantized:
+def quantize(query: Tensor, key: Tensor, value: Tensor, problem: Problem, bits: Bits) -> Quantized:
     """All that an implementation multiplies."""
-    mean = key_mean(key, key_lengths) if smooth else torch.zeros_like(key[:, :, :1], dtype=torch.float32)
-    q, q_scale = quantize_blocks(query, block_q, qk_bits, query_lengths)
-    k, k_scale = quantize_blocks(key.float() - mean, block_k, qk_bits, key_lengths)
-    taken = (query.float() @ mean.repeat_interleave(query.shape[1] // key.shape[1], 1).mT)[..., 0] * scale
-    if pv_bits == 16:
-        v, v_scale = torch.where(_valid(value, key_lengths), value, 0), None
+    lengths = problem.key_lengths
+    mean = key_mean(key, lengths) if bits.smooth_key else torch.zeros_like(key[:, :, :1], dtype=torch.float32)
+    q, q_scale = quantize_blocks(query, problem.block_q, bits.qk, problem.query_lengths)
+    k, k_scale = quantize_blocks(key.float() - mean, problem.block_k, bits.qk, lengths)
+    taken = (query.float() @ mean.repeat_interleave(query.shape[1] // key.shape[1], 1).mT)[..., 0] * problem.scale
+    if bits.pv == 16:
+        v, v_scale = torch.where(_valid(value, lengths), value, 0), None
     else:
-        v, v_scale = quantize_values(value, block_k, pv_bits, key_lengths)
-    return Quantized(q, q_scale * (scale * LOG2_E), k, k_scale, v, v_scale, LARGEST_P.get(pv_bits, 0), taken)
+        v, v_scale = quantize_values(value, problem.block_k, bits.pv, lengths)
+    return Quantized(q, q_scale * (problem.scale * LOG2_E), k, k_scale, v, v_scale, LARGEST_P.get(bits.pv, 0), taken)
+
+
+def finish(acc: Tensor, top: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of rows (..., D) with a running maximum and sum, (...); 0 and -inf without any key."""
+    some = total != 0  # NaN stays NaN
+    total = torch.where(some, total, 1.0)
+    out = torch.where(some[..., None], acc / total[..., None], 0.0)
+    return out, torch.where(some, (top + torch.log2(total)) * LN_2, -torch.inf)
 
 
 def put_back(lse: Tensor, taken: Tensor) -> Tensor:
@@ -134,23 +162,22 @@ def quantize_p(p: Tensor, largest: int) -> tuple[Tensor, Tensor]:
 def _quantize(x: Tensor, block: int, bits: int, lengths: Tensor | None,
               over: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     if bits not in LARGEST:
-        raise ValueError(f"bits={bits!r}: allowed is {' or '.join(map(str, LARGEST))}")
+        raise ValueError(f"bits: expected {' or '.join(map(str, LARGEST))}, got {bits!r}")
     if block < 1:
-        raise ValueError(f"block={block}: allowed is 1 or more")
+        raise ValueError(f"block: expected an integer >= 1, got {block}")
     if x.dim() != 4 or not x.is_floating_point():
-        raise ValueError(f"{tuple(x.shape)} {x.dtype}: allowed is floats of shape (B, H, L, D)")
-    batch, heads, length, width = x.shape
+        raise ValueError(f"x: expected floats of shape (B, H, L, D), got {x.dtype} of shape {tuple(x.shape)}")
+    batch, heads, length, head_dim = x.shape
     count = -(-length // block)
     rows = torch.where(_valid(x, lengths), x.float(), 0.0)
-    rows = torch.nn.functional.pad(rows, (0, 0, 0, count * block - length)).view(batch, heads, count, block, width)
+    rows = torch.nn.functional.pad(rows, (0, 0, 0, count * block - length)).view(batch, heads, count, block, head_dim)
     scale = rows.abs().amax(over, keepdim=True) / LARGEST[bits] if rows.numel() else rows.sum(over, keepdim=True)
     # Divided by the scale and not multiplied by an inverse, which is infinite for the smallest numbers of fp32.
     integers = torch.round(rows / torch.where(scale == 0, 1.0, scale)).clamp(-LARGEST[bits], LARGEST[bits])
-    return integers.to(torch.int8).view(batch, heads, count * block, width)[:, :, :length].contiguous(), scale
+    return integers.to(torch.int8).view(batch, heads, count * block, head_dim)[:, :, :length].contiguous(), scale
 
 
 def _valid(x: Tensor, lengths: Tensor | None) -> Tensor:
     """(B, 1, L, 1) bool."""
-    if lengths is None:
-        return torch.ones(x.shape[0], 1, x.shape[2], 1, dtype=torch.bool, device=x.device)
-    return (torch.arange(x.shape[2], device=x.device) < lengths.to(x.device)[:, None])[:, None, :, None]
+    rows = torch.arange(x.shape[2], device=x.device)
+    return (rows < lengths_of(x, lengths, "lengths")[:, None])[:, None, :, None]

@@ -7,6 +7,7 @@ bit. Only the mean of the keys may differ, in fp32's last bits: it is summed in 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from looseleaf_kernels import config
-from looseleaf_kernels.quantizers import LARGEST, LARGEST_P, LOG2_E, Quantized
-from looseleaf_kernels.triton_kernels import _arch, block_mean
+from looseleaf_kernels import launch
+from looseleaf_kernels.mean.triton import block_mean
+from looseleaf_kernels.problem import Problem
+from looseleaf_kernels.quantized.quantizers import LARGEST, LARGEST_P, LOG2_E, Bits, Quantized
 
 MEAN_BLOCK = 128
 """Keys that one program of the mean's first step sums."""
@@ -84,7 +86,7 @@ def quantize_columns(X, INTEGERS, SCALE, LENGTHS, largest, heads, length, count,
 
 
 def key_mean(key: Tensor, lengths: Tensor) -> Tensor:
-    """(B, H, 1, D), fp32: as :func:`looseleaf_kernels.quantizers.key_mean`, to rounding."""
+    """(B, H, 1, D), fp32: as :func:`looseleaf_kernels.quantized.quantizers.key_mean`, to rounding."""
     means = block_mean(key, MEAN_BLOCK, lengths)
     first = torch.arange(means.shape[2], device=key.device) * MEAN_BLOCK
     valid = (lengths[:, None] - first).clamp(0, MEAN_BLOCK)
@@ -92,62 +94,65 @@ def key_mean(key: Tensor, lengths: Tensor) -> Tensor:
     return (means * weight[:, None, :, None]).sum(2, keepdim=True)
 
 
-def quantize_all(query: Tensor, key: Tensor, value: Tensor, scale: float, block_q: int, block_k: int,
-                 query_lengths: Tensor, key_lengths: Tensor, qk_bits: int, pv_bits: int, smooth: bool) -> Quantized:
-    """As :func:`looseleaf_kernels.quantizers.quantize_all`, with V laid out as the Triton kernel reads it.
+def quantize(query: Tensor, key: Tensor, value: Tensor, problem: Problem, bits: Bits) -> Quantized:
+    """As :func:`looseleaf_kernels.quantized.quantizers.quantize`, with V laid out as the Triton kernel reads it.
 
     Quantised V is transposed in its blocks, (B, Hkv, Nk, D, block_k). V in floats is the input, padding included.
     """
-    batch, kv_heads, lk, width = key.shape
-    nk, device = -(-lk // block_k), key.device
+    batch, kv_heads, lk, head_dim = key.shape
+    block, device = problem.block_k, key.device
+    nk = -(-lk // block)
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    q_len, k_len = query_lengths.to(torch.int32), key_lengths.to(torch.int32)
-    mean = key_mean(key, key_lengths) if smooth else torch.zeros(batch, kv_heads, 1, width, device=device)
+    if bits.smooth_key:
+        mean = key_mean(key, problem.key_lengths)
+    else:
+        mean = torch.zeros(batch, kv_heads, 1, head_dim, device=device)
     taken = torch.empty(query.shape[:3], dtype=torch.float32, device=device)
-    group, largest = query.shape[1] // kv_heads, float(LARGEST[qk_bits])
-    q, q_factor = _rows(query, mean, taken, q_len, largest, scale * LOG2_E, scale, group, block_q, False)
-    k, k_scale = _rows(key, mean, taken, k_len, largest, 1.0, scale, 1, block_k, True)
-    if pv_bits == 16:
+    q, q_factor = _rows(query, mean, taken, problem, bits, keys=False)
+    k, k_scale = _rows(key, mean, taken, problem, bits, keys=True)
+    if bits.pv == 16:
         return Quantized(q, q_factor, k, k_scale, value, None, 0, taken)
-    v = torch.empty(batch, kv_heads, nk, width, block_k, dtype=torch.int8, device=device)
-    v_scale = torch.empty(batch, kv_heads, nk, width, dtype=torch.float32, device=device)
-    launch = config.quantizer(_arch(device), block_k, width)
+    v = torch.empty(batch, kv_heads, nk, head_dim, block, dtype=torch.int8, device=device)
+    v_scale = torch.empty(batch, kv_heads, nk, head_dim, dtype=torch.float32, device=device)
     quantize_columns[(nk, batch * kv_heads)](
-        value, v, v_scale, k_len, float(LARGEST[pv_bits]), kv_heads, lk, nk, D=width,
-        BLOCK_D=triton.next_power_of_2(width), BLOCK=block_k, num_warps=launch.num_warps, num_stages=launch.num_stages)
-    return Quantized(q, q_factor, k, k_scale, v, v_scale, LARGEST_P[pv_bits], taken)
+        value, v, v_scale, problem.key_lengths.to(torch.int32), float(LARGEST[bits.pv]), kv_heads, lk, nk,
+        **_options(device, block, head_dim))
+    return Quantized(q, q_factor, k, k_scale, v, v_scale, LARGEST_P[bits.pv], taken)
 
 
-def _rows(x: Tensor, mean: Tensor, taken: Tensor, lengths: Tensor, largest: float, factor: float, softmax_scale: float,
-          group: int, block: int, keys: bool) -> tuple[Tensor, Tensor]:
-    """Integers and the blocks' scales times ``factor``; for queries also fills ``taken``."""
-    batch, heads, length, width = x.shape
+def _rows(x: Tensor, mean: Tensor, taken: Tensor, problem: Problem, bits: Bits, *, keys: bool) -> tuple[Tensor, Tensor]:
+    """Integers and scales of keys; or of queries, whose scales get the factors of the softmax, filling ``taken``."""
+    batch, heads, length, head_dim = x.shape
+    block, lengths = (problem.block_k, problem.key_lengths) if keys else (problem.block_q, problem.query_lengths)
     count = -(-length // block)
     integers = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(batch, heads, count, dtype=torch.float32, device=x.device)
-    launch = config.quantizer(_arch(x.device), block, width)
     quantize_rows[(count, batch * heads)](
-        x, integers, scale, mean, taken, lengths, largest, factor, softmax_scale, heads, group, length, count, D=width,
-        BLOCK_D=triton.next_power_of_2(width), BLOCK=block, KEYS=keys, num_warps=launch.num_warps,
-        num_stages=launch.num_stages)
+        x, integers, scale, mean, taken, lengths.to(torch.int32), float(LARGEST[bits.qk]),
+        1.0 if keys else problem.scale * LOG2_E, problem.scale, heads, heads // mean.shape[1], length, count, KEYS=keys,
+        **_options(x.device, block, head_dim))
     return integers, scale
 
 
-def compile_jobs(head_dims: tuple[int, ...] = (64, 128), blocks_q: tuple[int, ...] = (64, 128),
-                 blocks_k: tuple[int, ...] = (64,)) -> list[dict[str, Any]]:
-    """What is compiled ahead of time: as :func:`looseleaf_kernels.triton_kernels.compile_jobs`."""
-    jobs: list[dict[str, Any]] = []
-    sizes = {n: "i32" for n in ("heads", "length", "count")}
-    for dtype in ("fp16", "bf16"):
-        outputs = {"X": f"*{dtype}", "INTEGERS": "*i8", "SCALE": "*fp32", "LENGTHS": "*i32", "largest": "fp32"}
-        more = {"MEAN": "*fp32", "TAKEN": "*fp32", "factor": "fp32", "softmax_scale": "fp32", "group": "i32"}
-        for dim in head_dims:
-            kinds: list[tuple[str, Any, dict[str, str], int, dict[str, Any]]] = [
-                ("quantize_rows q", quantize_rows, outputs | more, block, {"KEYS": False}) for block in blocks_q]
-            kinds += [("quantize_rows k", quantize_rows, outputs | more, block, {"KEYS": True}) for block in blocks_k]
-            kinds += [("quantize_columns v", quantize_columns, outputs, block, {}) for block in blocks_k]
-            jobs += [{"name": f"{name} {dtype} D{dim} block{block}", "kernel": kernel, "signature": signature | sizes,
-                      "launch": (config.quantizer, block, dim),
-                      "constants": {"D": dim, "BLOCK_D": dim, "BLOCK": block, **constants}}
-                     for name, kernel, signature, block, constants in kinds]
-    return jobs
+def _options(device: torch.device, block: int, head_dim: int) -> dict[str, int]:
+    """Constants and launch parameters of both kernels."""
+    options = launch.quantizer(launch.architecture(device), block, head_dim).options()
+    return {"D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "BLOCK": block, **options}
+
+
+def compile_jobs() -> list[launch.Job]:
+    """What is compiled ahead of time: queries in blocks of 64 and 128, keys and values of 64."""
+    tensors = {"p_i8": "INTEGERS", "p_i32": "LENGTHS", "fp32": "largest", "i32": "heads length count"}
+    columns = {**tensors, "p_fp32": "SCALE"}
+    rows = {**tensors, "p_fp32": "SCALE MEAN TAKEN", "fp32": "largest factor softmax_scale",
+            "i32": "heads group length count"}
+    kinds: list[tuple[str, Any, dict[str, str], int, dict[str, bool]]] = [
+        ("quantize_rows q", quantize_rows, rows, 64, {"KEYS": False}),
+        ("quantize_rows q", quantize_rows, rows, 128, {"KEYS": False}),
+        ("quantize_rows k", quantize_rows, rows, 64, {"KEYS": True}),
+        ("quantize_columns v", quantize_columns, columns, 64, {})]
+    return [launch.Job(f"{name} {dtype} D{head_dim} block{block}", kernel,
+                       launch.types(**names, **{f"p_{dtype}": "X"}),
+                       {"D": head_dim, "BLOCK_D": head_dim, "BLOCK": block, **constants},
+                       partial(launch.quantizer, block=block, head_dim=head_dim))
+            for dtype in ("fp16", "bf16") for head_dim in (64, 128) for name, kernel, names, block, constants in kinds]

@@ -14,26 +14,26 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from looseleaf_kernels import cpu
+from looseleaf_kernels.block_sparse.cpu import block_sparse_attention, fused, join
+from looseleaf_kernels.index import Csr
+from looseleaf_kernels.problem import Problem, statistics_dtype
 
 SHARED_ROWS = 256
 """Queries that share a gather of columns: more save gathering, fewer leave less to mask."""
 
 
-def vertical_slash_attention(query: Tensor, key: Tensor, value: Tensor, row_ptr: Tensor, col: Tensor,
-                             column_ptr: Tensor, column: Tensor, scale: float, block_q: int, block_k: int,
-                             query_lengths: Tensor, key_lengths: Tensor) -> tuple[Tensor, Tensor]:
+def vertical_slash_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Csr, columns: Csr,
+                             problem: Problem) -> tuple[Tensor, Tensor]:
     """As the reference; products in fp32 (fp64 for fp64)."""
-    wide = torch.promote_types(query.dtype, torch.float32)
-    dtype, (query, key, value) = query.dtype, (x.to(wide) for x in (query, key, value))
-    out, lse = cpu.block_sparse_attention(query, key, value, row_ptr, col, scale, True, block_q, block_k,
-                                          query_lengths, key_lengths)
-    group = query.shape[1] // key.shape[1]
+    dtype, (query, key, value) = query.dtype, (x.to(statistics_dtype(query)) for x in (query, key, value))
+    out, lse = block_sparse_attention(query, key, value, blocks, problem)
+    group, block_q = query.shape[1] // key.shape[1], problem.block_q
     step = max(1, SHARED_ROWS // block_q)
+    lengths = zip(problem.query_lengths.tolist(), problem.key_lengths.tolist(), strict=True)
     mask, written = query.new_zeros(step * block_q, 0), 0  # zero but for its last columns, as many as were written
-    for b, (n, m) in enumerate(zip(query_lengths.tolist(), key_lengths.tolist(), strict=True)):
+    for b, (n, m) in enumerate(lengths):
         for h in range(query.shape[1]):
-            keys, member = _members(column_ptr[b, h].long(), column, key.shape[2])
+            keys, member = _members(columns.row_ptr[b, h].long(), columns.col, key.shape[2])
             if not len(keys):
                 continue
             if mask.shape[1] < len(keys):
@@ -52,19 +52,10 @@ def vertical_slash_attention(query: Tensor, key: Tensor, value: Tensor, row_ptr:
                 here = mask[:stop - start, mask.shape[1] - count:]
                 here[:, max(0, count - written):] = 0.0
                 here[:, count - len(mixed):].masked_fill_(hidden, -torch.inf)
-                other, statistics = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    query[b:b + 1, h:h + 1, start:stop], key[b, h // group].index_select(0, picked)[None, None],
-                    value[b, h // group].index_select(0, picked)[None, None], 0.0, False, attn_mask=here[None, None],
-                    scale=scale)
-                other, statistics = other[0, 0], statistics[0, 0].to(lse.dtype)
-                if count == len(mixed):
-                    empty = hidden.all(-1)
-                    other.masked_fill_(empty[:, None], 0.0)
-                    statistics.masked_fill_(empty, -torch.inf)
-                former = lse[b, h, start:stop]
-                share = torch.sigmoid(statistics - former).nan_to_num(0.0)  # NaN: neither part has a key
-                out[b, h, start:stop].lerp_(other, share[:, None])
-                lse[b, h, start:stop] = torch.logaddexp(former, statistics)
+                k, v = (x[b, h // group].index_select(0, picked)[None, None] for x in (key, value))
+                empty = hidden.all(-1)[None, None] if count == len(mixed) else None
+                of_columns = fused(query[b:b + 1, h:h + 1, start:stop], k, v, problem.scale, here[None, None], empty)
+                join(out[b, h, start:stop], lse[b, h, start:stop], *(x[0, 0] for x in of_columns))
     return out.to(dtype), lse
 
 

@@ -14,84 +14,51 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from looseleaf_kernels.cpu import _blocks
-from looseleaf_kernels.quantizers import LARGEST, Quantized, put_back, quantize_p
+from looseleaf_kernels.index import Csr
+from looseleaf_kernels.problem import Problem
+from looseleaf_kernels.quantized.quantizers import LARGEST, Quantized, finish, put_back, quantize_p
+from looseleaf_kernels.rows import Rows, equal_counts, from_blocks, to_blocks
 
-LN_2 = 0.6931471805599453
 CHUNK_SCORES = 1 << 17
 """Scores computed at a time: 512 KiB of fp32, so that they, their products and K and V fit a second-level cache."""
 
 
-def quantized_block_sparse_attention(x: Quantized, row_ptr: Tensor, col: Tensor, causal: bool, block_q: int,
-                                     block_k: int, query_lengths: Tensor, key_lengths: Tensor,
+def quantized_block_sparse_attention(x: Quantized, blocks: Csr, problem: Problem,
                                      dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """As the reference. P may differ from it in the last bit of exp2, which torch rounds differently at a tensor's
     end, and then, at a rounding edge, in one integer."""
-    batch, heads, lq, width = x.q.shape
-    kv_heads, nq = x.k.shape[1], row_ptr.shape[-1] - 1
-    rows = _Rows(x, col.long(), block_q, block_k, query_lengths, key_lengths)
-    row = torch.arange(batch * heads * nq, device=col.device)
-    item = row // (heads * nq)
-    rows.base = (item * kv_heads + row // nq % heads // (heads // kv_heads)) * x.k_scale.shape[2]
-    # The last key that each query sees; -1 in the padding, whose zeros must not count for the scale of P.
-    at = (row % nq)[:, None] * block_q + torch.arange(block_q, device=col.device)
-    rows.last_key = (key_lengths[item] - 1)[:, None].expand(-1, block_q)
-    if causal:
-        rows.last_key = torch.minimum(rows.last_key, at + (key_lengths - query_lengths)[item][:, None])
-    rows.last_key = torch.where(at < query_lengths[item][:, None], rows.last_key, -1)
-
-    starts, ends = row_ptr[..., :-1].reshape(-1).long(), row_ptr[..., 1:].reshape(-1).long()
-    middle = full_until(row_ptr, col, causal, block_q, block_k, query_lengths, key_lengths)
-    rows.run(starts, middle, masked=False)
-    rows.run(middle, ends, masked=True)
-    out, lse = rows.finish()
-    out = out.view(batch, heads, nq * block_q, width)[:, :, :lq]
-    return out.to(dtype).contiguous(), put_back(lse.view(batch, heads, nq * block_q)[:, :, :lq], x.taken)
+    rows = Rows(blocks, problem)
+    state, middle = _State(x, rows, problem), rows.full_until(mask_padding=True)
+    state.run(rows.starts, middle, masked=False)
+    state.run(middle, rows.ends, masked=True)
+    out, lse = (from_blocks(t, x.q) for t in finish(state.acc, state.top, state.total))
+    return out.to(dtype).contiguous(), put_back(lse, x.taken)
 
 
-def full_until(row_ptr: Tensor, col: Tensor, causal: bool, block_q: int, block_k: int, query_lengths: Tensor,
-               key_lengths: Tensor) -> Tensor:
-    """(B * H * Nq,) int64: the offset in ``col`` up to which a row's blocks need no mask.
-
-    Columns ascend, so that the blocks at the diagonal and at the end, which need one, are a row's last. In a row with
-    padded queries all do.
-    """
-    batch, heads, nq = row_ptr.shape[0], row_ptr.shape[1], row_ptr.shape[2] - 1
-    starts, ends = row_ptr[..., :-1].reshape(-1).long(), row_ptr[..., 1:].reshape(-1).long()
-    item = torch.arange(batch, device=col.device).repeat_interleave(heads * nq)
-    first = torch.arange(nq, device=col.device).repeat(batch * heads) * block_q
-    bound = key_lengths[item]
-    if causal:
-        bound = torch.minimum(bound, first + (key_lengths - query_lengths)[item] + 1)
-    bound = torch.where(first + block_q <= query_lengths[item], bound, 0)
-    row_of_entry = torch.repeat_interleave(ends - starts)
-    full = (col.long() + 1) * block_k <= bound[row_of_entry]
-    return starts + torch.zeros_like(starts).index_add_(0, row_of_entry, full.long())
-
-
-class _Rows:
-    """The state of the online softmax of each query block, and what it is computed from.
+class _State:
+    """The online softmax of each query block, and what it is computed from.
 
     Attributes:
         base: (rows,) where the key blocks of a row's batch item and head begin in ``k``.
-        last_key: (rows, block_q) the last key that each query sees.
+        last_key: (rows, block_q) the last key that each query sees; -1 in the padding, whose zeros must not count for
+            the scale of P.
         top, total: (rows, block_q) running maximum and sum. acc: (rows, block_q, D).
     """
 
-    base: Tensor
-    last_key: Tensor
-
-    def __init__(self, x: Quantized, col: Tensor, block_q: int, block_k: int, query_lengths: Tensor,
-                 key_lengths: Tensor) -> None:
-        nq, nk, width = x.q_factor.shape[2], x.k_scale.shape[2], x.q.shape[3]
-        self.col, self.block_k, self.p_largest = col, block_k, x.p_largest
-        self.q = _blocks(x.q, nq, block_q, query_lengths, _exact(width, LARGEST[8]))
-        self.k = _blocks(x.k, nk, block_k, key_lengths, self.q.dtype)
-        self.v = _blocks(x.v, nk, block_k, key_lengths, _exact(block_k, x.p_largest))
+    def __init__(self, x: Quantized, rows: Rows, problem: Problem) -> None:
+        block_q, block_k, head_dim = problem.block_q, problem.block_k, x.q.shape[3]
+        self.base = rows.key_heads(x.k.shape[1]) * x.k_scale.shape[2]
+        query = rows.first[:, None] + torch.arange(block_q, device=x.q.device)
+        valid = query < problem.query_lengths[rows.item][:, None]
+        self.last_key = torch.where(valid, rows.last_keys(rows.number), -1)
+        self.col, self.block_k, self.p_largest = rows.col.long(), block_k, x.p_largest
+        self.q = to_blocks(x.q, block_q, problem.query_lengths, _exact(head_dim, LARGEST[8]))
+        self.k = to_blocks(x.k, block_k, problem.key_lengths, self.q.dtype)
+        self.v = to_blocks(x.v, block_k, problem.key_lengths, _exact(block_k, x.p_largest))
         self.v_dtype = x.v.dtype
         self.q_factor, self.k_scale = x.q_factor.flatten(), x.k_scale.flatten()
-        self.v_scale = None if x.v_scale is None else x.v_scale.reshape(-1, 1, width)
-        self.acc = torch.zeros(*self.q.shape, device=col.device)
+        self.v_scale = None if x.v_scale is None else x.v_scale.reshape(-1, 1, head_dim)
+        self.acc = torch.zeros(*self.q.shape, device=x.q.device)
         self.total = self.acc.new_zeros(self.q.shape[:2])
         self.top = torch.full_like(self.total, -torch.inf)
 
@@ -101,19 +68,16 @@ class _Rows:
         longest = int((ends - starts).max()) if len(starts) else 0
         for begin in range(0, longest, most):
             left = starts + begin
-            counts = (ends - left).clamp(0, most)
-            order = torch.argsort(counts, stable=True)
-            numbers, sizes = torch.unique_consecutive(counts[order], return_counts=True)
-            for n, rows_of_n in zip(numbers.tolist(), order.split(sizes.tolist()), strict=True):
-                for rows in rows_of_n.split(max(1, most // max(1, n))) if n else ():
+            for n, rows_of_n in equal_counts((ends - left).clamp(0, most)):
+                for rows in rows_of_n.split(max(1, most // n)):
                     self._attend(rows, self.col[left[rows, None] + torch.arange(n, device=rows.device)], masked)
 
     def _attend(self, rows: Tensor, columns: Tensor, masked: bool) -> None:
         count, n = columns.shape
-        block_q, width = self.q.shape[1:]
+        block_q, head_dim = self.q.shape[1:]
         blocks = (self.base[rows, None] + columns).flatten()
         # Keys first: (rows, n, block_k, block_q), in which each block is contiguous.
-        k = self.k.index_select(0, blocks).view(count, n * self.block_k, width)
+        k = self.k.index_select(0, blocks).view(count, n * self.block_k, head_dim)
         s = torch.bmm(k, self.q.index_select(0, rows).transpose(1, 2)).float().view(count, n, self.block_k, block_q)
         s.mul_((self.q_factor[rows, None] * self.k_scale[blocks].view(count, n))[..., None, None])
         if masked:
@@ -143,13 +107,6 @@ class _Rows:
         product = torch.bmm(integers.to(v.dtype).view(-1, block_k, block_q).transpose(1, 2), v).float()
         product.mul_(self.v_scale.index_select(0, blocks))
         return product.view(count, n, block_q, -1).mul_((scale[..., 0] * shrink)[..., None]).sum(1)
-
-    def finish(self) -> tuple[Tensor, Tensor]:
-        """Output and log-sum-exp; 0 and -inf where nothing was attended to."""
-        some = self.total != 0
-        total = torch.where(some, self.total, 1.0)
-        lse = torch.where(some, (self.top + torch.log2(total)) * LN_2, -torch.inf)
-        return torch.where(some[..., None], self.acc / total[..., None], 0.0), lse
 
 
 def _exact(terms: int, largest: int) -> torch.dtype:

@@ -5,22 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from looseleaf_kernels.problem import Problem, statistics_dtype
+
 CHUNK_SCORES = 1 << 19
 """Scores at a time: 2 MiB of fp32, about one core's cache."""
 
 
-def block_importance(query: Tensor, key: Tensor, block_q: int, block_k: int, scale: float, causal: bool,
-                     query_lengths: Tensor, key_lengths: Tensor) -> Tensor:
+def block_importance(query: Tensor, key: Tensor, problem: Problem) -> Tensor:
     """As the reference; a chunk is whole query blocks, and ends at the last key that one of them sees."""
-    batch, heads, lq, width = query.shape
+    scale, causal, block_q, block_k, *_ = problem
+    batch, heads, lq, head_dim = query.shape
     kv_heads, lk = key.shape[1], key.shape[2]
-    group = heads // kv_heads
-    wide = torch.promote_types(query.dtype, torch.float32)
-    out = torch.zeros(batch, heads, -(-lq // block_q), -(-lk // block_k), dtype=wide, device=query.device)
-    for b, (n, m) in enumerate(zip(query_lengths.tolist(), key_lengths.tolist(), strict=True)):
+    group, dtype = heads // kv_heads, statistics_dtype(query)
+    out = torch.zeros(batch, heads, -(-lq // block_q), -(-lk // block_k), dtype=dtype, device=query.device)
+    for b, (n, m) in enumerate(zip(problem.query_lengths.tolist(), problem.key_lengths.tolist(), strict=True)):
         if not m:
             continue
-        keys = key[b, :, :m].to(wide).transpose(1, 2)
+        keys = key[b, :, :m].to(dtype).transpose(1, 2)
         # One allocation for all chunks: fresh pages cost more than the sums.
         buffers = out.new_empty(2, max(CHUNK_SCORES, heads * min(block_q, n) * m))
         # With more queries than keys the first rows see nothing; start at the block of the first that does.
@@ -31,7 +32,7 @@ def block_importance(query: Tensor, key: Tensor, block_q: int, block_k: int, sca
             seen = min(m, stop + m - n) if causal else m
             rows = stop - start
             count = heads * rows * seen
-            q = query[b, :, start:stop].to(wide).mul(scale).reshape(kv_heads, group * rows, width)
+            q = query[b, :, start:stop].to(dtype).mul(scale).reshape(kv_heads, group * rows, head_dim)
             scores = torch.bmm(q, keys[:, :, :seen], out=buffers[0, :count].view(kv_heads, group * rows, seen))
             scores = scores.view(heads, rows, seen)
             if causal:

@@ -5,32 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from looseleaf_kernels.quantizers import Quantized, put_back, quantize_p
+from looseleaf_kernels.index import Csr
+from looseleaf_kernels.problem import Problem
+from looseleaf_kernels.quantized.quantizers import Quantized, finish, put_back, quantize_p
 
-LN_2 = 0.6931471805599453
 
-
-def quantized_block_sparse_attention(x: Quantized, row_ptr: Tensor, col: Tensor, causal: bool, block_q: int,
-                                     block_k: int, query_lengths: Tensor, key_lengths: Tensor,
+def quantized_block_sparse_attention(x: Quantized, blocks: Csr, problem: Problem,
                                      dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Output, (B, Hq, Lq, D), in ``dtype`` and log-sum-exp of the quantised scores, (B, Hq, Lq), fp32."""
-    batch, heads, lq, width = x.q.shape
-    group = heads // x.k.shape[1]
-    out = torch.zeros(batch, heads, lq, width, device=x.q.device)
+    batch, heads, lq, head_dim = x.q.shape
+    group, block_q = heads // x.k.shape[1], problem.block_q
+    out = torch.zeros(batch, heads, lq, head_dim, device=x.q.device)
     lse = torch.full((batch, heads, lq), -torch.inf, device=x.q.device)
     for b in range(batch):
-        q_len, k_len = int(query_lengths[b]), int(key_lengths[b])
+        q_len, k_len = int(problem.query_lengths[b]), int(problem.key_lengths[b])
         for h in range(heads):
-            offsets = row_ptr[b, h].tolist()
+            offsets = blocks.row_ptr[b, h].tolist()
             for n in range(len(offsets) - 1):
                 rows = slice(n * block_q, min((n + 1) * block_q, q_len))
                 if rows.start >= rows.stop:
                     continue
                 position = torch.arange(rows.start, rows.stop, device=x.q.device)[:, None] + k_len - q_len
-                columns = col[offsets[n]:offsets[n + 1]].tolist()
+                columns = blocks.col[offsets[n]:offsets[n + 1]].tolist()
                 out[b, h, rows], lse[b, h, rows] = _row(
-                    x, b, h // group, x.q[b, h, rows], x.q_factor[b, h, n], columns, block_k, k_len,
-                    position if causal else None)
+                    x, b, h // group, x.q[b, h, rows], x.q_factor[b, h, n], columns, problem.block_k, k_len,
+                    position if problem.causal else None)
     return out.to(dtype), put_back(lse, x.taken)
 
 
@@ -54,9 +53,7 @@ def _row(x: Quantized, b: int, h: int, q: Tensor, q_factor: Tensor, columns: lis
         v_scale = None if x.v_scale is None else x.v_scale[b, h, c]
         acc = acc * shrink[:, None] + weigh(p, x.v[b, h, keys], v_scale, x.p_largest)
         top = new_top
-    some = total != 0  # NaN stays NaN
-    out = torch.where(some[:, None], acc / torch.where(some, total, 1.0)[:, None], 0.0)
-    return out, torch.where(some, (top + torch.log2(torch.where(some, total, 1.0))) * LN_2, -torch.inf)
+    return finish(acc, top, total)
 
 
 def weigh(p: Tensor, v: Tensor, v_scale: Tensor | None, p_largest: int) -> Tensor:

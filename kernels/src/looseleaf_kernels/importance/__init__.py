@@ -1,0 +1,1 @@
+"""Softmax probability of each block of the attention map."""

@@ -1,0 +1,1 @@
+"""Where the last queries look, by key and by distance."""

@@ -1,0 +1,1 @@
+"""The smallest set of largest scores that reaches a fraction of their sum."""

@@ -1,0 +1,1 @@
+"""Means over blocks of rows."""

@@ -1,0 +1,1 @@
+"""Softmax attention over chosen blocks of keys, in integers."""

@@ -1,0 +1,1 @@
+"""Causal softmax attention over chosen blocks of keys and single key columns."""
