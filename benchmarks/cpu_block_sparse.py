@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from looseleaf_kernels import BlockIndex, block_sparse_attention
 
-HEADS, WIDTH = 9, 64
+HEADS, HEAD_DIM = 9, 64
 
 
 def random_blocks(tokens: int, block: int, density: float, seed: int) -> tuple[BlockIndex, float]:
@@ -31,7 +31,7 @@ def random_blocks(tokens: int, block: int, density: float, seed: int) -> tuple[B
     mask = torch.rand(1, HEADS, n, n, generator=g) < density
     mask = (mask | torch.eye(n, dtype=torch.bool)) & causal
     mask[..., 0] = True
-    # Bring the share of blocks to the density asked for by dropping some of the random ones.
+    # Bring the fraction of blocks to the density asked for by dropping some of the random ones.
     spare = (mask & ~torch.eye(n, dtype=torch.bool)).flatten().nonzero().flatten()
     extra = int(mask.sum()) - int(density * HEADS * causal.sum())
     if extra > 0:
@@ -76,7 +76,7 @@ def main() -> None:
     rows = []
     for tokens in options.tokens:
         g = torch.Generator().manual_seed(0)
-        q, k, v = (torch.randn(1, HEADS, tokens, WIDTH, generator=g) for _ in range(3))
+        q, k, v = (torch.randn(1, HEADS, tokens, HEAD_DIM, generator=g) for _ in range(3))
         for block in options.block:
             for density in options.density:
                 index, exact = random_blocks(tokens, block, density, 1)
@@ -102,13 +102,13 @@ def main() -> None:
                        "sparse_s": round(statistics.median(times["sparse"]), 4),
                        "ratio": round(statistics.median(ratios), 3), "lowest": round(ratios[0], 3),
                        "highest": round(ratios[-1], 3),
-                       "share_of_ideal": round(statistics.median(ratios) * exact, 3),
+                       "fraction_of_ideal": round(statistics.median(ratios) * exact, 3),
                        "peak_extra_mib": round(memory / 2 ** 20, 1),
                        "square_mib": round(HEADS * tokens ** 2 * 4 / 2 ** 20)}
                 rows.append(row)
                 print(row, flush=True)
     if options.out:
-        facts = {"torch": torch.__version__, "threads": options.threads, "heads": HEADS, "head_dim": WIDTH,
+        facts = {"torch": torch.__version__, "threads": options.threads, "heads": HEADS, "head_dim": HEAD_DIM,
                  "dtype": "float32", "machine": platform.machine(), "rounds": options.rounds}
         Path(options.out).write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
 

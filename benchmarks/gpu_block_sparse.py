@@ -46,7 +46,8 @@ def milliseconds(function: Callable[[], object]) -> float:
     return begin.elapsed_time(end)
 
 
-def rivals(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: BlockIndex) -> dict[str, Callable[[], object]]:
+def alternatives(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                 index: BlockIndex) -> dict[str, Callable[[], object]]:
     """Name -> call, of all that can run here; what cannot is named on standard output."""
     def sdpa(backend: SDPBackend) -> Callable[[], object]:
         def run() -> object:
@@ -82,7 +83,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 131072])
     parser.add_argument("--density", type=float, nargs="+", default=[0.05, 0.10, 0.25, 0.50])
     parser.add_argument("--heads", type=int, nargs=2, default=[32, 8], help="query and key heads")
-    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--block", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--out")
@@ -93,12 +94,12 @@ def main() -> None:
     rows = []
     for tokens in options.tokens:
         g = torch.Generator("cuda").manual_seed(0)
-        q, k, v = (torch.randn(1, h, tokens, options.width, generator=g, device="cuda", dtype=torch.bfloat16)
+        q, k, v = (torch.randn(1, h, tokens, options.head_dim, generator=g, device="cuda", dtype=torch.bfloat16)
                    for h in (options.heads[0], options.heads[1], options.heads[1]))
         for block in options.block:
             for density in options.density:
                 index, exact = random_blocks(tokens, block, options.heads[0], density, 1)
-                functions = rivals(q, k, v, index)
+                functions = alternatives(q, k, v, index)
                 times: dict[str, list[float]] = {name: [] for name in functions}
                 for turn in range(options.rounds):
                     order = list(functions.items())
@@ -111,7 +112,7 @@ def main() -> None:
                         ratio = statistics.median(a / b for a, b in zip(times[name], times["looseleaf"], strict=True))
                         row[f"{name} / looseleaf"] = round(ratio, 3)
                         if name == "flash SDPA":
-                            row["share of ideal"] = round(ratio * exact, 3)
+                            row["fraction of ideal"] = round(ratio * exact, 3)
                 rows.append(row)
                 print(row, flush=True)
     if options.out:
@@ -119,7 +120,7 @@ def main() -> None:
                                 capture_output=True, text=True).stdout.strip()
         facts = {"gpu": torch.cuda.get_device_name(), "driver": driver, "torch": torch.__version__,
                  "triton": metadata.version("triton"), "dtype": "bfloat16", "heads": options.heads,
-                 "head_dim": options.width, "rounds": options.rounds}
+                 "head_dim": options.head_dim, "rounds": options.rounds}
         Path(options.out).write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
 
 

@@ -1,8 +1,8 @@
-"""Time every kernel under other numbers of warps and stages than those of `looseleaf_kernels.config`.
+"""Time every kernel under other numbers of warps and stages than those of `looseleaf_kernels.launch`.
 
     python benchmarks/gpu_tune.py [--tokens 32768] [--out benchmarks/results/NAME.json]
 
-The numbers in config.py come from tables of this script. Without a GPU it says so and measures nothing.
+The numbers in launch.py come from tables of this script. Without a GPU it says so and measures nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from looseleaf_kernels import (
     BlockIndex,
     block_importance,
     block_sparse_attention,
-    config,
+    launch,
     quantized_block_sparse_attention,
     vertical_slash_attention,
 )
@@ -45,7 +45,7 @@ def columns_of(index: BlockIndex, count: int) -> BlockIndex:
 
 
 def jobs_of(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex) -> dict[str, tuple[str, Callable[[], object]]]:
-    """Name -> the function of config.py that is asked, and the call."""
+    """Name -> the function of launch.py that is asked, and the call."""
     block = index.block_q
     jobs: dict[str, tuple[str, Callable[[], object]]] = {
         "block_sparse": ("attention", partial(block_sparse_attention, q, k, v, index))}
@@ -70,19 +70,19 @@ def main() -> None:
         print("no GPU is visible: nothing to measure")
         return
     rows = []
-    for width, heads, kv_heads in ((128, 32, 8), (64, 32, 8)):
+    for head_dim, heads, kv_heads in ((128, 32, 8), (64, 32, 8)):
         g = torch.Generator("cuda").manual_seed(0)
-        q, k, v = (torch.randn(1, h, options.tokens, width, generator=g, device="cuda", dtype=torch.bfloat16)
+        q, k, v = (torch.randn(1, h, options.tokens, head_dim, generator=g, device="cuda", dtype=torch.bfloat16)
                    for h in (heads, kv_heads, kv_heads))
         for block in (64, 128):
             index, _ = random_blocks(options.tokens, block, heads, options.density, 1)
             jobs = jobs_of(q, k, v, index)
             for name, (setting, run) in jobs.items():
-                row: dict[str, object] = {"kernel": name, "head_dim": width, "block": block}
+                row: dict[str, object] = {"kernel": name, "head_dim": head_dim, "block": block}
                 row["as configured"] = timed(run, options.rounds)
                 for warps, stages in CHOICES:
-                    chosen = config.Launch(warps, stages)
-                    with mock.patch.object(config, setting, lambda *_, c=chosen, **__: c):  # type: ignore[misc]
+                    chosen = launch.Launch(warps, stages)
+                    with mock.patch.object(launch, setting, lambda *_, c=chosen, **__: c):  # type: ignore[misc]
                         row[f"{warps} warps, {stages} stages"] = timed(run, options.rounds)
                 rows.append(row)
                 print(row, flush=True)
