@@ -6,7 +6,7 @@
 - no import circle among the files of a package: imports inside functions count, those for type checkers do not;
 - across packages only documented names are imported: no underscore, and a docstring where there is code;
 - a file under 80 lines has two importers, or is merged;
-- the core has at most 6,000 lines, and imports no heavy third party at import time; nothing loads pickles;
+- the core does not grow (the goal is 6,000 lines, docs/decisions/008-size-of-the-core.md), and imports no heavy third party at import time; nothing loads pickles;
 - errors say what was expected and what was given.
 """
 
@@ -27,7 +27,9 @@ CORE, LAB, KERNELS = "looseleaf", "looseleaf_lab", "looseleaf_kernels"
 LIBRARIES = ("looseleaf_text", "looseleaf_vision", "looseleaf_tickets", "looseleaf_models")
 MAY_IMPORT = {CORE: set(), KERNELS: set(), LAB: {CORE, KERNELS, *LIBRARIES}, **{name: {CORE} for name in LIBRARIES}}
 HEAVY = ("transformers", "diffusers", "ray", "httpx", "timm", "torchvision", "scipy", "sklearn")
-SMALL, LARGE, CORE_LINES = 80, 600, 6000
+SMALL, LARGE = 80, 600
+CORE_LINES, CORE_GOAL = 9400, 6000
+"""Most lines the core may have: lowered with every line taken out, never raised; and the goal."""
 OF_TORCH = ("_parameters", "_buffers", "_modules", "_version")
 """Attributes of torch's own objects, which a package of ours may happen to have, too."""
 METHOD = {"attention": "backend.py", "pruners": "pruner.py", "prompts": "optimizer.py", "probes": "probe.py"}
@@ -296,6 +298,7 @@ def main() -> int:
     lines = sum(len(p.read_text(encoding="utf-8").splitlines()) for p in ALL[CORE].files.values())
     if lines > CORE_LINES:
         wrong.append(f"the core has {lines} lines: at most {CORE_LINES}")
+    print(f"the core has {lines} lines; the goal is {CORE_GOAL}")
     for line in wrong:
         print(line.replace(f"{ROOT}/", ""))
     return 1 if wrong else 0
