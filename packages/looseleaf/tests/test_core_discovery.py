@@ -65,7 +65,7 @@ def test_verdicts_are_remembered(distribution: Install, monkeypatch: pytest.Monk
 
 def test_one_name_from_two_distributions(distribution: Install, good_source: str) -> None:
     distribution("looseleaf-one", "same", good_source)
-    distribution("other-two", "same", good_source.replace("size: int = 3", "size: int = 7"))
+    distribution("other-two", "same", good_source.replace("= 3", "= 7"))
     with pytest.raises(AmbiguousPluginError, match=r"looseleaf-one 0\.3\.0 and other-two 0\.3\.0.*other-two:same"):
         looseleaf.get("same")
     assert looseleaf.get("other-two:same").size == 7
