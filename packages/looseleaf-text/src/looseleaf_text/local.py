@@ -433,8 +433,11 @@ class LocalModel(LanguageModel):
                 ids[r, :len(rows[n])] = torch.tensor(rows[n])
                 mask[r, :len(rows[n])] = 1
             ids, mask = ids.to(self.device), mask.to(self.device)
-            body = unwrapped(self.model).base_model
-            hidden = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            model = unwrapped(self.model)
+            headless = model.base_model is not model  # a few families keep their body under another name
+            output = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False,
+                                    output_hidden_states=not headless)
+            hidden = output.last_hidden_state if headless else output.hidden_states[-1]
             self.forwarded += ids.numel()
             weight = mask[..., None].to(hidden.dtype)
             mean = ((hidden * weight).sum(1) / weight.sum(1)).float().cpu().numpy()
