@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ class Rows:
     Attributes:
         starts, ends: (R,) int32, where the entries of a row begin and end in ``col``.
         col: (nnz,) int32 key blocks, ascending in each row.
-        item: (R,) the batch item. first: (R,) the first query of the block.
+        number: (R,) 0 to R - 1. item: (R,) the batch item. first: (R,) the first query of the block.
     """
 
     def __init__(self, blocks: Csr, problem: Problem) -> None:
@@ -28,6 +29,11 @@ class Rows:
         self.number = torch.arange(batch * self.heads * self.count, device=self.col.device)
         self.item = self.number // (self.heads * self.count)
         self.first = self.number % self.count * problem.block_q
+
+    @cached_property
+    def position(self) -> Tensor:
+        """(R,) where the first query of the block stands among the keys of its item."""
+        return self.first + self.problem.offsets[self.item]
 
     def of_entries(self) -> Tensor:
         """(nnz,) int64: the row of each entry of ``col``."""
@@ -40,12 +46,11 @@ class Rows:
 
     def last_keys(self, rows: Tensor) -> Tensor:
         """(n, block_q): the last key that each query of n of the rows sees, as if no query were padding."""
-        block_q, item = self.problem.block_q, self.item[rows]
-        last = (self.problem.key_lengths[item] - 1)[:, None].expand(-1, block_q)
+        block_q = self.problem.block_q
+        last = (self.problem.key_lengths[self.item[rows]] - 1)[:, None].expand(-1, block_q)
         if not self.problem.causal:
             return last
-        position = self.first[rows] + self.problem.offsets[item]
-        return torch.minimum(last, position[:, None] + torch.arange(block_q, device=rows.device))
+        return torch.minimum(last, self.position[rows, None] + torch.arange(block_q, device=rows.device))
 
     def full_until(self, *, mask_padding: bool = False) -> Tensor:
         """(R,) int32: the offset in ``col`` up to which the blocks of a row need no mask.
@@ -58,7 +63,7 @@ class Rows:
         """
         bound = self.problem.key_lengths[self.item]
         if self.problem.causal:
-            bound = torch.minimum(bound, self.first + self.problem.offsets[self.item] + 1)
+            bound = torch.minimum(bound, self.position + 1)
         if mask_padding:
             valid = self.first + self.problem.block_q <= self.problem.query_lengths[self.item]
             bound = torch.where(valid, bound, 0)

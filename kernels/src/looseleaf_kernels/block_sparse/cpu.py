@@ -38,8 +38,8 @@ def block_sparse_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Cs
     square = torch.zeros_like(starts, dtype=torch.bool)
     if problem.causal and block_q == block_k and parts.col.numel():
         only = parts.col[middle.clamp(max=parts.col.numel() - 1)]
-        position = rows.first + problem.offsets[rows.item]
-        square = (ends - middle == 1) & (only * block_k == position) & ((only + 1) * block_k <= k_lengths[rows.item])
+        square = (ends - middle == 1) & (only * block_k == rows.position)
+        square &= (only + 1) * block_k <= k_lengths[rows.item]
     parts.run(middle, torch.where(square, ends, middle), "diagonal")
     keys = torch.arange(block_k)
 
