@@ -11,6 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import check_layout
+from between_marks import rewrite
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "architecture.md"
@@ -60,17 +61,7 @@ def table() -> str:
 
 def main(argv: list[str]) -> int:
     """Rewrite or check the page."""
-    text = PAGE.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN, 1)
-    _, after = rest.split(END, 1)
-    wanted = f"{before}{BEGIN}\n{table()}\n{END}{after}"
-    if "--check" in argv:
-        if wanted != text:
-            print("docs/architecture.md: the table of names is out of date: run python tools/public_names.py")
-            return 1
-        return 0
-    PAGE.write_text(wanted, encoding="utf-8")
-    return 0
+    return rewrite(PAGE, BEGIN, END, table(), Path(__file__).name, check="--check" in argv)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import tomllib
+from between_marks import rewrite
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- plugins: made by tools/readme_table.py -->", "<!-- end of plugins -->"
@@ -30,18 +31,7 @@ def table(link: str = "plugins") -> str:
 
 def main(argv: list[str]) -> int:
     """Rewrite or check README.md."""
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN, 1)
-    _, after = rest.split(END, 1)
-    wanted = f"{before}{BEGIN}\n{table()}\n{END}{after}"
-    if "--check" in argv:
-        if wanted != text:
-            print("README.md: the table of plugins is out of date: run python tools/readme_table.py")
-            return 1
-        return 0
-    readme.write_text(wanted, encoding="utf-8")
-    return 0
+    return rewrite(ROOT / "README.md", BEGIN, END, table(), Path(__file__).name, check="--check" in argv)
 
 
 if __name__ == "__main__":

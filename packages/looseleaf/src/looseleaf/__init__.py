@@ -5,8 +5,9 @@ Names are loaded when first used, so that ``import looseleaf`` costs millisecond
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from looseleaf.lazy import lazy
 
 __version__ = "0.2.0"
 
@@ -32,19 +33,16 @@ _HOME = {
 }
 
 __all__ = ["__version__", *sorted(_HOME)]
+_load = lazy(__name__, _HOME)
 
 
 def __getattr__(name: str) -> Any:
-    home = _HOME.get(name)
-    if home is None:
+    if name not in _HOME:
         from looseleaf.moved import GUIDE, NAMES
 
         if name in NAMES:  # ImportError, because an import of the name would hide the text of an AttributeError
             raise ImportError(f"looseleaf.{name} was part of looseleaf 0.1: write {NAMES[name]} (see {GUIDE})")
-        raise AttributeError(f"module 'looseleaf' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"looseleaf.{home}"), name)
-    globals()[name] = value
-    return value
+    return _load(name)
 
 
 def __dir__() -> list[str]:

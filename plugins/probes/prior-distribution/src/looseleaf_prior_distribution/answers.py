@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from looseleaf.statistics import Interval
 from looseleaf_prior_distribution.tasks import PriorTask
 from looseleaf_text import LocalModel, LogitLens
 
@@ -132,13 +133,8 @@ def _prefix(model: LocalModel, heads: list[list[int]]) -> tuple[int, Any]:
     return (length, cache) if hasattr(cache, "batch_repeat_interleave") else (0, None)
 
 
-@dataclasses.dataclass(frozen=True)
-class Slope:
+class Slope(Interval):
     """Logistic slope of being right on the prior, per nat, with a 95 % bootstrap interval over answers."""
-
-    value: float
-    low: float
-    high: float
 
     @property
     def positive(self) -> bool:
@@ -151,7 +147,7 @@ class Slope:
         return self.low <= 0 <= self.high
 
     def __str__(self) -> str:
-        return f"{self.value:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
+        return f"{self:+.3f}"
 
 
 def logistic(features: np.ndarray, correct: np.ndarray, weights: np.ndarray | None = None, steps: int = 25,

@@ -124,7 +124,7 @@ def show_behaviour(report: Report, plain: Behaviour, careful: Behaviour, count: 
         one, two = found.slope(seed=seed), found.slope(True, seed=seed)
         if found is plain:
             report.facts[f"{name}: dominated by the prior"] = one.positive
-        table.add(label, found.accuracy, one.value, one.low, one.high, two.value, two.low, two.high, found.pull)
+        table.add(label, found.accuracy, *one, *two, found.pull)
     wrong = [n for n, mark in enumerate(plain.correct) if not mark]
     for n in wrong[:1]:
         instance = plain.task.instances[n]

@@ -160,8 +160,8 @@ def show(report: Report, results: Results) -> None:
         for label, kind in (("plain", "plain"), ("with the instruction", "careful")):
             one, two = pooled(results, kind, name), pooled(results, kind, name, equal_size=True)
             pulls = [pull for pull in results.values(kind, name, "pull") if pull is not None]
-            table.add(name, label, *results.interval(kind, name, "accuracy"), one.value, one.low, one.high, two.value,
-                      two.low, two.high, float(np.mean(pulls)) if pulls else None)
+            table.add(name, label, *results.interval(kind, name, "accuracy"), *one, *two,
+                      float(np.mean(pulls)) if pulls else None)
         asked = {kind: [row for seed in results.values(kind, name, "rows") for row in seed]
                  for kind in ("plain", "careful")}
         groups = bins([row[0] for row in asked["plain"]], [[row[1] for row in rows] for rows in asked.values()], BINS)
@@ -198,7 +198,7 @@ def show(report: Report, results: Results) -> None:
         for label, kind in (("none", "plain"), ("located", "tuned"), ("control", "tuned_control")):
             if name in results.rows[0][kind]:
                 found = pooled(results, kind, name)
-                table.add(name, label, *results.interval(kind, name, "accuracy"), found.value, found.low, found.high,
+                table.add(name, label, *results.interval(kind, name, "accuracy"), *found,
                           results.interval(kind, name, "surprisal").value)
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from looseleaf import progress as progress_
 from looseleaf.files import load_tensors, save_tensors
-from looseleaf.modes import evaluating
+from looseleaf.modes import evaluating, frozen
 from looseleaf_prior_distribution.tasks import PriorTask
 from looseleaf_text import LocalModel, decoder_layers
 
@@ -187,15 +187,14 @@ def _loss(model: Any, ids: Tensor, targets: Tensor) -> Tensor:
 @contextmanager
 def _only(model: nn.Module, tuned: Sequence[nn.Parameter]) -> Iterator[None]:
     """Gradients for ``tuned`` alone, evaluation mode; both, and the gradients, as before afterwards."""
-    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    chosen = set(map(id, tuned))
+    before = [(p, p.grad) for p in model.parameters()]
     try:
-        for p, _, _ in before:
-            p.requires_grad_(id(p) in chosen)
-            p.grad = None
-        with evaluating(model):
+        with evaluating(model), frozen(model):
+            for p, _ in before:
+                p.grad = None
+            for p in tuned:
+                p.requires_grad_(True)
             yield
     finally:
-        for p, needed, gradient in before:
-            p.requires_grad_(needed)
+        for p, gradient in before:
             p.grad = gradient

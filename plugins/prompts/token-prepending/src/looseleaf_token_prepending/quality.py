@@ -6,19 +6,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from looseleaf import Example, SetMetric
 from looseleaf_text import TextTask
-
-
-class Encodes(Protocol):
-    """Anything that makes vectors of texts, such as :class:`SentenceEncoder` or a ``SentenceTransformer``."""
-
-    def encode(self, texts: list[str], /) -> np.ndarray:
-        """(n, hidden) vectors of n texts."""
 
 
 def weighted_spearman(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray,
