@@ -9,15 +9,7 @@ from typing import Any
 
 
 def lazy(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """The ``__getattr__`` of a package.
-
-    Args:
-        package: its ``__name__``.
-        homes: public name -> module below the package that has it.
-
-    Returns:
-        A function that imports a name and keeps it in the package; AttributeError for any other name.
-    """
+    """The ``__getattr__`` of the package of this ``__name__``; ``homes``: public name -> module below the package."""
     def load(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")

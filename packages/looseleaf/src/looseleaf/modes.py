@@ -9,14 +9,12 @@ from typing import Any
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode for the ``with`` block; afterwards every submodule has its own mode again.
+    """Evaluation mode for the ``with`` block; anything but a torch module is left alone.
 
-    A model may well be trained with some parts in evaluation mode, such as a frozen batch norm.
-
-    Args:
-        model: a torch module; anything else (a function, a pipeline without modes) is left alone.
+    Afterwards every submodule has its own mode again: a model may well be trained with some parts in evaluation mode,
+    such as a frozen batch norm.
     """
-    with _remembering(model):
+    with _restored(model, "modules", "training"):
         if hasattr(model, "eval") and hasattr(model, "modules"):
             model.eval()
         yield
@@ -25,7 +23,7 @@ def evaluating(model: Any) -> Iterator[None]:
 @contextmanager
 def training(model: Any) -> Iterator[None]:
     """Training mode for the ``with`` block; afterwards every submodule has its own mode again."""
-    with _remembering(model):
+    with _restored(model, "modules", "training"):
         model.train()
         yield
 
@@ -33,24 +31,22 @@ def training(model: Any) -> Iterator[None]:
 @contextmanager
 def frozen(model: Any) -> Iterator[None]:
     """No parameter of ``model`` collects a gradient in the ``with`` block; each ``requires_grad`` comes back."""
-    parameters = [(p, p.requires_grad) for p in model.parameters()] if hasattr(model, "parameters") else []
-    try:
-        for parameter, _ in parameters:
+    with _restored(model, "parameters", "requires_grad") as parameters:
+        for parameter in parameters:
             parameter.requires_grad_(False)
         yield
-    finally:
-        for parameter, former in parameters:
-            parameter.requires_grad_(former)
 
 
 @contextmanager
-def _remembering(model: Any) -> Iterator[None]:
-    modes = [(m, m.training) for m in model.modules()] if hasattr(model, "modules") else []
+def _restored(model: Any, parts: str, attribute: str) -> Iterator[list[Any]]:
+    """The parts of a model, each of which has its own value of the attribute again after the block."""
+    owners = list(getattr(model, parts)()) if hasattr(model, parts) else []
+    former = [getattr(owner, attribute) for owner in owners]
     try:
-        yield
+        yield owners
     finally:
-        for module, former in modes:  # not train(mode): that would give every submodule the mode of the whole
-            module.training = former
+        for owner, value in zip(owners, former, strict=True):
+            setattr(owner, attribute, value)
 
 
 __all__ = ["evaluating", "frozen", "training"]

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 
 class Interval(NamedTuple):
-    """An estimate and the ends of its interval."""
+    """An estimate and the ends of its interval; ``f"{interval:+.2f}"`` formats all three."""
 
     value: float
     low: float
     high: float
 
-    def __str__(self) -> str:
-        return f"{self.value:.4g} ({self.low:.4g} to {self.high:.4g})"
-
     def __format__(self, spec: str) -> str:
-        """``f"{interval:+.2f}"`` formats all three numbers."""
-        return f"{self.value:{spec}} ({self.low:{spec}} to {self.high:{spec}})" if spec else str(self)
+        spec = spec or ".4g"
+        return f"{self.value:{spec}} ({self.low:{spec}} to {self.high:{spec}})"
+
+    def __str__(self) -> str:
+        return format(self)
 
     def __neg__(self) -> Interval:
         return Interval(-self.value, -self.high, -self.low)
@@ -29,7 +28,7 @@ class Interval(NamedTuple):
 
 def bootstrap(values: Iterable[float], seed: int = 0, *, level: float = 0.95, samples: int = 2000,
               statistic: Callable[[np.ndarray], np.ndarray] | None = None) -> Interval:
-    """Percentile bootstrap.
+    """The statistic of all values with its percentile bootstrap interval; a single value is its own interval.
 
     Args:
         values: one for each independent unit (seed, window, example).
@@ -37,9 +36,6 @@ def bootstrap(values: Iterable[float], seed: int = 0, *, level: float = 0.95, sa
         level: coverage of the interval.
         samples: number of resamples.
         statistic: maps (samples, n) to (samples,); None: the mean over the last axis.
-
-    Returns:
-        The statistic of all values, and the interval; a single value is its own interval.
 
     Raises:
         ValueError: no value, a value that is not finite, or a level out of range.
@@ -50,29 +46,27 @@ def bootstrap(values: Iterable[float], seed: int = 0, *, level: float = 0.95, sa
     if not 0 < level < 1 or samples < 1:
         raise ValueError(f"bootstrap: expected 0 < level < 1 and samples >= 1, got level={level}, samples={samples}")
     of = statistic or (lambda rows: rows.mean(-1))
-    rng = np.random.default_rng(seed)
-    drawn = of(array[rng.integers(0, array.size, (samples, array.size))])
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    picks = np.random.default_rng(seed).integers(0, array.size, (samples, array.size))
+    low, high = np.quantile(of(array[picks]), [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(of(array[None])[0]), float(low), float(high))
 
 
-def paired(ours: Sequence[float], theirs: Sequence[float], seed: int = 0, **options: float) -> Interval:
-    """Mean of the differences ``ours - theirs`` of the same units, with its bootstrap interval.
+def paired(ours: Sequence[float], theirs: Sequence[float], seed: int = 0, **options: Any) -> Interval:
+    """Mean of the differences ``ours - theirs`` of the same units, with its :func:`bootstrap` interval.
 
     Raises:
         ValueError: not equally many; see also :func:`bootstrap`.
     """
     if len(ours) != len(theirs):
         raise ValueError(f"paired: expected equally many values, got {len(ours)} and {len(theirs)}")
-    return bootstrap([a - b for a, b in zip(ours, theirs, strict=True)], seed, **options)  # type: ignore[arg-type]
+    return bootstrap([a - b for a, b in zip(ours, theirs, strict=True)], seed, **options)
 
 
-def ranks(values: Sequence[float]) -> np.ndarray:
+def _ranks(values: Sequence[float]) -> np.ndarray:
     """Ranks from 1, float64; ties have their mean rank."""
     _, inverse, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    found: np.ndarray = (ends - (counts - 1) / 2)[inverse]
-    return found
+    mean_ranks: np.ndarray = np.cumsum(counts) - (counts - 1) / 2
+    return mean_ranks[inverse]
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
@@ -83,10 +77,8 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
     """
     if len(x) != len(y) or len(x) < 2:
         raise ValueError(f"spearman: expected equally many values, two or more, got {len(x)} and {len(y)}")
-    a, b = ranks(x), ranks(y)
-    a, b = a - a.mean(), b - b.mean()
-    norm = math.sqrt(float((a * a).sum() * (b * b).sum()))
-    return float((a * b).sum() / norm) if norm else math.nan
+    with np.errstate(invalid="ignore"):
+        return float(np.corrcoef(_ranks(x), _ranks(y))[0, 1])
 
 
 def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
@@ -95,11 +87,10 @@ def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
     Raises:
         ValueError: one side is empty.
     """
-    if not len(positive) or not len(negative):
-        raise ValueError(f"auroc: expected scores on both sides, got {len(positive)} and {len(negative)}")
-    placed = ranks([*positive, *negative])[:len(positive)]
     n = len(positive)
-    return float((placed.sum() - n * (n + 1) / 2) / (n * len(negative)))
+    if not n or not len(negative):
+        raise ValueError(f"auroc: expected scores on both sides, got {n} and {len(negative)}")
+    return float((_ranks([*positive, *negative])[:n].sum() - n * (n + 1) / 2) / (n * len(negative)))
 
 
 def expected_calibration_error(confidences: Sequence[float], correct: Sequence[float], bins: int = 10) -> float:
@@ -112,9 +103,8 @@ def expected_calibration_error(confidences: Sequence[float], correct: Sequence[f
     if p.shape != hit.shape or not p.size or not ((p >= 0) & (p <= 1)).all():
         raise ValueError(f"expected_calibration_error: expected equally many confidences in [0, 1] and outcomes, "
                          f"got {p.size} and {hit.size}")
-    place = np.minimum((p * bins).astype(int), bins - 1)
-    return float(sum(abs(p[place == b].mean() - hit[place == b].mean()) * (place == b).mean()
-                     for b in range(bins) if (place == b).any()))
+    gaps = np.bincount(np.minimum((p * bins).astype(int), bins - 1), weights=p - hit)
+    return float(np.abs(gaps).sum() / p.size)
 
 
-__all__ = ["Interval", "auroc", "bootstrap", "expected_calibration_error", "paired", "ranks", "spearman"]
+__all__ = ["Interval", "auroc", "bootstrap", "expected_calibration_error", "paired", "spearman"]
