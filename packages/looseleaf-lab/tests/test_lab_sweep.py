@@ -11,9 +11,24 @@ from typing import Any
 
 import pytest
 
-from looseleaf.resume import ResultCache
 from looseleaf_lab import sweep as sweep_
+from looseleaf_lab.results import ResultCache
 from looseleaf_lab.sweep import SweepError, settings, sweep
+
+
+def test_cells(tmp_path: Path) -> None:
+    cells, calls = ResultCache(tmp_path), []
+
+    def work() -> dict[str, float]:
+        calls.append(1)
+        return {"loss": math.nan, "score": 0.5}
+
+    assert cells.do({"seed": 1}, work) == {"loss": None, "score": 0.5} == cells.do({"seed": 1}, work)
+    assert len(calls) == 1 and cells.get({"seed": 2}) is None
+    path = cells.path({"seed": 1})
+    assert path is not None and json.loads(path.read_text())["key"] == {"seed": 1}
+    path.write_text("{")
+    assert cells.do({"seed": 1}, work) and len(calls) == 2
 
 
 def test_grid_is_all_combinations_or_a_list() -> None:

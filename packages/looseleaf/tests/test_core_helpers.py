@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import random
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,7 @@ import pytest
 import torch
 
 from looseleaf import files, modes, names, statistics
-from looseleaf.resume import ResultCache, SearchState, StateError, restore_rng, rng_state
+from looseleaf.resume import SearchState, StateError
 from looseleaf.testing.common import assert_unchanged, mixed_modes, snapshot
 from looseleaf.testing.models import small_network
 
@@ -170,27 +168,3 @@ def test_search_state(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="cannot be read"):
         state.load()
     SearchState(None, {}).save({"kept": "nowhere"})
-
-
-def test_cells(tmp_path: Path) -> None:
-    cells, calls = ResultCache(tmp_path), []
-
-    def work() -> dict[str, float]:
-        calls.append(1)
-        return {"loss": math.nan, "score": 0.5}
-
-    assert cells.do({"seed": 1}, work) == {"loss": None, "score": 0.5} == cells.do({"seed": 1}, work)
-    assert len(calls) == 1 and cells.get({"seed": 2}) is None
-    path = cells.path({"seed": 1})
-    assert path is not None and json.loads(path.read_text())["key"] == {"seed": 1}
-    path.write_text("{")
-    assert cells.do({"seed": 1}, work) and len(calls) == 2
-
-
-def test_generators_go_on_where_they_were() -> None:
-    rng = random.Random(3)
-    rng.random()
-    state = json.loads(json.dumps(rng_state(rng)))
-    wanted, other = rng.random(), random.Random(9)
-    restore_rng(other, state)
-    assert other.random() == wanted

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import math
 import pickle
-import random
 import subprocess
 import sys
 import time
@@ -32,7 +30,7 @@ from looseleaf import (
     costs,
 )
 from looseleaf.budget import reason
-from looseleaf.resume import SearchState, StateError, restore_rng, rng_state
+from looseleaf.resume import SearchState, StateError
 from looseleaf.tasks import as_rows, content_fingerprint
 from looseleaf.testing.prompts import PictureClassifier, picture_task
 
@@ -451,16 +449,6 @@ def test_state_is_whole_or_not_there(tmp_path: Path) -> None:
         state.save({"n": object()})
     assert state.load() == {"n": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["state.json"]
-
-
-def test_random_state_survives_json() -> None:
-    rng = random.Random(3)
-    rng.gauss(0, 1)
-    saved = json.loads(json.dumps(rng_state(rng)))
-    expected = [rng.random() for _ in range(3)]
-    other = random.Random()
-    restore_rng(other, saved)
-    assert [other.random() for _ in range(3)] == expected
 
 
 def test_tasks_and_prompts_import_no_torch_and_no_transformers() -> None:

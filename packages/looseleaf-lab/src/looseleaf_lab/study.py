@@ -30,8 +30,9 @@ from looseleaf import progress as progress_
 from looseleaf.errors import LooseleafError
 from looseleaf.files import cache_dir
 from looseleaf.report import Claim, Report
-from looseleaf.resume import ResultCache, as_plain, digest
+from looseleaf.resume import as_plain, digest
 from looseleaf.statistics import Interval, bootstrap
+from looseleaf_lab.results import ResultCache
 
 Row = dict[str, Any]
 Decision = tuple["bool | None", str]

@@ -13,7 +13,8 @@ from typing import Any
 
 from looseleaf import progress as progress_
 from looseleaf.errors import LooseleafError
-from looseleaf.resume import ResultCache, digest
+from looseleaf.resume import digest
+from looseleaf_lab.results import ResultCache
 
 
 class MissingRayError(LooseleafError, ModuleNotFoundError):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from looseleaf.files import read_text, replacing, write_text
+from looseleaf.resume import as_plain
 
 SCHEMA = "looseleaf.report/1"
 Verdict = Literal["holds", "does not hold", "not shown at this scale"]
@@ -229,7 +230,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data; NaN and infinities become None so that any JSON reader takes it."""
-        return {"schema": SCHEMA, **plain(asdict(self))}
+        return {"schema": SCHEMA, **as_plain(asdict(self))}
 
     def to_json(self, path: str | os.PathLike[str] | None = None, *,
                 images: Literal["inside", "beside"] = "inside") -> str:
@@ -398,20 +399,5 @@ def table_text(table: Table) -> str:
     return "\n".join(lines)
 
 
-def plain(value: Any) -> Any:
-    """``value`` as JSON has it: numbers, text, lists and dictionaries; NaN and infinities become None."""
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    if hasattr(value, "tolist"):  # numpy and torch, without importing either
-        return plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, (str, int, float, bool)):
-        return value
-    return str(value)
-
-
 __all__ = ["SCHEMA", "Cell", "Claim", "Figure", "Images", "Report", "Series", "Table", "TokenStrip", "Verdict",
-           "format_cell", "plain", "png", "table_text"]
+           "format_cell", "png", "table_text"]

@@ -12,11 +12,11 @@ from looseleaf import AttentionBackend, Report, Series
 from looseleaf import progress as progress_
 from looseleaf.errors import LooseleafError
 from looseleaf.plugin import In, Plugin
-from looseleaf.resume import ResultCache
 from looseleaf_lab import metrics, timing
 from looseleaf_lab.attention import DENSE, BlockWindow, SideBySide, density_of
 from looseleaf_lab.benches.bench import Bench, State, ready
 from looseleaf_lab.facts import facts, identity, left_out, model_facts, reason
+from looseleaf_lab.results import ResultCache
 
 WINDOW = "(window)"
 RUNS = 2

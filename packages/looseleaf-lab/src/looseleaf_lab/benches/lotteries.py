@@ -16,12 +16,12 @@ from looseleaf import Report, Series, Unstructured, WeightPruner
 from looseleaf import progress as progress_
 from looseleaf.modes import evaluating
 from looseleaf.plugin import In, Plugin
-from looseleaf.resume import ResultCache
 from looseleaf.statistics import bootstrap
 from looseleaf_lab import vision
 from looseleaf_lab.benches.bench import Bench, State
 from looseleaf_lab.benches.pruned_weights import DENSE, MAGNITUDE, RANDOM, Baseline, Swept, at_sparsity, swept
 from looseleaf_lab.facts import facts, identity, left_out, reason
+from looseleaf_lab.results import ResultCache
 from looseleaf_tickets import IterativePruner, TrainingRun
 
 Row = dict[str, Any]

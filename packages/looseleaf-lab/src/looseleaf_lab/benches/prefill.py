@@ -13,12 +13,13 @@ import looseleaf
 from looseleaf import AttentionBackend, Report, Series
 from looseleaf import progress as progress_
 from looseleaf.plugin import In, Plugin
-from looseleaf.resume import ResultCache, digest
+from looseleaf.resume import digest
 from looseleaf.statistics import bootstrap
 from looseleaf_lab import data, metrics, models, timing
 from looseleaf_lab.attention import DENSE, SideBySide, calibrate, density_of, with_start
 from looseleaf_lab.benches.bench import Bench, State, ready
 from looseleaf_lab.facts import facts, identity, left_out, model_facts, model_name, reason
+from looseleaf_lab.results import ResultCache
 
 WINDOW = "(window)"
 

@@ -12,10 +12,10 @@ from looseleaf import Figure, Probe, Report, Table
 from looseleaf import progress as progress_
 from looseleaf.plugin import Plugin
 from looseleaf.probes.subject import parts
-from looseleaf.resume import ResultCache
 from looseleaf_lab import models
 from looseleaf_lab.benches.bench import Bench, State, ready
 from looseleaf_lab.facts import facts, identity, left_out, model_facts, model_name, reason
+from looseleaf_lab.results import ResultCache
 
 
 @dataclasses.dataclass

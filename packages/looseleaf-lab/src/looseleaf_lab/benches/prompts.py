@@ -14,13 +14,14 @@ from looseleaf import Budget, BudgetExhausted, Evaluation, Example, Predictor, P
 from looseleaf import progress as progress_
 from looseleaf.fingerprint import fingerprint
 from looseleaf.plugin import In, Plugin
-from looseleaf.resume import ResultCache, digest
+from looseleaf.resume import digest
 from looseleaf.statistics import Interval, bootstrap
 from looseleaf.tasks import content_fingerprint
 from looseleaf_lab import data, models
 from looseleaf_lab.benches import dspy_few_shot
 from looseleaf_lab.benches.bench import Bench, State, ready
 from looseleaf_lab.facts import facts, identity, left_out, model_name, reason
+from looseleaf_lab.results import ResultCache
 from looseleaf_text import LanguageModel, LocalModel, TextPrompt, TextTask
 
 PLAIN, FEW, SEARCH, OWN = "(plain)", "(few-shot)", "(random search)", "(the model's own)"

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from looseleaf import Report, Series, SetMetric, WeightPruner
 from looseleaf import progress as progress_
 from looseleaf.plugin import In, Plugin
-from looseleaf.resume import ResultCache, digest
+from looseleaf.resume import digest
 from looseleaf.statistics import bootstrap
 from looseleaf_lab import data, metrics, models, timing
 from looseleaf_lab.benches import llm_compressor
 from looseleaf_lab.benches.bench import Bench, State
 from looseleaf_lab.benches.prompts import few_shot
 from looseleaf_lab.facts import facts, identity, left_out, model_facts, model_name, reason
+from looseleaf_lab.results import ResultCache
 
 if TYPE_CHECKING:
     from looseleaf_text import TextTask
