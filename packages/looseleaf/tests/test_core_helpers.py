@@ -47,6 +47,12 @@ def test_tensors_and_plain_data_survive(tmp_path: Path) -> None:
     assert torch.equal(tensors["view"], base.T) and torch.equal(tensors["again"], base) and info == {"a": [1, "b"]}
 
 
+def test_others_may_read_tensors_as_they_may_text(tmp_path: Path) -> None:
+    files.write_text(tmp_path / "a.txt", "a")
+    files.save_tensors(tmp_path / "a.safetensors", {"a": torch.ones(1)}, format="test/1")
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "a.txt").stat().st_mode
+
+
 def test_bad_tensor_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     with pytest.raises(FileNotFoundError, match="expected a file of the format 'test/1', got no file"):

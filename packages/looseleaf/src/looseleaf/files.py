@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,17 +13,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-_numbers = itertools.count()
-
 
 def cache_dir() -> Path:
     """Where Looseleaf keeps what it can make again: ``$LOOSELEAF_CACHE`` or the user's cache directory."""
-    given = os.environ.get("LOOSELEAF_CACHE")
-    if given:
-        return Path(given).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or (
-        os.environ.get("LOCALAPPDATA") if os.name == "nt" else None) or str(Path.home() / ".cache")
-    return Path(base) / "looseleaf"
+    own = os.environ.get("LOOSELEAF_CACHE")
+    if own:
+        return Path(own).expanduser()
+    local = os.environ.get("LOCALAPPDATA") if os.name == "nt" else None
+    return Path(os.environ.get("XDG_CACHE_HOME") or local or Path.home() / ".cache") / "looseleaf"
 
 
 @contextlib.contextmanager
@@ -37,11 +34,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Opened the plain way, unlike a temporary file of the standard library: others may read it as the umask says.
-    part = target.with_name(f".{target.name}.{os.getpid()}-{next(_numbers)}.part")
+    part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
     try:
-        part.open("xb").close()
+        part.touch()
+        mode = part.stat().st_mode
         yield part
+        part.chmod(mode)  # as the umask says: safetensors puts a file in its place that only the owner may read
         os.replace(part, target)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -62,10 +60,9 @@ def read_text(path: str | os.PathLike[str]) -> str:
         ValueError: the file cannot be read, or is not UTF-8.
     """
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path}: {error}. Give a text file in UTF-8") from error
-    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], info: Mapping[str, Any] | None = None, *,
@@ -89,14 +86,14 @@ def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], in
         text = json.dumps(dict(info or {}))
     except TypeError as error:
         raise ValueError(f"{path}: expected metadata of text, numbers, lists and dictionaries, got {error}") from None
-    seen: set[int] = set()
+    storages: set[int] = set()
     plain: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        tensor = tensor.detach().contiguous()
-        # safetensors refuses two names for one storage
-        place = tensor.untyped_storage().data_ptr()
-        plain[name] = tensor.clone() if place in seen else tensor
-        seen.add(place)
+        plain[name] = tensor.detach().contiguous()
+        storage = plain[name].untyped_storage().data_ptr()
+        if storage in storages:  # safetensors refuses two names for one storage
+            plain[name] = plain[name].clone()
+        storages.add(storage)
     try:
         with replacing(path) as part:
             save_file(plain, part, {"format": format, "info": text})
@@ -120,8 +117,7 @@ def load_tensors(path: str | os.PathLike[str], *, format: str) -> tuple[dict[str
             head = file.metadata() or {}
             if head.get("format") != format:
                 raise ValueError(f"{path}: expected a file of the format {format!r}, got {head.get('format')!r}")
-            info = json.loads(head.get("info", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, info  # noqa: SIM118 (no mapping)
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(head["info"])  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}): it was cut short, damaged, or is "
                          "something else. Write it again") from error
