@@ -287,25 +287,25 @@ def test_rows_become_plain_numbers() -> None:
 def test_budget_refuses_before_the_work() -> None:
     budget = Budget(calls=10, tokens=100)
     budget.spend(calls=8, tokens=100)
-    assert budget.exhausted() == "budget: tokens"
+    with pytest.raises(BudgetExhausted, match="budget: tokens"):
+        budget.check(tokens=1)
     with pytest.raises(BudgetExhausted, match=r"budget: calls \(8 of 10 used, 3 more requested\)") as caught:
         budget.spend(calls=3)
     assert reason(caught.value) == "budget: calls" and budget.used["calls"] == 8
     budget.spend(calls=2)
-    assert budget.remaining_calls() == 0
 
 
 def test_budget_of_seconds_goes_on_after_a_restart() -> None:
     budget = Budget(seconds=0.2)
-    assert budget.exhausted() is None
+    budget.check(calls=1)
     time.sleep(0.05)
     again = Budget(seconds=0.2)
     again.restore(budget.used)
     assert 0.05 <= again.used["seconds"] < 0.15
     time.sleep(0.2)
-    assert again.exhausted() == "budget: seconds"
-    with pytest.raises(BudgetExhausted, match="budget: seconds"):
-        again.spend(calls=1)
+    for charge in (again.check, again.spend):
+        with pytest.raises(BudgetExhausted, match="budget: seconds"):
+            charge()
 
 
 @pytest.mark.parametrize("wrong", [{"calls": 0}, {"tokens": -1}, {"seconds": "2"}])

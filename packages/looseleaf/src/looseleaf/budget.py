@@ -23,6 +23,9 @@ class Cost(NamedTuple):
     tokens: Callable[..., int] | None = None
 
 
+Around = Callable[[Any, Cost, tuple[Any, ...], dict[str, Any]], contextlib.AbstractContextManager[None]]
+
+
 def costs(calls: Callable[..., int], tokens: Callable[..., int] | None = None) -> Callable[[F], F]:
     """Declare what a method of a model costs, so that :meth:`Budget.meter` can charge it before it runs.
 
@@ -49,12 +52,7 @@ class Budget:
     A *call* is one example given to the model, in training too: one prefix scored (whatever the number of
     continuations), one text generated or embedded, one picture of a batch. *Tokens* are those of the prompts and of
     what is generated, as if nothing were cached, so that the same search costs the same on every machine. The clock
-    starts with the first question.
-
-    Attributes:
-        calls: most calls.
-        tokens: most tokens.
-        seconds: longest time.
+    of *seconds* starts with the first question.
     """
 
     calls: int | None = None
@@ -62,67 +60,43 @@ class Budget:
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("calls", "tokens", "seconds"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and value > 0):
-                raise ValueError(f"Budget.{name}: expected None or a number > 0, got {value!r}")
-        self._calls = 0
-        self._tokens = 0
-        self._before = 0.0
+        for field in dataclasses.fields(self):
+            limit = getattr(self, field.name)
+            if limit is not None and not (isinstance(limit, (int, float)) and limit > 0):
+                raise ValueError(f"Budget.{field.name}: expected None or a number > 0, got {limit!r}")
+        self._spent = {"calls": 0, "tokens": 0, "seconds": 0.0}
         self._started: float | None = None
 
     @property
     def used(self) -> dict[str, float]:
         """What was spent so far: ``calls``, ``tokens`` and ``seconds``."""
         running = 0.0 if self._started is None else time.monotonic() - self._started
-        return {"calls": self._calls, "tokens": self._tokens, "seconds": self._before + running}
+        return {**self._spent, "seconds": self._spent["seconds"] + running}
 
-    def start(self) -> None:
-        """Start the clock, if it is not running yet."""
+    def check(self, calls: int = 0, tokens: int = 0) -> None:
+        """Raise BudgetExhausted where so much more would go beyond a limit, or where the time is up.
+
+        The message begins with ``"budget: calls"``, ``"budget: tokens"`` or ``"budget: seconds"``; see :func:`reason`.
+        """
         if self._started is None:
             self._started = time.monotonic()
+        used = self.used
+        for name, limit, more in (("calls", self.calls, calls), ("tokens", self.tokens, tokens)):
+            if limit is not None and more and used[name] + more > limit:
+                raise BudgetExhausted(f"budget: {name} ({used[name]} of {limit} used, {more} more requested)")
+        if self.seconds is not None and used["seconds"] >= self.seconds:
+            raise BudgetExhausted(f"budget: seconds ({used['seconds']:.1f} of {self.seconds} used)")
 
     def spend(self, calls: int = 0, tokens: int = 0) -> None:
-        """Book ``calls`` and ``tokens`` before the work is done.
-
-        Raises:
-            BudgetExhausted: this would go beyond a limit; nothing is charged then, and the message begins with
-                the words of :meth:`exhausted`.
-        """
-        self.start()
-        for name, used, more in (("calls", self._calls, calls), ("tokens", self._tokens, tokens)):
-            limit = getattr(self, name)
-            if limit is not None and more and used + more > limit:
-                raise BudgetExhausted(f"budget: {name} ({used} of {limit} used, {more} more requested)")
-        if self.seconds is not None and self.used["seconds"] >= self.seconds:
-            raise BudgetExhausted(f"budget: seconds ({self.used['seconds']:.1f} of {self.seconds} used)")
-        self._calls += calls
-        self._tokens += tokens
-
-    def book(self, calls: int = 0, tokens: int = 0) -> None:
-        """Add what was spent on a thing that has no limit; never raises."""
-        self._calls += calls
-        self._tokens += tokens
-
-    def exhausted(self) -> str | None:
-        """``"budget: calls"``, ``"budget: tokens"`` or ``"budget: seconds"`` once a limit is reached, else None."""
-        self.start()
-        for name, used in self.used.items():
-            limit = getattr(self, name)
-            if limit is not None and used >= limit:
-                return f"budget: {name}"
-        return None
-
-    def remaining_calls(self) -> int | None:
-        """How many calls are left; None is no limit."""
-        return None if self.calls is None else max(0, self.calls - self._calls)
+        """Charge ``calls`` and ``tokens`` before the work is done; nothing where :meth:`check` raises."""
+        self.check(calls, tokens)
+        self._spent["calls"] += calls
+        self._spent["tokens"] += tokens
 
     def restore(self, used: Mapping[str, Any]) -> None:
-        """Set what was spent, as a search does that goes on where it was stopped."""
-        self._calls, self._tokens = int(used["calls"]), int(used["tokens"])
-        self._before = float(used["seconds"])
-        self._started = None
-        self.start()
+        """Set what was spent, as a search does that goes on where it was stopped, and start the clock."""
+        self._spent = {name: used[name] for name in self._spent}
+        self._started = time.monotonic()
 
     def meter(self, model: M, methods: Sequence[str] = ()) -> M:
         """``model`` with its work charged to this budget before it is done.
@@ -137,22 +111,24 @@ class Budget:
             methods: names of further methods to charge one call for each row of their first argument, for models of
                 other libraries (``["get_image_features"]``).
         """
-        if isinstance(model, _Proxy) and model._looseleaf_around == self._booked:
+        if isinstance(model, _Proxy) and model._looseleaf_around == self._charged:
             return model
-        return watched(model, self._booked, methods)
+        return watched(model, self._charged, methods)
 
     @contextlib.contextmanager
-    def _booked(self, model: Any, cost: Cost, arguments: tuple[Any, ...], options: dict[str, Any]) -> Iterator[None]:
-        counts = self.tokens is not None
-        tokens = cost.tokens(model, *arguments, **options) if counts and cost.tokens is not None else 0
-        self.spend(calls=cost.calls(model, *arguments, **options), tokens=tokens)
+    def _charged(self, model: Any, cost: Cost, arguments: tuple[Any, ...], options: dict[str, Any]) -> Iterator[None]:
+        limited = self.tokens is not None
+        tokens = cost.tokens(model, *arguments, **options) if limited and cost.tokens is not None else 0
+        self.spend(cost.calls(model, *arguments, **options), tokens)
         before = _tokens(model)
         yield
-        if not counts:  # no need to tokenize twice: what was used is booked afterwards
-            self.book(tokens=max(0, _tokens(model) - before))
+        if not limited:  # no need to tokenize twice
+            self._spent["tokens"] += max(0, _tokens(model) - before)
 
 
-Around = Callable[[Any, Cost, tuple[Any, ...], dict[str, Any]], contextlib.AbstractContextManager[None]]
+def reason(error: BudgetExhausted) -> str:
+    """The value of ``prompt.info["stopped"]`` for an error of :meth:`Budget.check`."""
+    return str(error).split(" (")[0]
 
 
 def watched(model: M, around: Around, methods: Sequence[str] = ()) -> M:
@@ -167,9 +143,8 @@ class _Proxy:
     __slots__ = ("__wrapped__", "_looseleaf_around", "_looseleaf_methods")  # names that no model has
 
     def __init__(self, model: Any, around: Around, methods: tuple[str, ...]) -> None:
-        object.__setattr__(self, "__wrapped__", model)
-        object.__setattr__(self, "_looseleaf_around", around)
-        object.__setattr__(self, "_looseleaf_methods", methods)
+        for name, value in zip(_Proxy.__slots__, (model, around, methods), strict=True):
+            object.__setattr__(self, name, value)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -177,15 +152,15 @@ class _Proxy:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.__wrapped__, name)
-        cost = _declared(self.__wrapped__.__class__, name) or (_ROWS if name in self._looseleaf_methods else None)
+        cost = _declared(self.__class__, name) or (_ROWS if name in self._looseleaf_methods else None)
         if cost is None:
             return value
 
         @functools.wraps(value)
-        def booked(*arguments: Any, **options: Any) -> Any:
+        def charged(*arguments: Any, **options: Any) -> Any:
             with self._looseleaf_around(self.__wrapped__, cost, arguments, options):
                 return value(*arguments, **options)
-        return booked
+        return charged
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.__wrapped__, name, value)
@@ -201,23 +176,22 @@ class _CallableProxy(_Proxy):
     __slots__ = ()
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        cls = self.__wrapped__.__class__
+        cls = self.__class__
         cost = _declared(cls, "__call__") or _declared(cls, "forward") or (None if _declares(cls) else _ROWS)
-        if cost is None:
-            return self.__wrapped__(*arguments, **options)
-        with self._looseleaf_around(self.__wrapped__, cost, arguments, options):
+        with contextlib.nullcontext() if cost is None else self._looseleaf_around(
+                self.__wrapped__, cost, arguments, options):
             return self.__wrapped__(*arguments, **options)
 
 
 @functools.cache
 def _declared(cls: type, name: str) -> Cost | None:
-    found = (getattr(vars(base).get(name), "_looseleaf_cost", None) for base in cls.__mro__)
-    return next((cost for cost in found if cost is not None), None)
+    declarations = (getattr(vars(base).get(name), "_looseleaf_cost", None) for base in cls.__mro__)
+    return next(filter(None, declarations), None)
 
 
 @functools.cache
 def _declares(cls: type) -> bool:
-    return any(_declared(cls, name) is not None for base in cls.__mro__ for name in vars(base))
+    return any(_declared(cls, name) for name in dir(cls))
 
 
 def _rows(_: Any, *arguments: Any, **options: Any) -> int:
@@ -238,8 +212,3 @@ _ROWS = Cost(_rows)
 def _tokens(model: Any) -> int:
     value = getattr(model, "tokens", 0)
     return value if isinstance(value, int) else 0
-
-
-def reason(error: BudgetExhausted) -> str:
-    """The value of ``prompt.info["stopped"]`` for an error of :meth:`Budget.spend`."""
-    return str(error).split(" (")[0]

@@ -18,7 +18,7 @@ from safetensors.torch import load as unpack
 from safetensors.torch import save as pack
 from torch import Tensor
 
-from looseleaf import Budget, BudgetExhausted, Example
+from looseleaf import Budget, Example
 from looseleaf.progress import bar
 from looseleaf.resume import SearchState
 from looseleaf_ease.encoder import Choice, Vectors, encode, resolve
@@ -257,11 +257,7 @@ class Search:
 
     def check_budget(self) -> None:
         """Raise BudgetExhausted where no further evaluation can be paid for, before anything is computed for it."""
-        over, left = self.budget.exhausted(), self.budget.remaining_calls()
-        if over is None and left is not None and left < len(self.validation):
-            over = f"budget: calls ({left} left, an evaluation takes {len(self.validation)})"
-        if over is not None:
-            raise BudgetExhausted(over)
+        self.budget.check(calls=len(self.validation), tokens=1)
 
     def evaluate(self, arm: Arm, vector: np.ndarray | None = None) -> None:
         """Score ``arm`` on the validation examples; one that was tried costs nothing.
