@@ -14,12 +14,11 @@ import torch
 
 import looseleaf
 from looseleaf import Paper, Plugin, Probe, Report
-from looseleaf.cli.running import benches_from_options
-from looseleaf.discovery import benches as installed
-from looseleaf.discovery import load
+from looseleaf.discovery import entries, load
 from looseleaf.plugin import In
 from looseleaf.probes.subject import parts
 from looseleaf_lab.benches import Bench, Probes, compare, compare_probes, probes
+from looseleaf_lab.command_line import benches_from_options, plugin_from_options
 
 PAPER = Paper("A paper", ("Some One",), 2020)
 
@@ -165,6 +164,15 @@ def test_options_make_benches() -> None:
     assert benches_from_options({"long": Long}, "probes", ["--context"])["long"].context == ()
 
 
+def test_plugin_options_come_from_its_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plugin_from_options(looseleaf.SlidingWindow, "sliding-window", ["--window", "9"]).window == 9
+    for options, code in ((["--window", "many"], 2), (["--help"], 0)):
+        with pytest.raises(SystemExit) as stop:
+            plugin_from_options(looseleaf.SlidingWindow, "sliding-window", options)
+        assert stop.value.code == code
+    assert "--window INT" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(("options", "message"), [
     (["--contxt", "16"], "--contxt: expected an option of long, wide.*Did you mean 'context'"),
     (["16"], "expected options such as --model, got '16'"),
@@ -184,7 +192,7 @@ def test_values_that_are_refused(options: list[str], message: str, capsys: pytes
 
 
 def test_installed_benches_cover_every_kind_and_explain_their_options() -> None:
-    classes = {entry.name: load(entry) for entry in installed()}
+    classes = {entry.name: load(entry) for entry in entries("benches")}
     assert {cls.interface.kind for cls in classes.values()} == {"attention", "pruners", "prompts", "probes"}
     for cls in classes.values():
         cls()

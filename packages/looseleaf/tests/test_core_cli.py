@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from looseleaf.cli.main import build_parser, main
-from looseleaf.cli.running import plugin_from_options
 
 Install = Callable[..., Path]
 
@@ -61,22 +60,6 @@ def test_errors_and_exit_codes(distribution: Install, capsys: pytest.CaptureFixt
     assert says in err and "Traceback" not in err
 
 
-def test_plugin_options_come_from_its_fields(distribution: Install, good_source: str,
-                                             capsys: pytest.CaptureFixture[str]) -> None:
-    distribution("looseleaf-made-up", "made-up", good_source)
-    from looseleaf import load
-
-    cls = load("made-up")
-    assert plugin_from_options(cls, "made-up", ["--size", "9"]).size == 9
-    with pytest.raises(SystemExit) as stop:
-        plugin_from_options(cls, "made-up", ["--size", "many"])
-    assert stop.value.code == 2
-    with pytest.raises(SystemExit) as stop:
-        plugin_from_options(cls, "made-up", ["--help"])
-    assert stop.value.code == 0
-    assert "how large; at least 1." in " ".join(capsys.readouterr().out.split())
-
-
 def test_unwritable_output_is_found_before_the_work(
         distribution: Install, good_source: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     distribution("looseleaf-made-up", "made-up", good_source)
@@ -95,6 +78,31 @@ def test_every_command_has_json_and_help(capsys: pytest.CaptureFixture[str]) -> 
             main([name, "--help"])
         assert stop.value.code == 0
         assert "--json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv", [["run", "some-plugin", "--k", "3"], ["compare", "probes", "--json"],
+                                  ["reproduce", "some-plugin"]])
+def test_commands_of_the_lab_without_it(argv: list[str], monkeypatch: pytest.MonkeyPatch,
+                                        capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(metadata, "entry_points", lambda **_: [])
+    assert main(argv) == 4
+    assert capsys.readouterr().err == (f"looseleaf: `looseleaf {argv[0]}` needs looseleaf_lab: "
+                                       "pip install 'looseleaf-lab[models,data]'\n")
+    assert argv[0] in build_parser().format_help()
+
+
+def test_commands_of_somebody_else(distribution: Install, capsys: pytest.CaptureFixture[str]) -> None:
+    distribution("looseleaf-odd", "odd", "raise RuntimeError('no such luck')", kind="commands")
+    distribution("looseleaf-twice", "twice", """
+        def add(commands):
+            commands.add("double", "print it twice", "looseleaf_twice:run").add_argument("word")
+
+        def run(arguments):
+            print(arguments.word * 2, arguments.json)
+    """, kind="commands", attribute="add")
+    assert main(["double", "ab", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "abab True\n" and "left out the commands odd of looseleaf_odd:Method: no such luck" in err
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:

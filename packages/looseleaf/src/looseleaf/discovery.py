@@ -1,8 +1,8 @@
 """Finding installed plugins through their entry points.
 
-Listing reads the metadata of installed distributions only: no plugin and no torch is imported. Whether a plugin
-can be imported at all is tried once per installed version, in a process of its own, and remembered
-(see :func:`check_imports`), so that a listing can say what is broken and still answer at once.
+Listing reads the metadata of installed distributions only: no plugin and no torch is imported. Whether a plugin can be
+imported is tried once per installation, in a process of its own, and remembered (see :func:`check_imports`), so that a
+listing can say what is broken and still answer at once.
 """
 
 from __future__ import annotations
@@ -11,19 +11,18 @@ import contextlib
 import importlib.metadata as metadata
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from looseleaf import __version__
 from looseleaf.errors import AmbiguousPluginError, BrokenPluginError, UnknownPluginError, did_you_mean
 from looseleaf.files import cache_dir, write_text
 from looseleaf.moved import advice
-from looseleaf.plugin import KINDS
-
-REPRODUCTIONS, BENCHES = "reproductions", "benches"
-CHECK_SECONDS = 120.0
+from looseleaf.plugin import KINDS, Plugin
 
 
 @dataclass(frozen=True)
@@ -33,13 +32,12 @@ class Installed:
     Attributes:
         name: how users call the plugin.
         kind: one of :data:`looseleaf.plugin.KINDS`, ``"reproductions"`` or ``"benches"``.
-        dist: name of the distribution.
-        version: its version.
+        dist, version: of the distribution.
         value: ``module:attribute``.
         paper: URL of the paper from the distribution's metadata, or None.
         summary: one line from the metadata.
         broken: why it cannot be used, or None.
-        stamp: changes whenever the distribution is installed anew.
+        stamp: changes whenever the distribution, or the core, is installed anew.
     """
 
     name: str
@@ -57,16 +55,20 @@ class Installed:
         """The name that is never ambiguous, ``dist:name``."""
         return f"{self.dist}:{self.name}"
 
+    def __str__(self) -> str:
+        return f"plugin {self.name!r} of {self.dist} {self.version}"
 
-def core_version() -> str:
-    """The version of the running core."""
-    from looseleaf import __version__
 
-    return __version__
+def entries(*kinds: str) -> list[Installed]:
+    """What installed distributions offer under these entry-point groups, by kind and name, from metadata alone."""
+    points = metadata.entry_points()
+    found = [_describe(kind, point, point.dist) for kind in kinds for point in points.select(group=f"looseleaf.{kind}")
+             if point.dist is not None and point.dist.name]  # a damaged installation has none
+    return sorted(found, key=lambda e: (kinds.index(e.kind), e.name, e.dist))
 
 
 def plugins(kind: str | None = None) -> list[Installed]:
-    """All installed plugins by kind and name, from metadata and remembered import checks.
+    """All installed plugins by kind and name; those made for another core are marked as broken.
 
     Args:
         kind: only this kind (one of ``attention``, ``pruners``, ``prompts``, ``probes``).
@@ -76,38 +78,37 @@ def plugins(kind: str | None = None) -> list[Installed]:
     """
     if kind is not None and kind not in KINDS:
         raise ValueError(f"kind: expected {', '.join(KINDS)}, got {kind!r}.{did_you_mean(kind, KINDS)}")
-    remembered = _read_verdicts()
-    found = []
-    for each in _entries((kind,) if kind else KINDS):
-        reason = each.broken or remembered.get(_verdict_key(each))
-        found.append(replace(each, broken=reason or None))
-    return found
-
-
-def reproductions() -> list[Installed]:
-    """The installed ``looseleaf reproduce`` functions."""
-    return _entries((REPRODUCTIONS,))
-
-
-def benches() -> list[Installed]:
-    """What ``looseleaf compare`` can compare plugins on; a bench is described in :mod:`looseleaf_lab.benches`."""
-    return _entries((BENCHES,))
+    return entries(*((kind,) if kind else KINDS))
 
 
 def find(name: str, kind: str | None = None) -> Installed:
     """The one installed plugin called ``name`` (or ``dist:name``).
+
+    Args:
+        name: of the plugin.
+        kind: only this kind; ``"reproductions"`` and ``"benches"`` are looked for only if named here.
 
     Raises:
         UnknownPluginError: nothing of that name; the message has near names and the pip command.
         AmbiguousPluginError: several distributions or kinds claim the name.
     """
     kinds = (kind,) if kind else KINDS
-    return _pick(name, _entries(kinds), " or ".join(kinds))
-
-
-def find_reproduction(name: str) -> Installed:
-    """The installed reproduction called ``name``; errors as :func:`find`."""
-    return _pick(name, reproductions(), "reproduction")
+    installed = entries(*kinds)
+    dist, _, bare = name.rpartition(":")
+    matches = [e for e in installed if e.name == bare and _plain(dist) in ("", _plain(e.dist))]
+    if not matches:
+        raise UnknownPluginError(
+            f"no plugin called {name!r} ({' or '.join(kinds)}) is installed."
+            f"{did_you_mean(bare, sorted({e.name for e in installed}))} "
+            f"If it exists, this installs it: pip install looseleaf-{bare}. `looseleaf list` shows what is installed")
+    if len({e.dist for e in matches}) > 1:
+        raise AmbiguousPluginError(
+            f"{name!r} is claimed by {' and '.join(f'{e.dist} {e.version}' for e in matches)}: use "
+            f"{' or '.join(repr(e.qualified) for e in matches)}, or uninstall one of them")
+    if len(matches) > 1:
+        raise AmbiguousPluginError(f"{name!r} names plugins of the kinds {' and '.join(e.kind for e in matches)}: pass "
+                                   "kind= (--kind) to pick one")
+    return matches[0]
 
 
 def load(name: str | Installed, kind: str | None = None) -> Any:
@@ -119,19 +120,17 @@ def load(name: str | Installed, kind: str | None = None) -> Any:
     """
     entry = find(name, kind) if isinstance(name, str) else name
     if entry.broken:
-        raise BrokenPluginError(f"plugin {entry.name!r} of {entry.dist} {entry.version} cannot be used: {entry.broken}")
-    point = metadata.EntryPoint(name=entry.name, value=entry.value, group=f"looseleaf.{entry.kind}")
+        raise BrokenPluginError(f"{entry} cannot be used: {entry.broken}")
     try:
-        loaded = point.load()
+        loaded = metadata.EntryPoint(entry.name, entry.value, f"looseleaf.{entry.kind}").load()
     except Exception as error:  # a third party's module may raise anything
-        reason = f"{type(error).__name__}: {error}"
-        _remember({_verdict_key(entry): reason})
+        remedy = advice(error) or f"Reinstall it (pip install --force-reinstall {entry.dist}) or tell the authors"
+        raise BrokenPluginError(f"{entry} cannot be imported: {type(error).__name__}: {error}. {remedy}") from error
+    if entry.kind in KINDS and not (isinstance(loaded, type) and issubclass(loaded, Plugin)
+                                    and loaded.kind == entry.kind):
         raise BrokenPluginError(
-            f"plugin {entry.name!r} of {entry.dist} {entry.version} cannot be imported: {reason}. "
-            + (advice(error) or f"Reinstall it (pip install --force-reinstall {entry.dist}) or tell the authors")
-        ) from error
-    if entry.kind in KINDS:
-        _require_plugin_class(entry, loaded)
+            f"{entry}: {entry.value} is not a subclass of the interface for kind {entry.kind!r}. Its authors can see "
+            f"why with `looseleaf check {entry.name}`")
     return loaded
 
 
@@ -152,156 +151,78 @@ def get(name: str, kind: str | None = None, **parameters: Any) -> Any:
     return cls(**parameters)
 
 
-def check_imports(entries: Iterable[Installed], say: Callable[[str], None] | None = None) -> list[Installed]:
-    """``entries`` with ``broken`` filled in by importing, in another process, those not tried before.
-
-    Args:
-        entries: from :func:`plugins`.
-        say: called with a line when a check is about to take time.
-    """
-    entries = list(entries)
-    remembered = _read_verdicts()
-    new = [e for e in entries if not e.broken and _verdict_key(e) not in remembered]
+def check_imports(installed: Iterable[Installed]) -> list[Installed]:
+    """``installed`` with ``broken`` filled in; those not seen before are imported in another process, which is said."""
+    installed = list(installed)
+    memory, verdicts = cache_dir() / "imports.json", dict[str, str]()
+    with contextlib.suppress(OSError, ValueError, TypeError):  # there is none yet, or a damaged one
+        verdicts = dict(json.loads(memory.read_text(encoding="utf-8")))
+    new = [e for e in installed if not e.broken and e.stamp not in verdicts]
     if new:
-        if say is not None:
-            say(f"checking {len(new)} newly installed plugin{'s' if len(new) > 1 else ''} once ...")
-        verdicts = _try_imports(new)
-        _remember(verdicts)
-        remembered.update(verdicts)
-    return [replace(e, broken=e.broken or remembered.get(_verdict_key(e)) or None) for e in entries]
+        print(f"checking {len(new)} newly installed plugin{'s' if len(new) > 1 else ''} once ...", file=sys.stderr)
+        verdicts.update(_try_imports(new))
+        with contextlib.suppress(OSError):  # an unwritable cache only costs the next listing its speed
+            write_text(memory, json.dumps(verdicts))
+    return [replace(e, broken=e.broken or verdicts.get(e.stamp) or None) for e in installed]
 
 
-def _entries(kinds: Iterable[str]) -> list[Installed]:
-    groups = {f"looseleaf.{kind}": kind for kind in kinds}
-    found: dict[tuple[str, str, str, str], Installed] = {}
-    for dist in metadata.distributions():
-        points = [p for p in dist.entry_points if p.group in groups]
-        if not points:
-            continue
-        # A distribution can stand twice on the path (an editable install next to a wheel): the first one counts.
-        for point in points:
-            kind = groups[point.group]
-            key = (kind, point.name, dist.name, point.value)
-            if key not in found:
-                found[key] = _describe(dist, point, kind)
-    return sorted(found.values(), key=lambda e: (KINDS.index(e.kind) if e.kind in KINDS else 9, e.name, e.dist))
+_TRY = """
+import faulthandler, importlib.metadata, json, sys
+for stamp, *point in json.loads(sys.argv[1]):
+    faulthandler.dump_traceback_later(120, exit=True)
+    try:
+        importlib.metadata.EntryPoint(*point).load()
+        reason = ""
+    except BaseException as error:
+        reason = f"{type(error).__name__}: {error}"
+    print("\\n@verdict " + json.dumps([stamp, reason]), flush=True)
+"""
 
 
-def _describe(dist: metadata.Distribution, point: metadata.EntryPoint, kind: str) -> Installed:
+def _try_imports(new: list[Installed]) -> dict[str, str]:
+    """Stamp -> why the import fails, or "". After one that ends or hangs the process, the rest goes on in another."""
+    verdicts: dict[str, str] = {}
+    while waiting := [e for e in new if e.stamp not in verdicts]:
+        points = json.dumps([(e.stamp, e.name, e.value, f"looseleaf.{e.kind}") for e in waiting])
+        child = subprocess.run([sys.executable, "-c", _TRY, points], capture_output=True, text=True, errors="replace",
+                               stdin=subprocess.DEVNULL)
+        verdicts.update(json.loads(line[9:]) for line in child.stdout.splitlines() if line.startswith("@verdict "))
+        culprit = next((e for e in waiting if e.stamp not in verdicts), None)
+        if culprit is not None:
+            verdicts[culprit.stamp] = (f"its import ended the Python process with exit code {child.returncode}, or "
+                                       "took more than 120 seconds")
+    return verdicts
+
+
+def _describe(kind: str, point: metadata.EntryPoint, dist: metadata.Distribution) -> Installed:
     fields = dist.metadata
     urls = dict(u.split(", ", 1) for u in fields.get_all("Project-URL") or [] if ", " in u)
-    return Installed(
-        name=point.name, kind=kind, dist=dist.name, version=dist.version, value=point.value,
-        paper=urls.get("Paper"), summary=fields["Summary"] or "", broken=_core_mismatch(dist), stamp=_stamp(dist))
-
-
-def _stamp(dist: metadata.Distribution) -> str:
     try:
-        return str(os.stat(str(dist.locate_file(getattr(dist, "_path", "")))).st_mtime_ns)
+        time = os.stat(getattr(dist, "_path", "")).st_mtime_ns
     except OSError:
-        return ""
+        time = 0
+    stamp = f"{sys.prefix}|{dist.name}|{dist.version}|{point.value}|{time}|{__version__}"
+    return Installed(point.name, kind, dist.name, dist.version, point.value, paper=urls.get("Paper"),
+                     summary=fields["Summary"] or "", broken=_core_mismatch(dist), stamp=stamp)
 
 
 def _core_mismatch(dist: metadata.Distribution) -> str | None:
     """Why the distribution's requirement on the core is not met, or None."""
     for text in dist.requires or []:
-        if not text.lower().startswith("looseleaf") or "extra ==" in text:
+        if "extra ==" in text or not re.match(r"looseleaf(?![-_.\w])", text, re.I):
             continue
         from packaging.requirements import InvalidRequirement, Requirement
 
-        try:
-            requirement = Requirement(text)
-        except InvalidRequirement:
-            continue
-        if requirement.name.lower() == "looseleaf" and not requirement.specifier.contains(
-                core_version(), prereleases=True):
-            return (f"{dist.name} {dist.version} was made for looseleaf{requirement.specifier}, "
-                    f"but looseleaf {core_version()} is installed: upgrade one of the two")
+        with contextlib.suppress(InvalidRequirement):
+            wanted = Requirement(text).specifier
+            if not wanted.contains(__version__, prereleases=True):
+                return (f"{dist.name} {dist.version} was made for looseleaf{wanted}, but looseleaf {__version__} is "
+                        "installed: upgrade one of the two")
     return None
 
 
-def _pick(name: str, entries: list[Installed], what: str) -> Installed:
-    wanted_dist, colon, bare = name.rpartition(":")
-    matches = [e for e in entries if e.name == bare and (not colon or _same(e.dist, wanted_dist))]
-    if not matches:
-        raise UnknownPluginError(
-            f"no plugin called {name!r} ({what}) is installed."
-            f"{did_you_mean(bare, sorted({e.name for e in entries}))} "
-            f"If it exists, this installs it: pip install looseleaf-{bare}. "
-            "`looseleaf list` shows what is installed")
-    if len({e.dist for e in matches}) > 1:
-        names = " and ".join(f"{e.dist} {e.version}" for e in matches)
-        ways = " or ".join(repr(e.qualified) for e in matches)
-        raise AmbiguousPluginError(f"{name!r} is claimed by {names}: use {ways}, or uninstall one of them")
-    if len(matches) > 1:
-        kinds = " and ".join(e.kind for e in matches)
-        raise AmbiguousPluginError(f"{name!r} names plugins of the kinds {kinds}: pass kind= (--kind) to pick one")
-    return matches[0]
+def _plain(dist: str) -> str:
+    return dist.lower().replace("_", "-")
 
 
-def _same(one: str, other: str) -> bool:
-    return one.lower().replace("_", "-") == other.lower().replace("_", "-")
-
-
-def _require_plugin_class(entry: Installed, loaded: Any) -> None:
-    from looseleaf.plugin import Plugin
-
-    if not (isinstance(loaded, type) and issubclass(loaded, Plugin) and loaded.kind == entry.kind):
-        raise BrokenPluginError(
-            f"plugin {entry.name!r} of {entry.dist} {entry.version}: {entry.value} is not a subclass of the "
-            f"interface for kind {entry.kind!r}. Its authors can see why with `looseleaf check {entry.name}`")
-
-
-# -- remembered import checks ---------------------------------------------------------------------------------
-
-def _verdict_key(entry: Installed) -> str:
-    return "|".join((sys.prefix, entry.dist, entry.version, entry.value, entry.stamp, core_version()))
-
-
-def _read_verdicts() -> dict[str, str]:
-    try:
-        data = json.loads((cache_dir() / "imports.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return data if isinstance(data, dict) else {}
-
-
-def _remember(verdicts: dict[str, str]) -> None:
-    with contextlib.suppress(OSError):  # an unwritable cache only costs the next listing its speed
-        write_text(cache_dir() / "imports.json", json.dumps({**_read_verdicts(), **verdicts}))
-
-
-_TRY = """
-import importlib.metadata, json, sys
-for kind, name, value in json.loads(sys.argv[1]):
-    try:
-        importlib.metadata.EntryPoint(name=name, value=value, group="looseleaf." + kind).load()
-        reason = ""
-    except BaseException as error:
-        reason = f"{type(error).__name__}: {error}" or type(error).__name__
-    print("\\n@verdict " + json.dumps(reason), flush=True)
-"""
-
-
-def _try_imports(entries: list[Installed]) -> dict[str, str]:
-    """Import each entry in one other process; a crash there is the verdict of the entry it happened in."""
-    verdicts: dict[str, str] = {}
-    waiting = list(entries)
-    while waiting:
-        todo = json.dumps([(e.kind, e.name, e.value) for e in waiting])
-        try:
-            done = subprocess.run([sys.executable, "-c", _TRY, todo], capture_output=True, text=True,
-                                  timeout=CHECK_SECONDS, stdin=subprocess.DEVNULL)
-            output, died = done.stdout, f"the Python process died with exit code {done.returncode}"
-        except subprocess.TimeoutExpired as late:
-            raw = late.stdout or b""
-            output = raw.decode(errors="replace") if isinstance(raw, bytes) else raw
-            died = f"the import took more than {CHECK_SECONDS:.0f} seconds"
-        verdicts_read = [json.loads(line[9:]) for line in output.splitlines() if line.startswith("@verdict ")]
-        for entry, reason in zip(waiting, verdicts_read):
-            verdicts[_verdict_key(entry)] = reason
-        if len(verdicts_read) < len(waiting):
-            verdicts[_verdict_key(waiting[len(verdicts_read)])] = died
-            verdicts_read.append(died)
-        waiting = waiting[len(verdicts_read):]
-    return verdicts
+__all__ = ["Installed", "check_imports", "entries", "find", "get", "load", "plugins"]

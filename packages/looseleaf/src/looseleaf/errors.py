@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import ClassVar
 
 
 class LooseleafError(Exception):
     """Base class of all errors raised on purpose by Looseleaf (bad values raise ``ValueError`` as usual)."""
 
+    exit_code: ClassVar[int] = 2
+    """Of the command line, see :mod:`looseleaf.cli.main`."""
+
 
 class PluginError(LooseleafError):
     """A plugin cannot be found, loaded or trusted to run."""
+
+    exit_code = 3
 
 
 class UnknownPluginError(PluginError, KeyError):
     """No installed distribution offers a plugin of this name."""
 
-    def __str__(self) -> str:  # KeyError would show the repr
-        return str(self.args[0]) if self.args else ""
+    __str__ = Exception.__str__  # KeyError would show the repr
 
 
 class BrokenPluginError(PluginError):
@@ -27,6 +32,12 @@ class BrokenPluginError(PluginError):
 
 class AmbiguousPluginError(PluginError):
     """Two distributions claim one name."""
+
+
+class MissingPackageError(LooseleafError):
+    """A command needs a package that is not installed."""
+
+    exit_code = 4
 
 
 class UnsupportedModelError(LooseleafError, TypeError):
@@ -40,13 +51,10 @@ class BudgetExhausted(LooseleafError):
 class EndpointError(LooseleafError):
     """A language-model server could not be reached, refused the request, or cannot do what was asked."""
 
-
-def near(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
-    """The ``known`` names most like ``name``, best first."""
-    return difflib.get_close_matches(name, list(known), n=limit, cutoff=0.5)
+    exit_code = 5
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A sentence naming near names, or the empty string."""
-    names = near(name, known)
+    names = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(repr(n) for n in names)}?" if names else ""

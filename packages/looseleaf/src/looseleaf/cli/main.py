@@ -8,58 +8,85 @@ Exit codes:
     4    an optional package is missing
     5    a language-model server failed
     130  interrupted; what was done is kept and the same command resumes
+
+Packages add commands of their own by an entry point in the group ``looseleaf.commands``: a function that is called with
+a :class:`Commands`.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
+import importlib.metadata as metadata
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from looseleaf import errors
+from looseleaf import __version__, errors
 from looseleaf.plugin import KINDS
 
-EXIT = {"no": 1, "input": 2, "plugin": 3, "missing": 4, "server": 5, "interrupted": 130}
+OF_THE_LAB = {"run": "run a plugin on a model", "compare": "plugins side by side, and against the unmodified model",
+              "reproduce": "measure the paper's claims at small real scale"}
+"""Commands that looseleaf-lab brings."""
 
 
-class MissingPackage(errors.LooseleafError):
-    """A command needs a package that is not installed."""
+class Commands:
+    """The commands of a parser, for those who add some."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        self._parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._parsers.choices
+
+    def add(self, name: str, help: str, run: str, *, takes_plugin_options: bool = False) -> argparse.ArgumentParser:
+        """A new command's parser, which has ``--json`` already.
+
+        Args:
+            name, help: what ``looseleaf --help`` shows.
+            run: ``module:function``, imported when the command is called; from the parsed arguments to the exit code,
+                None for 0.
+            takes_plugin_options: unknown options are no error, but handed over as ``arguments.rest``.
+        """
+        # options of plugins must not be taken for the beginning of ours: --k is not --kind
+        parser = self._parsers.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.",
+                                          allow_abbrev=False)
+        parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+        parser.set_defaults(run=run, takes_plugin_options=takes_plugin_options)
+        return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     parser = build_parser()
-    _complete(parser)
+    if "_ARGCOMPLETE" in os.environ:  # set by argcomplete's own hook, so it is installed
+        with contextlib.suppress(ImportError):
+            import argcomplete
+
+            argcomplete.autocomplete(parser)
     arguments, rest = parser.parse_known_args(argv)
-    if rest and not getattr(arguments, "takes_plugin_options", False):
+    if rest and not arguments.takes_plugin_options:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.rest = rest
+    module, _, function = arguments.run.partition(":")
     try:
-        return int(arguments.run(arguments) or 0)
+        return int(getattr(importlib.import_module(module), function)(arguments) or 0)
     except KeyboardInterrupt:
         print("\ninterrupted: what was done is kept; the same command resumes", file=sys.stderr)
-        return EXIT["interrupted"]
+        return 130
     except BrokenPipeError:  # `looseleaf list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except errors.PluginError as error:
-        return _fail(error, EXIT["plugin"])
-    except MissingPackage as error:
-        return _fail(error, EXIT["missing"])
-    except errors.EndpointError as error:
-        return _fail(error, EXIT["server"])
     except (ValueError, TypeError, OSError, errors.LooseleafError) as error:
         if os.environ.get("LOOSELEAF_TRACEBACK"):
             raise
-        return _fail(error, EXIT["input"])
+        print(f"looseleaf: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 2)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    from looseleaf import __version__
-
     parser = argparse.ArgumentParser(
         prog="looseleaf", description="Try research papers on your own PyTorch models.",
         epilog="Exit codes: 0 done; 1 the answer is no; 2 bad input; 3 plugin unknown or broken; "
@@ -67,121 +94,55 @@ def build_parser() -> argparse.ArgumentParser:
                "LOOSELEAF_TRACEBACK=1 shows the whole traceback of an error. "
                'Tab completion: eval "$(register-python-argcomplete looseleaf)"')
     parser.add_argument("--version", action="version", version=f"looseleaf {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = Commands(parser)
 
-    def command(name: str, help: str, run: Callable[[argparse.Namespace], int | None]) -> argparse.ArgumentParser:
-        # options of plugins must not be taken for the beginning of ours: --k is not --kind
-        made = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False)
-        made.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
-        made.set_defaults(run=run)
-        return made
-
-    def plugin_name(made: argparse.ArgumentParser) -> None:
-        name = made.add_argument("name", help="name of the plugin, or dist:name")
-        name.completer = _plugin_names  # type: ignore[attr-defined]
-        made.add_argument("--kind", choices=KINDS, help="where one name is claimed by plugins of several kinds")
-
-    def dtype(made: argparse.ArgumentParser) -> None:
-        made.add_argument("--dtype", default="float32", help="of the model's weights, as bfloat16 (default float32)")
-
-    def outputs(made: argparse.ArgumentParser) -> None:
-        made.add_argument("--out", metavar="FILE", help="also write the report there (.html or .json)")
-        made.add_argument("--seed", type=int, default=0, help="the only source of randomness (default 0)")
-
-    made = command("list", "what is installed: name, kind, version, paper; broken plugins with the reason",
-                   _lazy("listing", "list_plugins"))
-    made.add_argument("--kind", choices=KINDS, help="only this kind")
-    made = command("info", "paper, parameters with defaults and citation of a plugin", _lazy("listing", "info"))
-    plugin_name(made)
-    made.add_argument("--bibtex", action="store_true", help="print the citation only")
-    made.add_argument("--table", action="store_true", help="print the table of data that some plugins bring")
-    made.add_argument("--where", nargs="+", action="extend", metavar="FIELD=VALUE",
-                      help="with --table: only rows where the column FIELD has VALUE; all conditions must hold")
-
-    made = command("run", "run a plugin on a model; `looseleaf run NAME --help-plugin` lists its own options",
-                   _lazy("running", "run"))
-    plugin_name(made)
-    made.add_argument("--model", default="smollm2", help="short name, folder or hub id (default smollm2)")
-    dtype(made)
-    made.add_argument("--text", metavar="FILE", help="text to run on (default: prose that ships with the lab)")
-    made.add_argument("--context", type=int, default=2048, help="tokens of text for attention (default 2048)")
-    made.add_argument("--task", help="task of a prompt optimiser (default: the lab's first)")
-    made.add_argument("--calls", type=int, help="budget of a prompt optimiser in model calls")
-    made.add_argument("--save", metavar="FILE", help="write what was found (masks, prompt)")
-    made.add_argument("--save-model", metavar="DIR", help="pruners: write the pruned model there, for transformers")
-    made.add_argument("--help-plugin", action="store_true", help="list the plugin's own options")
-    made.set_defaults(takes_plugin_options=True)
-    outputs(made)
-
-    made = command("compare", "every installed plugin of a kind side by side, and against the unmodified model; "
-                   "`looseleaf compare KIND --help-benches` lists what can be set", _lazy("running", "compare"))
-    made.add_argument("kind", choices=KINDS)
-    made.add_argument("--plugins", nargs="+", help="only these")
-    made.add_argument("--bench", nargs="+", action="extend", help="only on these (default: all that suit a plugin)")
-    made.add_argument("--help-benches", action="store_true", help="list the benches of KIND and their options")
-    made.add_argument("--state", metavar="DIR", help="keep what is finished there; the same command resumes")
-    made.set_defaults(takes_plugin_options=True)
-    outputs(made)
-
-    made = command("reproduce", "measure the paper's claims at small real scale", _lazy("running", "reproduce"))
-    name = made.add_argument("name", help="name of the plugin, or dist:name")
-    name.completer = _plugin_names  # type: ignore[attr-defined]
-    made.add_argument("--seeds", type=int, default=5, help="number of seeds (default 5)")
-    made.add_argument("--quick", action="store_true", help="minutes instead of thoroughness")
-    made.add_argument("--jobs", type=int, help="seeds measured at the same time (default 1)")
-    made.add_argument("--state", metavar="DIR", help="keep finished seeds there (default: until the run is complete)")
-    made.add_argument("--strict", action="store_true", help="exit with 1 if a claim does not hold")
-    made.add_argument("--out", metavar="FILE", help="also write the report there (.html or .json)")
-
-    made = command("new", "write a third-party plugin package, ready to install and check",
-                   _lazy("making", "new"))
-    made.add_argument("kind", choices=KINDS)
-    made.add_argument("name", help="name of the plugin: lower case, digits and dashes")
-    made.add_argument("--into", metavar="DIR", default=".", help="where the package's folder is made (default .)")
-    made = command("check", "run the conformance kit on a plugin", _lazy("making", "check"))
-    plugin_name(made)
-    command("doctor", "versions, devices, caches, and which kernel implementation is chosen for what, and why",
-            _lazy("listing", "doctor"))
+    one = commands.add("list", "what is installed: name, kind, version, paper; broken plugins with the reason",
+                       "looseleaf.cli.listing:list_plugins")
+    one.add_argument("--kind", choices=KINDS, help="only this kind")
+    one = commands.add("info", "paper, parameters with defaults and citation of a plugin", "looseleaf.cli.listing:info")
+    add_plugin_name(one)
+    one.add_argument("--bibtex", action="store_true", help="print the citation only")
+    one.add_argument("--table", action="store_true", help="print the table of data that some plugins bring")
+    one.add_argument("--where", nargs="+", action="extend", metavar="FIELD=VALUE",
+                     help="with --table: only rows where the column FIELD has VALUE; all conditions must hold")
+    for point in metadata.entry_points(group="looseleaf.commands"):
+        try:
+            point.load()(commands)
+        except Exception as error:  # a third party's module may raise anything
+            print(f"looseleaf: left out the commands {point.name} of {point.value}: {error}", file=sys.stderr)
+    for name in OF_THE_LAB:
+        if name not in commands:
+            commands.add(name, f"{OF_THE_LAB[name]}; needs looseleaf-lab", "looseleaf.cli.main:needs_the_lab",
+                         takes_plugin_options=True)
+    one = commands.add("new", "write a third-party plugin package, ready to install and check",
+                       "looseleaf.cli.making:new")
+    one.add_argument("kind", choices=KINDS)
+    one.add_argument("name", help="name of the plugin: lower case, digits and dashes")
+    one.add_argument("--into", metavar="DIR", default=".", help="where the package's folder is made (default .)")
+    one = commands.add("check", "run the conformance kit on a plugin", "looseleaf.cli.making:check")
+    add_plugin_name(one)
+    commands.add("doctor", "versions, devices, caches, and which kernel implementation is chosen for what, and why",
+                 "looseleaf.cli.listing:doctor")
     return parser
 
 
-def need(module: str, package: str) -> object:
-    """Import ``module``, or say which pip command brings it."""
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise MissingPackage(f"this command needs {error.name}: pip install '{package}'") from error
+def add_plugin_name(parser: argparse.ArgumentParser, kind: bool = True) -> None:
+    """Add the argument ``name``, with completion, and the option ``--kind`` that goes with it."""
+    parser.add_argument("name", help="name of the plugin, or dist:name").completer = _names  # type: ignore[attr-defined]
+    if kind:
+        parser.add_argument("--kind", choices=KINDS, help="where one name is claimed by plugins of several kinds")
 
 
-def _lazy(module: str, function: str) -> Callable[[argparse.Namespace], int | None]:
-    def call(arguments: argparse.Namespace) -> int | None:
-        import importlib
-
-        found: int | None = getattr(importlib.import_module(f"looseleaf.cli.{module}"), function)(arguments)
-        return found
-
-    return call
-
-
-def _plugin_names(**_: object) -> list[str]:
+def _names(**_: object) -> list[str]:
     from looseleaf.discovery import plugins
 
     return sorted({p.name for p in plugins()})
 
 
-def _complete(parser: argparse.ArgumentParser) -> None:
-    if "_ARGCOMPLETE" in os.environ:  # set by argcomplete's own hook, so it is installed
-        with contextlib.suppress(ImportError):
-            import argcomplete
-
-            argcomplete.autocomplete(parser)
-
-
-def _fail(error: BaseException, code: int) -> int:
-    print(f"looseleaf: {error}", file=sys.stderr)
-    return code
+def needs_the_lab(arguments: argparse.Namespace) -> int:
+    """Say how to get a command of the lab."""
+    raise errors.MissingPackageError(f"`looseleaf {arguments.command}` needs looseleaf_lab: pip install "
+                                     "'looseleaf-lab[models,data]'")
 
 
 if __name__ == "__main__":

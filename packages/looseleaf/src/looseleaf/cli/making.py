@@ -10,8 +10,7 @@ import string
 from importlib import resources
 from pathlib import Path
 
-from looseleaf import discovery
-from looseleaf.cli.main import EXIT
+from looseleaf import __version__, discovery
 
 WORDS = {  # kind -> (base class, file of the method, word in a sentence)
     "attention": ("AttentionBackend", "backend", "attention backend"),
@@ -49,7 +48,7 @@ def write_package(kind: str, name: str, into: Path) -> Path:
     values = {
         "name": name, "package": "looseleaf_" + name.replace("-", "_"), "kind": kind, "module": module,
         "base": base, "word": word, "cls": "".join(part.capitalize() for part in name.split("-")),
-        "core": discovery.core_version(), "next_major": str(int(discovery.core_version().split(".")[0]) + 1),
+        "core": __version__, "next_major": str(int(__version__.split(".")[0]) + 1),
         "needs": ', "looseleaf-text>=0.2,<1"' if kind == "prompts" else "",
     }
     root = resources.files("looseleaf") / "templates"
@@ -89,4 +88,4 @@ def check(arguments: argparse.Namespace) -> int:
         for outcome in [*skipped, *failed]:
             print(f"  {'skipped' if outcome.problem is None else 'FAILS'}: {outcome.name}: "
                   f"{outcome.problem or outcome.skipped}")
-    return EXIT["no"] if failed else 0
+    return 1 if failed else 0

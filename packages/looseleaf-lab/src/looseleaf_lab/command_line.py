@@ -1,10 +1,14 @@
-"""``looseleaf run``, ``compare`` and ``reproduce``: the measuring itself lives in the lab."""
+"""``looseleaf run``, ``compare`` and ``reproduce``, brought to the core's command line by an entry point.
+
+Imported with every command: torch and the rest of the lab are imported where they are used.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import inspect
 import sys
 import typing
@@ -13,11 +17,52 @@ from pathlib import Path
 from typing import Any
 
 from looseleaf import discovery
-from looseleaf.cli.main import EXIT, MissingPackage, need
-from looseleaf.errors import did_you_mean
+from looseleaf.cli.main import Commands, add_plugin_name
+from looseleaf.errors import BrokenPluginError, MissingPackageError, did_you_mean
+from looseleaf.plugin import KINDS
 from looseleaf.report import Report
 
-LAB = "looseleaf-lab[models,data]"
+
+def add_commands(commands: Commands) -> None:
+    """Add the three commands."""
+    one = commands.add("run", "run a plugin on a model; `looseleaf run NAME --help-plugin` lists its own options",
+                       f"{__name__}:run", takes_plugin_options=True)
+    add_plugin_name(one)
+    one.add_argument("--model", default="smollm2", help="short name, folder or hub id (default smollm2)")
+    one.add_argument("--dtype", default="float32", help="of the model's weights, as bfloat16 (default float32)")
+    one.add_argument("--text", metavar="FILE", help="text to run on (default: prose that ships with the lab)")
+    one.add_argument("--context", type=int, default=2048, help="tokens of text for attention (default 2048)")
+    one.add_argument("--task", help="task of a prompt optimiser (default: the lab's first)")
+    one.add_argument("--calls", type=int, help="budget of a prompt optimiser in model calls")
+    one.add_argument("--save", metavar="FILE", help="write what was found (masks, prompt)")
+    one.add_argument("--save-model", metavar="DIR", help="pruners: write the pruned model there, for transformers")
+    one.add_argument("--help-plugin", action="store_true", help="list the plugin's own options")
+    one.add_argument("--seed", type=int, default=0, help="the only source of randomness (default 0)")
+    _add_out(one)
+
+    one = commands.add("compare", "every installed plugin of a kind side by side, and against the unmodified model; "
+                       "`looseleaf compare KIND --help-benches` lists what can be set", f"{__name__}:compare",
+                       takes_plugin_options=True)
+    one.add_argument("kind", choices=KINDS)
+    one.add_argument("--plugins", nargs="+", help="only these")
+    one.add_argument("--bench", nargs="+", action="extend", help="only on these (default: all that suit a plugin)")
+    one.add_argument("--help-benches", action="store_true", help="list the benches of KIND and their options")
+    one.add_argument("--state", metavar="DIR", help="keep what is finished there; the same command resumes")
+    one.add_argument("--seed", type=int, default=0, help="the only source of randomness (default 0)")
+    _add_out(one)
+
+    one = commands.add("reproduce", "measure the paper's claims at small real scale", f"{__name__}:reproduce")
+    add_plugin_name(one, kind=False)
+    one.add_argument("--seeds", type=int, default=5, help="number of seeds (default 5)")
+    one.add_argument("--quick", action="store_true", help="minutes instead of thoroughness")
+    one.add_argument("--jobs", type=int, help="seeds measured at the same time (default 1)")
+    one.add_argument("--state", metavar="DIR", help="keep finished seeds there (default: until the run is complete)")
+    one.add_argument("--strict", action="store_true", help="exit with 1 if a claim does not hold")
+    _add_out(one)
+
+
+def _add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", metavar="FILE", help="also write the report there (.html or .json)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -27,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     plugin = plugin_from_options(cls, entry.name, ["--help"] if arguments.help_plugin else arguments.rest)
     _check_output(arguments.out)
     _check_output(arguments.save)
-    commands: Any = need("looseleaf_lab.commands", LAB)
+    commands = _need("looseleaf_lab.commands")
     with _messages_to_stderr(arguments.json):
         report = commands.run(
             entry.name, plugin, model=arguments.model, dtype=arguments.dtype, text=arguments.text,
@@ -42,8 +87,8 @@ def compare(arguments: argparse.Namespace) -> int:
         discovery.find(name, arguments.kind)  # names what is unknown or ambiguous
     entries = [e for e in discovery.plugins(arguments.kind) if not arguments.plugins or e.name in arguments.plugins
                or e.qualified in arguments.plugins]
-    lab: Any = need("looseleaf_lab.benches", LAB)
-    kinds = {name: cls for name, cls in _loaded(discovery.benches())
+    lab = _need("looseleaf_lab.benches")
+    kinds = {name: cls for name, cls in _loaded(discovery.entries("benches"))
              if getattr(getattr(cls, "interface", None), "kind", None) == arguments.kind}
     for name in arguments.bench or []:
         if name not in kinds:
@@ -63,22 +108,22 @@ def compare(arguments: argparse.Namespace) -> int:
 
 def reproduce(arguments: argparse.Namespace) -> int:
     """The paper's claims, measured."""
-    entry = discovery.find_reproduction(arguments.name)
+    entry = discovery.find(arguments.name, "reproductions")
     _check_output(arguments.out)
     try:
         function = discovery.load(entry)
         options = _accepted(function, arguments.name, {"jobs": arguments.jobs, "state": arguments.state})
         with _messages_to_stderr(arguments.json):
             report = function(seeds=arguments.seeds, quick=arguments.quick, **options)
-    except (ModuleNotFoundError, discovery.BrokenPluginError) as error:
+    except (ModuleNotFoundError, BrokenPluginError) as error:
         missing = error if isinstance(error, ModuleNotFoundError) else error.__cause__
         if not isinstance(missing, ModuleNotFoundError):
             raise
-        raise MissingPackage(f"the reproduction needs {missing.name}: "
-                             f"pip install '{entry.dist}[reproduce]'") from error
+        raise MissingPackageError(f"the reproduction needs {missing.name}: "
+                                  f"pip install '{entry.dist}[reproduce]'") from error
     code = _show(report, arguments)
     failed = any(claim.verdict == "does not hold" for claim in report.claims)
-    return EXIT["no"] if arguments.strict and failed else code
+    return 1 if arguments.strict and failed else code
 
 
 def _accepted(function: Any, name: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -92,12 +137,21 @@ def _accepted(function: Any, name: str, options: dict[str, Any]) -> dict[str, An
     return given
 
 
+def _need(module: str) -> Any:
+    """Import a module of the lab, or say which pip command brings what it needs."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(f"this command needs {error.name}: pip install 'looseleaf-lab[models,data]'"
+                                  ) from error
+
+
 def _loaded(entries: Iterable[discovery.Installed]) -> Iterator[tuple[str, Any]]:
     """Name and class of what can be loaded; one broken plugin must not stop the others."""
     for entry in entries:
         try:
             yield entry.name, discovery.load(entry)
-        except discovery.BrokenPluginError as error:
+        except BrokenPluginError as error:
             print(f"left out: {error}", file=sys.stderr)
 
 
@@ -156,7 +210,7 @@ def _from_options(cls: Any, program: str, options: list[str], about: str | None 
     except SystemExit as stop:
         # tyro has said what is wrong, or printed the help that was asked for
         if exits:
-            raise SystemExit(0 if stop.code in (0, None) else EXIT["input"]) from None
+            raise SystemExit(0 if stop.code in (0, None) else 2) from None
 
 
 def _check_output(path: str | None) -> None:
@@ -178,15 +232,14 @@ def _messages_to_stderr(json: bool) -> contextlib.AbstractContextManager[Any]:
     return contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext()
 
 
-def _show(report: Report, arguments: argparse.Namespace) -> int:
-    if not dataclasses.is_dataclass(report):
+def _show(report: Any, arguments: argparse.Namespace) -> int:
+    if not isinstance(report, Report):
         raise TypeError(f"expected a Report, got {type(report).__name__}")
     print(report.to_json() if arguments.json else report.to_text())
     if arguments.out:
         if arguments.out.endswith(".json"):
             report.to_json(arguments.out)
         else:
-            html: Any = need("looseleaf_lab.html", LAB)
-            html.write([report], arguments.out)
+            _need("looseleaf_lab.html").write([report], arguments.out)
         print(f"wrote {arguments.out}", file=sys.stderr)
     return 0
