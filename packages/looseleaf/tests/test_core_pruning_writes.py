@@ -66,6 +66,23 @@ def test_an_adapter_merged_and_unmerged_leaves_the_masks_as_they_were() -> None:
     torch.testing.assert_close(logits(adapted.unload()), dense, rtol=1e-4, atol=1e-4)
 
 
+def test_an_adapter_merged_and_then_trained_is_not_lost_at_the_first_step() -> None:
+    model = tiny_llama()
+    masks = masks_of(model).apply(model)
+    adapted = lora(model, init_lora_weights=False).eval()
+    expected = logits(adapted)
+    merged = adapted.merge_and_unload().requires_grad_(True)
+    optimizer = torch.optim.SGD(merged.parameters(), lr=0.0)
+    optimizer.step()  # which leaves what has no gradient alone
+    merged(IDS, labels=IDS).loss.backward()
+    with pytest.raises(ValueError, match=r"\(64, 64\).*written to.*restore=False"):
+        optimizer.step()
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+    masks.remove(merged, restore=False)
+    optimizer.step()
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_adapters_are_not_body_layers() -> None:
     model = tiny_llama()
     plain = list(prunable_parameters(model))
@@ -146,6 +163,30 @@ def test_tied_afterwards() -> None:
     Masks.of(model).remove(model)
     assert model.lm_head.weight is model.model.embed_tokens.weight and model.lm_head.weight.all()
     assert not Masks.of(model)
+
+
+def test_a_state_loaded_after_tying_leaves_the_new_weight_without_a_mask() -> None:
+    model: Any = tiny_llama()
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    masks_of(model, targets=["lm_head"]).apply(model)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.load_state_dict({**state, "lm_head.weight": state["model.embed_tokens.weight"]})
+    assert torch.equal(model.model.embed_tokens.weight, state["model.embed_tokens.weight"]) and not Masks.of(model)
+
+
+def test_an_embedding_that_grew_under_a_mask() -> None:
+    model: Any = tiny_llama(tie_word_embeddings=False)
+    masks = masks_of(model, targets=["model.embed_tokens", "layers.0"]).apply(model)
+    expected = logits(model)
+    model.resize_token_embeddings(70)
+    torch.testing.assert_close(logits(model)[..., :64], expected)
+    model(IDS, labels=IDS).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert model.model.embed_tokens.weight[:64][~masks["model.embed_tokens.weight"]].any(), "it is trained as a whole"
+    with pytest.raises(ValueError, match=r"another model.*embed_tokens\.weight.*\(70, 64\)"):
+        masks.remove(model)
+    assert len(Masks.of(model)) == 7
+    Masks.of(model).remove(model)
 
 
 def test_resized_under_masks() -> None:

@@ -7,42 +7,44 @@ a compiled model needs no compiling again, and a state dict is that of the prune
 
 from __future__ import annotations
 
-import copy
 import functools
 import weakref
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from looseleaf.pruning.targets import stored_parameter
 
 Place = tuple[nn.Module, str]
 
+WRITTEN = ("was written to where it is masked (an adapter was merged into it, or values copied): expected zeros there. "
+           "Take the masks off with remove(model, restore=False), which leaves the weights as they are now")
+_ON_MODULE = "_looseleaf_masks"
+
 
 class AppliedMask:
-    """What keeps the removed weights of one parameter at zero.
-
-    A hook on the parameter zeroes gradients, one on all optimisers undoes what momentum from before the mask does, and
-    loading a state dict loads the dense weights. The modules hold this object, so that their copies carry it.
-    """
+    """What keeps the removed weights of one parameter at zero: a hook on its gradient, and one on all optimisers, which
+    undoes what momentum from before the mask does. The modules hold this object, so that their copies carry it."""
 
     def __init__(self, parameter: Parameter, packed: Tensor, shape: torch.Size) -> None:
-        self.parameter, self.packed, self.shape = parameter, packed, shape
-        self.aside: Tensor | None = None
-        self._start()
+        self.packed, self.shape, self.aside = packed, shape, None
+        self.guard(parameter)
 
-    def _start(self) -> None:
-        self.keep: Tensor | None = None  # the mask as a tensor, once gradients need it
-        _APPLIED[id(self.parameter)] = self
-        if self.parameter.is_floating_point():
+    def guard(self, parameter: Parameter) -> None:
+        """Look after this parameter from now on."""
+        self.parameter = parameter
+        self.cached: Tensor | None = None  # where the mask removes, once gradients need it
+        _APPLIED[id(parameter)] = self
+        if parameter.is_floating_point():
             weak = weakref.ref(self)  # the parameter must not keep what keeps it
-            trained = self.parameter.requires_grad
-            self.parameter.requires_grad_(True)  # or torch takes no hook, and somebody may train the weight later
-            self.handle = self.parameter.register_hook(lambda g: a.zeroed(g) if (a := weak()) is not None else None)
-            self.parameter.requires_grad_(trained)
+            trained = parameter.requires_grad
+            parameter.requires_grad_(True)  # or torch takes no hook, and somebody may train the weight later
+            self.handle = parameter.register_hook(lambda g: mask.zeroed(g) if (mask := weak()) is not None else None)
+            parameter.requires_grad_(trained)
 
     def stop(self) -> None:
         """Leave the parameter alone from now on."""
@@ -52,17 +54,17 @@ class AppliedMask:
 
     def zeroed(self, gradient: Tensor) -> Tensor:
         """The gradient with zeros; not by a product: 0 * inf is NaN."""
-        if self.keep is None or self.keep.device != gradient.device:
-            self.keep = unpack(self.packed, self.shape).to(gradient.device)
-        dense = gradient.to_dense() if gradient.is_sparse else gradient
-        return torch.where(self.keep, dense, torch.zeros((), dtype=dense.dtype, device=dense.device))
+        if gradient.shape != self.shape:  # the weight was resized, and is another one now
+            return gradient
+        self.cached = self.removed()
+        return (gradient.to_dense() if gradient.is_sparse else gradient).masked_fill(self.cached, 0.0)
 
     def removed(self) -> Tensor:
         """True where the mask removes, on the device of the parameter."""
-        keep = self.keep if self.keep is not None else unpack(self.packed, self.shape)
-        return ~keep.to(self.parameter.device)
+        if self.cached is None:
+            return unpack(self.packed, self.shape).logical_not_().to(self.parameter.device)
+        return self.cached.to(self.parameter.device)
 
-    @torch.no_grad()
     def written(self) -> bool:
         """Whether something else than zeros is where the mask removes."""
         return self.aside is not None and bool((self.parameter != 0).logical_and_(self.removed()).any())
@@ -72,11 +74,10 @@ class AppliedMask:
         """Put zeros where the mask removes."""
         self.parameter.masked_fill_(self.removed(), 0.0)
 
-    @torch.no_grad()
     def press(self) -> None:
         """Keep the removed weights aside and put zeros into their places."""
         if self.aside is None:
-            self.aside = torch.masked_select(self.parameter, self.removed())
+            self.aside = torch.masked_select(self.parameter.detach(), self.removed())
             self.zero()
 
     @torch.no_grad()
@@ -86,32 +87,35 @@ class AppliedMask:
             self.parameter.masked_scatter_(self.removed(), self.aside.to(self.parameter))
             self.aside = None
 
-    def before_load(self, *_: Any) -> None:
-        """Hook of a module whose state is about to be loaded: what is not in the state stays the dense weight."""
-        self.lift()
-
-    def after_load(self, module: nn.Module, _: Any) -> None:
-        """Hook of a module whose state was loaded, perhaps by giving it other parameters."""
-        attribute = next((a for a, (mask, *_) in _masks_on(module).items() if mask is self), None)
-        now = module._parameters.get(attribute) if attribute is not None else None
-        if now is not None and now is not self.parameter and now.shape == self.shape:
-            self.stop()
-            self.parameter, self.aside = now, None
-            self._start()
-        self.press()
-
     def __getstate__(self) -> dict[str, Any]:
-        return {n: getattr(self, n) for n in ("parameter", "packed", "shape", "aside")}
+        return {name: getattr(self, name) for name in ("parameter", "packed", "shape", "aside")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._start()
+        self.guard(self.parameter)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> AppliedMask:
-        new = type(self).__new__(type(self))
-        new.__setstate__({**self.__getstate__(), "parameter": copy.deepcopy(self.parameter, memo),
-                          "aside": None if self.aside is None else self.aside.clone()})
-        return new
+
+class _OnModule(dict[str, AppliedMask]):
+    """The masks on a module's own parameters by attribute. A state that is loaded becomes the dense weights."""
+
+    def __init__(self, module: nn.Module) -> None:
+        vars(module)[_ON_MODULE] = self
+        self.handles = (module.register_load_state_dict_pre_hook(self.before_load),
+                        module.register_load_state_dict_post_hook(self.after_load))
+
+    def before_load(self, module: nn.Module, *_: Any) -> None:
+        self.loading = {name: mask for name, mask in self.items() if applied(module, name) is mask}
+        for mask in self.loading.values():
+            mask.lift()
+
+    def after_load(self, module: nn.Module, _: Any) -> None:
+        for attribute, mask in self.loading.items():
+            parameter = stored_parameter(module, attribute)
+            if parameter is not mask.parameter and parameter.shape == mask.shape:  # loaded with assign=True
+                mask.stop()
+                mask.guard(parameter)
+                mask.aside = None
+            mask.press()
 
 
 _APPLIED: weakref.WeakValueDictionary[int, AppliedMask] = weakref.WeakValueDictionary()
@@ -119,10 +123,13 @@ _APPLIED: weakref.WeakValueDictionary[int, AppliedMask] = weakref.WeakValueDicti
 
 
 def applied(module: nn.Module, attribute: str) -> AppliedMask | None:
-    """The mask on a weight, or None."""
-    parameter = stored_parameter(module, attribute)
+    """The mask on a weight, or None; also where the weight was replaced or resized since."""
+    return _mask_on(stored_parameter(module, attribute))
+
+
+def _mask_on(parameter: Tensor) -> AppliedMask | None:
     mask = _APPLIED.get(id(parameter))
-    return mask if mask is not None and mask.parameter is parameter else None
+    return mask if mask is not None and mask.parameter is parameter and parameter.shape == mask.shape else None
 
 
 def put_on(packed: Tensor, shape: torch.Size, places: list[Place]) -> None:
@@ -131,9 +138,8 @@ def put_on(packed: Tensor, shape: torch.Size, places: list[Place]) -> None:
     parameter = stored_parameter(*places[0])
     mask = AppliedMask(parameter, packed.to(parameter.device), shape)
     for module, attribute in places:
-        _forget(module, attribute)  # the mask of a parameter that was replaced
-        _masks_on(module)[attribute] = (mask, module.register_load_state_dict_pre_hook(mask.before_load),
-                                        module.register_load_state_dict_post_hook(mask.after_load))
+        masks = vars(module).get(_ON_MODULE) or _OnModule(module)
+        masks[attribute] = mask
     mask.press()
 
 
@@ -145,53 +151,49 @@ def take_off(places: list[Place], restore: bool) -> None:
             mask.lift()
         mask.stop()
     for module, attribute in places:
-        _forget(module, attribute)
-
-
-def _masks_on(module: nn.Module) -> dict[str, tuple[Any, ...]]:
-    """The masks on a module's own parameters, each with the handles of its hooks, by attribute."""
-    found: dict[str, tuple[Any, ...]] = module.__dict__.setdefault("_looseleaf_masks", {})
-    return found
-
-
-def _forget(module: nn.Module, attribute: str) -> None:
-    _, *handles = _masks_on(module).pop(attribute, (None,))
-    for handle in handles:
-        handle.remove()
-    if not _masks_on(module):
-        del module.__dict__["_looseleaf_masks"]
+        masks = vars(module).get(_ON_MODULE, {})
+        if masks.pop(attribute, None) is not None and not masks:
+            for handle in vars(module).pop(_ON_MODULE).handles:
+                handle.remove()
 
 
 @functools.cache
 def _watch_optimisers() -> None:
-    def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                mask = _APPLIED.get(id(parameter))
-                if mask is not None and mask.parameter is parameter:
-                    mask.zero()
+    def masks_of(optimizer: Optimizer) -> list[AppliedMask]:
+        changed = (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+        return [mask for parameter in changed if (mask := _mask_on(parameter)) is not None]
 
+    def before_step(optimizer: Optimizer, *_: Any) -> None:
+        for mask in masks_of(optimizer):
+            if mask.written():
+                raise ValueError(f"a weight of shape {tuple(mask.shape)} that is trained {WRITTEN}")
+
+    def after_step(optimizer: Optimizer, *_: Any) -> None:
+        for mask in masks_of(optimizer):
+            mask.zero()
+
+    register_optimizer_step_pre_hook(before_step)
     register_optimizer_step_post_hook(after_step)
 
 
-# ---------------------------------------------------------------------- bits
 def pack(mask: Tensor) -> Tensor:
-    """8 entries a byte, the first in the highest bit, as numpy.packbits; on the device of the mask."""
+    """8 entries a byte, the first in the highest bit, as numpy.packbits (which is 20 times faster than torch on a CPU);
+    on the device of the mask."""
     flat = mask.reshape(-1)
     if flat.device.type == "cpu":
-        import numpy
-
         return torch.from_numpy(numpy.packbits(flat.numpy()))
     padded = nn.functional.pad(flat.view(torch.uint8), (0, -len(flat) % 8)).view(-1, 8)
-    return (padded << torch.arange(7, -1, -1, dtype=torch.uint8, device=flat.device)).sum(1, dtype=torch.uint8)
+    return (padded << _bits(flat.device)).sum(1, dtype=torch.uint8)
 
 
 def unpack(packed: Tensor, shape: torch.Size) -> Tensor:
     """The mask of which :func:`pack` made ``packed``."""
-    count = shape.numel()
     if packed.device.type == "cpu":
-        import numpy
+        flat = torch.from_numpy(numpy.unpackbits(packed.numpy(), count=shape.numel()))
+    else:
+        flat = ((packed[:, None] >> _bits(packed.device)) & 1).view(-1)[:shape.numel()]
+    return flat.view(torch.bool).view(shape)
 
-        return torch.from_numpy(numpy.unpackbits(packed.numpy(), count=count)).view(torch.bool).view(shape)
-    bits = (packed[:, None] >> torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)) & 1
-    return bits.view(-1)[:count].view(torch.bool).view(shape)
+
+def _bits(device: torch.device) -> Tensor:
+    return torch.arange(7, -1, -1, dtype=torch.uint8, device=device)
