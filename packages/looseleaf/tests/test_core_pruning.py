@@ -8,7 +8,6 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -570,15 +569,6 @@ class TestFile:
         assert sum(t.numel() * t.element_size() for t in vars(masks)["_packed"].values()) == 100_125
         held = pickle.dumps(masks)
         assert len(held) < 102_000
-
-    def test_a_file_of_the_first_format(self, tmp_path: Path) -> None:
-        from safetensors.numpy import save_file
-
-        masks = Masks({"b": torch.rand(3, 5) > 0.5, "a": torch.rand(17) > 0.2, "one": torch.tensor(True)}, {"x": [1]})
-        save_file({n: np.packbits(m.numpy().reshape(-1)) for n, m in masks.items()}, tmp_path / "m", {
-            "format": "looseleaf.masks/1", "shapes": '{"b": [3, 5], "a": [17], "one": []}', "info": '{"x": [1]}'})
-        loaded = Masks.load(tmp_path / "m")
-        assert loaded == masks and list(loaded) == ["b", "a", "one"] and loaded.metadata == {"x": [1]}
 
     def test_not_contiguous(self, tmp_path: Path) -> None:
         masks = Masks({"a": (torch.rand(4, 6) > 0.5).T})

@@ -31,7 +31,8 @@ class AppliedMask:
     undoes what momentum from before the mask does. The modules hold this object, so that their copies carry it."""
 
     def __init__(self, parameter: Parameter, packed: Tensor, shape: torch.Size) -> None:
-        self.packed, self.shape, self.aside = packed, shape, None
+        self.packed, self.shape = packed, shape
+        self.aside: Tensor | None = None
         self.guard(parameter)
 
     def guard(self, parameter: Parameter) -> None:

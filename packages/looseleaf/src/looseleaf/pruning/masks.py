@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -14,11 +14,12 @@ from torch.nn.utils import parametrize
 
 from looseleaf.errors import did_you_mean
 from looseleaf.files import load_tensors, save_tensors
-from looseleaf.pruning.applied import AppliedMask, applied, pack, put_on, take_off, unpack
+from looseleaf.pruning.applied import WRITTEN, AppliedMask, Place, applied, pack, put_on, take_off, unpack
 from looseleaf.pruning.targets import check_finite, holders, plain_name, stored_parameter
 from looseleaf.report import Table
 
-FORMAT, FORMER = "looseleaf.masks/2", "looseleaf.masks/1"
+FORMAT = "looseleaf.masks/2"
+_ONES = torch.tensor([byte.bit_count() for byte in range(256)], dtype=torch.uint8)
 
 
 class Masks(Mapping[str, Tensor]):
@@ -43,13 +44,12 @@ class Masks(Mapping[str, Tensor]):
     """
 
     def __init__(self, masks: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
-        self._packed: dict[str, Tensor] = {}
-        self._shapes: dict[str, torch.Size] = {}
         for name, mask in masks.items():
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
                 kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
                 raise ValueError(f"the mask of {name!r}: expected a tensor of dtype bool (True = keep), got {kind}")
-            self._packed[str(name)], self._shapes[str(name)] = pack(mask.detach()), mask.shape
+        self._packed = {str(name): pack(mask.detach()) for name, mask in masks.items()}
+        self._shapes = {str(name): mask.shape for name, mask in masks.items()}
         self.metadata: dict[str, Any] = dict(metadata or {})
 
     @classmethod
@@ -59,12 +59,10 @@ class Masks(Mapping[str, Tensor]):
         return cls._of({n: m.packed for n, m in found.items()}, {n: m.shape for n, m in found.items()})
 
     @classmethod
-    def _of(cls, packed: Mapping[str, Tensor], shapes: Mapping[str, Any],
-            metadata: Mapping[str, Any] | None = None) -> Masks:
-        made = cls({}, metadata)
-        made._packed = dict(packed)
-        made._shapes = {name: torch.Size(shapes[name]) for name in packed}
-        return made
+    def _of(cls, packed: dict[str, Tensor], shapes: Mapping[str, Any], metadata: Any = None) -> Masks:
+        masks = cls({}, metadata)
+        masks._packed, masks._shapes = packed, {name: torch.Size(shape) for name, shape in shapes.items()}
+        return masks
 
     # ------------------------------------------------------------------ a mapping
     def __getitem__(self, name: str) -> Tensor:
@@ -88,29 +86,29 @@ class Masks(Mapping[str, Tensor]):
 
     __hash__ = None  # type: ignore[assignment]
 
-    # ------------------------------------------------------------------ what they say
+    # ------------------------------------------------------------------ counts
     def total(self, name: str | None = None) -> int:
         """Number of weights the masks cover (of one parameter, or of all)."""
-        return self._shapes[name].numel() if name is not None else sum(s.numel() for s in self._shapes.values())
+        return self._shapes[name].numel() if name is not None else sum(map(self.total, self))
 
     def removed(self, name: str | None = None) -> int:
         """Number of weights removed (of one parameter, or of all)."""
-        if name is not None:
-            return self.total(name) - _ones(self._packed[name])
-        return sum(self.removed(n) for n in self)
+        if name is None:
+            return sum(map(self.removed, self))
+        packed = self._packed[name]
+        return self.total(name) - int(_ONES.to(packed.device)[packed.long()].sum())
 
     def sparsity(self, name: str | None = None) -> float:
         """Fraction of the covered weights that is removed, in [0, 1]; 0.0 when nothing is covered."""
-        total = self.total(name)
-        return self.removed(name) / total if total else 0.0
+        return self.removed(name) / (self.total(name) or 1)
 
     def table(self) -> Table:
         """One row per parameter: shape, weights, removed, sparsity; the last row is the sum."""
-        made = Table("masks", ["parameter", "shape", "weights", "removed", "sparsity"])
-        for name, shape in self._shapes.items():
-            made.add(name, "x".join(map(str, shape)), shape.numel(), self.removed(name), self.sparsity(name))
-        made.add("all", "", self.total(), self.removed(), self.sparsity())
-        return made
+        table = Table("masks", ["parameter", "shape", "weights", "removed", "sparsity"])
+        for name in (*self, None):
+            shape = "x".join(map(str, self._shapes[name])) if name is not None else ""
+            table.add(name or "all", shape, self.total(name), self.removed(name), self.sparsity(name))
+        return table
 
     # ------------------------------------------------------------------ with other masks
     def __and__(self, other: Masks) -> Masks:
@@ -124,26 +122,22 @@ class Masks(Mapping[str, Tensor]):
     def overlap(self, other: Masks) -> float:
         """Jaccard index of the kept weights, |A and B| / |A or B|, in [0, 1]; two random masks of density d give
         d / (2 - d). ValueError when names or shapes differ."""
-        both, ours, others = self._counts(other)
-        either = ours + others - both
-        return both / either if either else 1.0
+        both, ours, others = self._kept(other)
+        return both / (ours + others - both) if ours or others else 1.0
 
     def cosine(self, other: Masks) -> float:
         """Cosine of the masks as 0/1 vectors, |A and B| / sqrt(|A| |B|), in [0, 1]; two random masks of density d give
         d. ValueError when names or shapes differ."""
-        both, ours, others = self._counts(other)
-        if not ours or not others:
-            return float(ours == others)
-        return both / math.sqrt(ours * others)
+        both, ours, others = self._kept(other)
+        return both / math.sqrt(ours * others) if ours and others else float(ours == others)
 
     def hamming(self, other: Masks) -> float:
         """Fraction of the weights on which the masks disagree, in [0, 1]. ValueError when names or shapes differ."""
-        both, ours, others = self._counts(other)
-        return (ours + others - 2 * both) / self.total() if self.total() else 0.0
+        both, ours, others = self._kept(other)
+        return (ours + others - 2 * both) / (self.total() or 1)
 
-    def _counts(self, other: Masks) -> tuple[int, int, int]:
-        both = self & other
-        return tuple(m.total() - m.removed() for m in (both, self, other))  # type: ignore[return-value]
+    def _kept(self, other: Masks) -> list[int]:
+        return [masks.total() - masks.removed() for masks in (self & other, self, other)]
 
     def _combine(self, other: Masks, function: Callable[[Tensor, Tensor], Tensor]) -> Masks:
         if not isinstance(other, Masks):
@@ -170,20 +164,14 @@ class Masks(Mapping[str, Tensor]):
                 a parametrization, or a weight is NaN or infinite (the parameter is named).
         """
         places = self.places(model)
-        missing = []
         for name, found in places.items():
             check_finite(name, stored_parameter(*found[0]).detach(), "weights")
-            if self._own(name, found) is None:
-                missing.append(name)
-        done: list[str] = []
-        try:
-            for name in missing:
-                done.append(name)
+        carried = self._carried(places)
+        with contextlib.ExitStack() as undo:
+            for name in (name for name in self if name not in carried):
+                undo.callback(take_off, places[name], restore=True)
                 put_on(self._packed[name], self._shapes[name], places[name])
-        except BaseException:
-            for name in done:
-                take_off(places[name], restore=True)
-            raise
+            undo.pop_all()
         return self
 
     def remove(self, model: nn.Module, restore: bool = True) -> None:
@@ -200,16 +188,13 @@ class Masks(Mapping[str, Tensor]):
                 where it was removed, so that it cannot be given back. Nothing is changed then.
         """
         places = self.places(model)
-        carried = [name for name, found in places.items() if self._own(name, found) is not None]
+        carried = self._carried(places, unwritten=restore)
         if not carried:
             for name, found in places.items():
                 weight = stored_parameter(*found[0]).detach()
                 check_finite(name, weight, "weights")
-                if bool((weight != 0).logical_and_(~self[name].to(weight.device)).any()):
+                if weight[~self[name].to(weight.device)].any():
                     raise ValueError("these masks are not on the model: there is nothing to remove (apply them first)")
-            return
-        if restore:
-            self._check_unwritten(places)
         for name in carried:
             take_off(places[name], restore)
 
@@ -223,62 +208,53 @@ class Masks(Mapping[str, Tensor]):
                 parametrization; or a weight was written to where it was removed. Nothing is changed then.
         """
         places = self.places(model)
+        self._carried(places, unwritten=True)
         for name, found in places.items():
-            self._own(name, found)
-        self._check_unwritten(places)
-        with torch.no_grad():
-            for name, found in places.items():
-                take_off(found, restore=False)
-                weight = stored_parameter(*found[0])
-                weight.masked_fill_(~self[name].to(weight.device), 0.0)
+            take_off(found, restore=False)
+            weight = stored_parameter(*found[0]).detach()
+            weight.masked_fill_(~self[name].to(weight.device), 0.0)
         return self
 
-    def places(self, model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
+    def places(self, model: nn.Module) -> dict[str, list[Place]]:
         """Where each masked parameter is held: name -> (module, attribute), several where it is tied.
 
         Raises:
             ValueError: the masks are for another model: a name or a shape is not there.
         """
         known = holders(model)
-        if any(name not in known for name in self):
-            plain = {plain_name(name): found for name, found in reversed(known.items())}
-            known = {n: known.get(n) or plain[plain_name(n)] for n in self if n in known or plain_name(n) in plain}
-        for name, shape in self._shapes.items():
-            if name not in known:
-                other = next((n for n in self if n in known), None)
-                raise ValueError(
-                    f"these masks are for another model: {name!r} is no parameter of this {type(model).__name__} "
-                    f"({sum(n in known for n in self)} of {len(self)} names are known"
-                    f"{', such as ' + repr(other) if other else ''}).{did_you_mean(name, holders(model))}"
-                    f"{self._origin()}")
-            actual = tuple(stored_parameter(*known[name][0]).shape)
-            if actual != tuple(shape):
-                raise ValueError(f"these masks are for another model: the mask of {name!r} has shape {tuple(shape)}, "
-                                 f"the parameter {actual}.{self._origin()}")
-        return {name: known[name] for name in self}
-
-    def _own(self, name: str, found: list[tuple[nn.Module, str]]) -> AppliedMask | None:
-        """The mask on a weight, or None; ValueError where it is another, or the weight has a parametrization."""
-        if any(parametrize.is_parametrized(*place) for place in found):
-            raise ValueError(f"{name!r} has a parametrization: remove it first "
-                             "(torch.nn.utils.parametrize.remove_parametrizations, or remove() of learned masks)")
-        mask = applied(*found[0])
-        if mask is not None and not torch.equal(mask.packed, self._packed[name].to(mask.packed.device)):
-            raise ValueError("the model carries other masks: take them off first (their remove(model)), or "
-                             "combine both with `&`")
-        return mask
-
-    def _check_unwritten(self, places: Mapping[str, list[tuple[nn.Module, str]]]) -> None:
-        for name, found in places.items():
-            mask = applied(*found[0])
-            if mask is not None and mask.written():
-                raise ValueError(f"{name!r} was written to where it is masked (an adapter was merged into it, or "
-                                 "values copied): expected zeros there. Take the masks off with "
-                                 "remove(model, restore=False), which leaves the weights as they are now")
-
-    def _origin(self) -> str:
+        plain = {plain_name(name): places for name, places in reversed(known.items())}
+        found = {n: places for n in self if (places := known.get(n) or plain.get(plain_name(n)))}
         facts = {k: self.metadata[k] for k in ("model", "model_type", "parameters") if k in self.metadata}
-        return f" The masks say they come from {facts}." if facts else ""
+        origin = f" The masks say they come from {facts}." if facts else ""
+        for name, shape in self._shapes.items():
+            if name not in found:
+                example = f", such as {next(iter(found))!r}" if found else ""
+                raise ValueError(f"these masks are for another model: {name!r} is no parameter of this "
+                                 f"{type(model).__name__} ({len(found)} of {len(self)} names are known{example})."
+                                 f"{did_you_mean(name, known)}{origin}")
+            actual = stored_parameter(*found[name][0]).shape
+            if actual != shape:
+                raise ValueError(f"these masks are for another model: the mask of {name!r} has shape {tuple(shape)}, "
+                                 f"the parameter {tuple(actual)}.{origin}")
+        return found
+
+    def _carried(self, places: Mapping[str, list[Place]], unwritten: bool = False) -> dict[str, AppliedMask]:
+        """Those of these masks that are on the weights; ValueError where others are, or a weight has a parametrization
+        or, with ``unwritten``, was written to."""
+        carried = {}
+        for name, found in places.items():
+            if any(parametrize.is_parametrized(*place) for place in found):
+                raise ValueError(f"{name!r} has a parametrization: remove it first "
+                                 "(torch.nn.utils.parametrize.remove_parametrizations, or remove() of learned masks)")
+            mask = applied(*found[0])
+            if mask is not None:
+                if not torch.equal(mask.packed, self._packed[name].to(mask.packed.device)):
+                    raise ValueError("the model carries other masks: take them off first (their remove(model)), or "
+                                     "combine both with `&`")
+                if unwritten and mask.written():
+                    raise ValueError(f"{name!r} {WRITTEN}")
+                carried[name] = mask
+        return carried
 
     # ------------------------------------------------------------------ on disk
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -292,8 +268,8 @@ class Masks(Mapping[str, Tensor]):
         if not isinstance(shapes, dict) or set(shapes) != set(tensors):
             raise ValueError("the file is damaged: names and shapes of the masks do not agree")
         for name, shape in shapes.items():
-            bits, count = tensors[name], math.prod(shape)
-            if bits.dtype != torch.uint8 or tuple(bits.shape) != (-(-count // 8),):
+            bits = tensors[name]
+            if bits.dtype != torch.uint8 or tuple(bits.shape) != (-(-math.prod(shape) // 8),):
                 raise ValueError(f"the file is damaged: {name!r} does not have the bits for shape {shape}")
         return cls._of({name: tensors[name] for name in shapes}, shapes, info["metadata"])
 
@@ -320,28 +296,6 @@ class Masks(Mapping[str, Tensor]):
             ValueError: not a safetensors file, a damaged or truncated one, or one that holds no masks.
         """
         try:
-            tensors, info = load_tensors(path, format=FORMAT)
-        except ValueError as error:
-            if FORMER not in str(error):
-                raise
-            tensors, info = _former(path)
-        try:
-            return cls.unpack(tensors, info)
+            return cls.unpack(*load_tensors(path, format=FORMAT))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}. Write it again with Masks.save") from error
-
-
-def _former(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The content of a file of the first format, which has the shapes in a place of their own."""
-    from safetensors import safe_open
-
-    tensors, metadata = load_tensors(path, format=FORMER)
-    with safe_open(path, framework="pt") as file:
-        return tensors, {"shapes": json.loads(file.metadata().get("shapes", "null")), "metadata": metadata}
-
-
-_ONES = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.uint8)
-
-
-def _ones(packed: Tensor) -> int:
-    return int(_ONES.to(packed.device)[packed.long()].sum())
+            raise ValueError(f"cannot read masks from {path} ({error}). Write it again with Masks.save") from error
