@@ -38,6 +38,7 @@ X = Example({"text": "x"})
     ({"dev": [X]}, r"dev\[0\]: expected a target among .*, got None"),
     ({"template": "{sentence}"}, r"train\[0\]: expected the inputs \['sentence'\] of the template"),
     ({"template": "no slot"}, "expected a template with a slot"),
+    ({"metric": "exact_mach"}, "got 'exact_mach'. Did you mean 'exact_match'"),
     ({"metric": "exact_match"}, "expected metric='accuracy' or a ScoreMetric with classes"),
     ({"labels": None}, "got metric='accuracy' and classes=None"),
     ({"labels": None, "metric": "exact_match", "train": [X]}, "expected a target, which metric 'exact_match' needs"),
@@ -64,6 +65,13 @@ def test_classes_are_the_labels() -> None:
     assert dataclasses.replace(task, labels={"a": "a", "b": "b"}).classes == ("a", "b")
     with pytest.raises(TypeError, match="classes"):
         TextTask("t", TRAIN, classes=("a", "b"))  # type: ignore[call-arg]
+
+
+def test_metrics_of_texts() -> None:
+    task = TextTask("t", [], metric="exact_match")
+    examples = [Example({"text": "x"}, "Rome"), Example({"text": "y"}, "Paris")]
+    assert task.rate([" rome ", "in Paris"], examples).scores == [1.0, 0.0]
+    assert dataclasses.replace(task, metric="contains").rate([" rome ", "in Paris"], examples).score == 1.0
 
 
 def test_leaks_into_the_test_are_warned_of() -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from looseleaf.tasks import Example, Task
+from looseleaf.tasks import Example, Metric, Task
 from looseleaf_text.model import has_tokens
 from looseleaf_text.slots import fill, slots, with_prefix
 
@@ -15,9 +15,21 @@ if TYPE_CHECKING:
     from looseleaf_text.model import LanguageModel
 
 
+def exact_match(prediction: str, example: Example) -> float:
+    """1.0 where prediction and target are the same text but for case and outer white space."""
+    return float(prediction.strip().casefold() == str(example.target).strip().casefold())
+
+
+def contains(prediction: str, example: Example) -> float:
+    """1.0 where the target stands somewhere in the prediction, case ignored."""
+    return float(str(example.target).strip().casefold() in prediction.casefold())
+
+
 @dataclasses.dataclass
 class TextTask(Task):
     """A :class:`looseleaf.Task` of texts, and the form in which a prompt shows them.
+
+    Without labels :attr:`metric` is ``"exact_match"``, ``"contains"``, a function or a :class:`looseleaf.SetMetric`.
 
     Attributes:
         labels: classification: label -> verbalizer, the text that stands for it after the prompt (a leading
@@ -28,6 +40,8 @@ class TextTask(Task):
         max_tokens: generation: longest answer in tokens.
         stop: generation: texts that end the answer.
     """
+
+    metrics: ClassVar[Mapping[str, Metric]] = {**Task.metrics, "exact_match": exact_match, "contains": contains}
 
     classes: Sequence[Any] | None = dataclasses.field(init=False, default=None)
     labels: dict[str, str] | None = None

@@ -12,11 +12,10 @@ from typing import Annotated, Any, ClassVar
 
 from looseleaf import Budget, BudgetExhausted, Evaluation, Example, Predictor, PromptOptimizer, Report, Series, Task
 from looseleaf import progress as progress_
-from looseleaf.fingerprint import fingerprint
+from looseleaf.fingerprint import content_fingerprint, fingerprint
 from looseleaf.plugin import In, Plugin
 from looseleaf.resume import digest
 from looseleaf.statistics import Interval, bootstrap
-from looseleaf.tasks import content_fingerprint
 from looseleaf_lab import data, models
 from looseleaf_lab.benches import dspy_few_shot
 from looseleaf_lab.benches.bench import Bench, State, ready

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from looseleaf.files import load_tensors, read_text, save_tensors, write_text
-from looseleaf.tasks import Example, Predictor, content_fingerprint
+from looseleaf.fingerprint import content_fingerprint
+from looseleaf.tasks import Example, Predictor
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from looseleaf.budget import Budget, Cost, watched
 from looseleaf.errors import EndpointError
+from looseleaf.fingerprint import content_fingerprint
 from looseleaf.plugin import Plugin
 from looseleaf.prompts.optimizer import PromptOptimizer
 from looseleaf.prompts.prompt import Prompt
-from looseleaf.tasks import Example, Task, content_fingerprint
+from looseleaf.tasks import Example, Task
 from looseleaf.testing.common import Kit, Skip, assert_unchanged, mixed_modes, same_random_state, snapshot
 from looseleaf.testing.models import seeded
 
