@@ -4,11 +4,12 @@ from __future__ import annotations
 
 GUIDE = "docs/how-to/from-0.1.md"
 
-_TEXT = ("LanguageModel", "LocalModel", "EndpointModel", "MaskedModel", "Template", "Verbalizer", "calibrate",
-         "LogitLens", "decoder_layers", "scale_layers")
-_TICKETS = ("IterativePruner", "find_tickets", "Ticket", "TrainingRun", "train_ticket")
-NAMES = {**{name: f"from looseleaf_text import {name} (pip install looseleaf-text)" for name in _TEXT},
-         **{name: f"from looseleaf_tickets import {name} (pip install looseleaf-tickets)" for name in _TICKETS}}
+_HOMES = {
+    "looseleaf_text": "LanguageModel LocalModel EndpointModel MaskedModel Template Verbalizer calibrate LogitLens "
+                      "decoder_layers scale_layers",
+    "looseleaf_tickets": "IterativePruner find_tickets Ticket TrainingRun train_ticket"}
+NAMES = {name: f"from {home} import {name} (pip install {home.replace('_', '-')})"
+         for home, names in _HOMES.items() for name in names.split()}
 """Names of the core in 0.1 -> the import of today."""
 
 MODULES = {
@@ -36,11 +37,9 @@ def advice(error: BaseException) -> str:
     """What to change where an import failed for a name or module of 0.1; empty for other errors."""
     if isinstance(error, ModuleNotFoundError) and error.name in MODULES:
         return f"{error.name} was part of looseleaf 0.1: its names are in {MODULES[error.name]} now (see {GUIDE})"
-    text = str(error)
-    for name, module in (("check_attention_backend", "looseleaf.testing"), ("check_pruner", "looseleaf.testing"),
-                         ("check_prompt_optimizer", "looseleaf.testing"), ("check_probe", "looseleaf.testing")):
-        if isinstance(error, ImportError) and name in text:
-            return f"{module}.{name} was part of looseleaf 0.1: write conformance_tests (see {GUIDE})"
+    for name in ("check_attention_backend", "check_pruner", "check_prompt_optimizer", "check_probe"):
+        if isinstance(error, ImportError) and name in str(error):
+            return f"looseleaf.testing.{name} was part of looseleaf 0.1: write conformance_tests (see {GUIDE})"
     return ""
 
 
@@ -48,9 +47,8 @@ def refuse_former(cls: type) -> None:
     """TypeError where a plugin class has an attribute of 0.1; the message says what to write now."""
     if cls.__module__.startswith("looseleaf."):
         return
-    for name, instead in ATTRIBUTES.items():
-        if name in vars(cls):
-            raise TypeError(f"{cls.__name__}.{name} was part of looseleaf 0.1: {instead} (see {GUIDE})")
+    for name in ATTRIBUTES.keys() & vars(cls).keys():
+        raise TypeError(f"{cls.__name__}.{name} was part of looseleaf 0.1: {ATTRIBUTES[name]} (see {GUIDE})")
     code = getattr(vars(cls).get("run"), "__code__", None)
     if getattr(cls, "kind", "") == "probes" and code is not None \
             and "tokenizer" in code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]:

@@ -12,6 +12,9 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
 
+_GLOBS = {"**.": r"(?:[^.]+\.)*", "**": r".+", "*": r"[^.]*", "?": r"[^.]"}
+_TOKEN = re.compile(r"(?<![^.])\*\*(?:\.|$)|\[[^\]]+\]|.")
+
 
 def match(names: Iterable[str], patterns: str | Sequence[str], *, what: str = "module") -> list[str]:
     """The names that match any of the patterns, in the order of ``names``.
@@ -31,9 +34,7 @@ def match(names: Iterable[str], patterns: str | Sequence[str], *, what: str = "m
                          f"{patterns!r}")
     found: set[str] = set()
     for pattern in wanted:
-        hits = [name for name in known if matches(name, pattern)]
-        if pattern in hits:
-            hits = [pattern]
+        hits = [pattern] if pattern in known else [name for name in known if matches(name, pattern)]
         if not hits:
             raise ValueError(f"no {what} matches {pattern!r}. Near names are {', '.join(near(pattern, known))}")
         found.update(hits)
@@ -56,24 +57,9 @@ def near(pattern: str, names: Sequence[str], limit: int = 3) -> list[str]:
 
 @lru_cache(maxsize=1024)
 def _compiled(pattern: str) -> re.Pattern[str]:
-    out = r"(?:.+\.)?"  # it may begin at any depth
-    parts = pattern.split(".")
-    for n, part in enumerate(parts):
-        last = n == len(parts) - 1
-        if part == "**":
-            out += r".+" if last else r"(?:[^.]+\.)*"
-        else:
-            out += re.sub(r"\\\*|\\\?|\\\[(.+?)\\\]", _glob, re.escape(part)) + ("" if last else r"\.")
-    return re.compile(out)
-
-
-def _glob(found: re.Match[str]) -> str:
-    if found[0] == r"\*":
-        return r"[^.]*"
-    if found[0] == r"\?":
-        return r"[^.]"
-    inside = found[1].replace("\\", "")
-    return f"[{'^' + inside[1:] if inside.startswith('!') else inside}]"
+    regex = [_GLOBS.get(token) or (re.escape(token) if len(token) == 1 else token.replace("[!", "[^"))
+             for token in _TOKEN.findall(pattern)]
+    return re.compile(r"(?:.+\.)?" + "".join(regex))  # it may begin at any depth
 
 
 __all__ = ["match", "matches", "near"]

@@ -38,23 +38,12 @@ class Paper:
         """Where to read the paper."""
         return f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else None
 
-    @property
-    def key(self) -> str:
-        """Citation key: first author's family name, year and first word of the title."""
-        family = self.authors[0].split()[-1].lower()
-        word = next((w for w in self.title.lower().split() if len(w) > 3), "paper")
-        return f"{family}{self.year}{''.join(c for c in word if c.isalnum())}"
-
     def bibtex(self) -> str:
-        """The BibTeX entry."""
-        fields = {"title": f"{{{self.title}}}", "author": " and ".join(self.authors), "year": str(self.year)}
-        if self.venue:
-            fields["booktitle"] = self.venue
-        if self.arxiv:
-            fields["eprint"] = self.arxiv
-            fields["archivePrefix"] = "arXiv"
-        if self.url:
-            fields["url"] = self.url
-        kind = "inproceedings" if self.venue else "misc"
-        body = ",\n".join(f"  {name} = {{{value}}}" for name, value in fields.items())
-        return f"@{kind}{{{self.key},\n{body}\n}}"
+        """The BibTeX entry; its key is family name, year and first long word of the title."""
+        word = next((w for w in self.title.lower().split() if len(w) > 3), "paper")
+        key = f"{self.authors[0].split()[-1].lower()}{self.year}{''.join(filter(str.isalnum, word))}"
+        fields = {"title": f"{{{self.title}}}", "author": " and ".join(self.authors), "year": self.year,
+                  "booktitle": self.venue, "eprint": self.arxiv, "archivePrefix": self.arxiv and "arXiv",
+                  "url": self.url}
+        body = ",\n".join(f"  {name} = {{{value}}}" for name, value in fields.items() if value)
+        return f"@{'inproceedings' if self.venue else 'misc'}{{{key},\n{body}\n}}"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 import numbers
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Sequence
@@ -114,22 +116,22 @@ class Plugin:
     @classmethod
     def parameter_info(cls) -> list[ParameterInfo]:
         """Name, type, default and help of every hyper-parameter, help taken from the class docstring."""
-        hints = _hints(cls)
-        helps = docstring_arguments(cls.__doc__ or "")
+        hints, helps = typing.get_type_hints(cls), docstring_arguments(cls.__doc__ or "")
         out = []
         for f in dataclasses.fields(cls):
-            if not f.init:
-                continue
-            default: Any = None if f.default is dataclasses.MISSING else f.default
-            if f.default_factory is not dataclasses.MISSING:
-                default = f.default_factory()
-            out.append(ParameterInfo(f.name, _bare(hints.get(f.name, Any)), default, helps.get(f.name, "")))
+            if f.init:
+                default: Any = None if f.default is dataclasses.MISSING else f.default
+                if f.default_factory is not dataclasses.MISSING:
+                    default = f.default_factory()
+                hint = hints[f.name]
+                type_name = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+                out.append(ParameterInfo(f.name, type_name, default, helps.get(f.name, "")))
         return out
 
 
 def check_fields(instance: Any) -> None:
     """Raise ValueError for the first field of a dataclass whose value is not what its annotation asks for."""
-    hints = _hints(type(instance))
+    hints = _hints(instance.__class__)
     for field in dataclasses.fields(instance):
         if field.init and field.name in hints:
             problem = _problem(hints[field.name], getattr(instance, field.name))
@@ -143,79 +145,36 @@ class ParameterInfo:
     """One hyper-parameter as shown by ``looseleaf info``."""
 
     name: str
-    type: Any
+    type_name: str
     default: Any
     help: str
-
-    @property
-    def type_name(self) -> str:
-        """The type as a person writes it."""
-        return self.type.__name__ if isinstance(self.type, type) else str(self.type).replace("typing.", "")
 
 
 def docstring_arguments(doc: str) -> dict[str, str]:
     """The ``Args:`` (or ``Attributes:``) section of a Google-style docstring as name -> text."""
-    out: dict[str, str] = {}
-    inside, indent, current = False, 0, ""
-    for line in doc.splitlines():
-        text = line.strip()
-        if text in ("Args:", "Attributes:", "Parameters:"):
-            inside, indent, current = True, 0, ""
-            continue
-        if not inside or not text:
-            continue
-        depth = len(line) - len(line.lstrip())
-        indent = indent or depth
-        if depth < indent:
-            inside = False
-            continue
-        name, colon, rest = text.partition(":")
-        if depth == indent and colon and name.split(" ")[0].isidentifier():
-            current = name.split(" ")[0]
-            out[current] = rest.strip()
-        elif current:
-            out[current] += " " + text
-    return out
-
-
-def _hints(cls: Any) -> dict[str, Any]:
-    return _cached_hints(cls)
+    sections = re.findall(r"^(?:Args|Attributes|Parameters):\n((?: +.*\n|\n)*)", inspect.cleandoc(doc) + "\n", re.M)
+    return {name: " ".join(text.split()) for section in sections
+            for name, text in re.findall(r"^(\w+)(?: .*?)?:(.*(?:\n+ +.*)*)", textwrap.dedent(section), re.M)}
 
 
 @functools.cache
-def _cached_hints(cls: Any) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls, include_extras=True)
 
 
-def _bare(hint: Any) -> Any:
-    return _bare(typing.get_args(hint)[0]) if typing.get_origin(hint) is typing.Annotated else hint
-
-
-def _problem(hint: Any, value: Any) -> str | None:
+def _problem(hint: Any, value: Any, limit: In | OneOf | None = None) -> str | None:
     """What a field of this type should have been, or None where ``value`` is it."""
-    limit: In | OneOf | None = None
-    if typing.get_origin(hint) is typing.Annotated:
-        hint, *extras = typing.get_args(hint)
-        limit = next((e for e in extras if isinstance(e, (In, OneOf))), None)
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
-        return None
-    checked = [_expected(option, limit, value) for option in options if option is not type(None)]
-    if any(text is None for text in checked):
-        return None
-    words = list(dict.fromkeys(str(text) for text in checked))
-    return " or ".join((["None"] if type(None) in options else []) + words)
-
-
-def _expected(hint: Any, limit: In | OneOf | None, value: Any) -> str | None:
-    """As :func:`_problem`, for one type without None."""
-    if typing.get_origin(hint) is typing.Annotated:
-        return _problem(hint, value)
-    if isinstance(limit, OneOf):
-        return None if value in limit else str(limit)
-    origin = typing.get_origin(hint)
-    if origin is Literal:
-        allowed = OneOf(*typing.get_args(hint))
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _problem(arguments[0], value, next((e for e in arguments if isinstance(e, (In, OneOf))), None))
+    if origin in (typing.Union, types.UnionType):
+        problems = [_problem(option, value, limit) for option in arguments]
+        words = list(dict.fromkeys(text for text in problems if text is not None))
+        return " or ".join(sorted(words, key="None".__ne__)) if None not in problems else None
+    if hint is type(None):
+        return None if value is None else "None"
+    if isinstance(limit, OneOf) or origin is Literal:
+        allowed = limit if isinstance(limit, OneOf) else OneOf(*arguments)
         return None if value in allowed else str(allowed)
     within = f" {limit}" if limit is not None else ""
     if hint is bool:
@@ -227,8 +186,7 @@ def _expected(hint: Any, limit: In | OneOf | None, value: Any) -> str | None:
             return None
         return f"{'an integer' if hint is int else 'a number'}{within}"
     if origin in (tuple, list, Sequence) and limit is not None:
-        item = typing.get_args(hint)[0]
-        plural = {int: "integers", float: "numbers"}.get(item, "values")
-        good = isinstance(value, (tuple, list)) and all(_expected(item, limit, v) is None for v in value)
+        plural = {int: "integers", float: "numbers"}.get(arguments[0], "values")
+        good = isinstance(value, (tuple, list)) and all(_problem(arguments[0], v, limit) is None for v in value)
         return None if good else f"a sequence of {plural}{within}"
     return None  # other types are the plugin's own to check, in validate

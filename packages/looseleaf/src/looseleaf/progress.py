@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
+from operator import length_hint
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -11,7 +12,7 @@ T = TypeVar("T")
 
 def track(items: Iterable[T], label: str, total: int | None = None, show: bool | None = None) -> Iterator[T]:
     """Iterate over ``items`` under a progress bar; ``show=None`` shows it only where stderr is a terminal."""
-    with bar(label, total if total is not None else _length(items), show) as progress_bar:
+    with bar(label, total or length_hint(items) or None, show) as progress_bar:
         for item in items:
             yield item
             progress_bar.update()
@@ -23,10 +24,3 @@ def bar(label: str, total: int | None = None, show: bool | None = None) -> Any:
 
     shown = sys.stderr.isatty() if show is None else show
     return tqdm(total=total, desc=label, disable=not shown, leave=False, dynamic_ncols=True)
-
-
-def _length(items: Iterable[Any]) -> int | None:
-    try:
-        return len(items)  # type: ignore[arg-type]
-    except TypeError:
-        return None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+_WRAPPERS = ("torch.nn.parallel", "torch.distributed", "torch.optim.swa_utils", "accelerate", "lightning.fabric")
+
 
 def unwrapped(model: Any) -> Any:
     """The model inside PEFT, ``torch.compile``, DataParallel, DDP, FSDP, accelerate or DeepSpeed wrappers.
@@ -12,17 +14,12 @@ def unwrapped(model: Any) -> Any:
     What a model *can do* (its configuration, embeddings, layers, ``generate``) is asked of this object; it is *run*
     through the wrapper. Wrappers may lie in one another; a model without any, and anything that is no model, comes
     back as it is. Adapters of PEFT stay in place: they are modules inside the model.
-
-    Args:
-        model: a module, wrapped or not.
     """
     seen: set[int] = set()
     while id(model) not in seen:
         seen.add(id(model))
         inner = _inner(model)
-        if inner is None:
-            break
-        model = inner
+        model = model if inner is None else inner
     return model
 
 
@@ -36,9 +33,9 @@ def _inner(model: Any) -> Any:
         if isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
             return model.get_base_model()
         return getattr(model, "model", None)  # a tuner by itself, such as LoraModel
-    wrapper = home.startswith(("torch.nn.parallel", "torch.distributed", "torch.optim.swa_utils", "accelerate",
-                               "lightning.fabric")) or (home.startswith("deepspeed") and name.endswith("Engine"))
-    return getattr(model, "module", None) if wrapper else None
+    if home.startswith(_WRAPPERS) or (home.startswith("deepspeed") and name.endswith("Engine")):
+        return getattr(model, "module", None)
+    return None
 
 
 __all__ = ["unwrapped"]
