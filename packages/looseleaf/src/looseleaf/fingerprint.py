@@ -9,6 +9,8 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from looseleaf.offload import offloaded
+
 if TYPE_CHECKING:
     import torch
 
@@ -28,15 +30,20 @@ def fingerprint(model: torch.nn.Module | Mapping[str, torch.Tensor]) -> str:
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     digest = hashlib.sha256()
     seen: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
+    elsewhere = {} if isinstance(model, Mapping) else offloaded(model)
     for name, tensor in (model if isinstance(model, Mapping) else model.state_dict()).items():
         if not isinstance(tensor, torch.Tensor):  # extra state of a module
             continue
+        # a tensor read from disk is gone at the next turn, and its place may be another's
+        moved = tensor.is_meta and name in elsewhere
+        tensor = elsewhere[name]() if moved else tensor
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
         place = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
-        if tensor.is_meta or (tensor.numel() and place in seen):  # tied weights are read once
+        if tensor.is_meta or (not moved and tensor.numel() and place in seen):  # tied weights are read once
             digest.update(seen.get(place, "meta").encode())
             continue
-        seen[place] = name
+        if not moved:
+            seen[place] = name
         flat = tensor.detach().reshape(-1)
         flat = torch.view_as_real(flat.resolve_conj()).reshape(-1) if flat.is_complex() else flat
         bits = flat.view(whole[flat.element_size()])
