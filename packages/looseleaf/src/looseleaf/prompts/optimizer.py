@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from looseleaf.budget import Budget, reason
 from looseleaf.errors import BudgetExhausted, UnsupportedModelError
+from looseleaf.fingerprint import fingerprint
 from looseleaf.plugin import Plugin
 from looseleaf.progress import bar
-from looseleaf.resume import SearchState, as_plain
+from looseleaf.resume import SearchState
 from looseleaf.unwrap import unwrapped
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class PromptOptimizer(Plugin):
             task: a :class:`looseleaf.Task`. Only ``task.train`` and ``task.dev`` may be read.
             model: what the prompt is for, an instance of :attr:`accepts`; left as it is.
             budget: limits on calls, tokens and seconds (see :meth:`looseleaf.Budget.meter`); running out returns the
-                best so far, whose ``prompt.info["stopped"]`` says why.
+                best so far.
             start: the :class:`looseleaf.Prompt` to begin with; None: the method's own start, made from the task.
             seed: the only source of randomness.
             state_dir: the search state is written there as the search goes on; called again with the same
@@ -68,15 +69,14 @@ class PromptOptimizer(Plugin):
     def identity(self, task: Task, model: Any, start: Prompt | None, seed: int) -> dict[str, Any]:
         """What makes two searches the same one, for :class:`looseleaf.resume.SearchState`.
 
-        Method, hyper-parameters, examples, model, start and seed. The budget is not part of it: a search that ran out
-        may be given more and goes on.
+        The budget is not part of it: a search that ran out may be given more and goes on.
         """
-        found: dict[str, Any] = as_plain({
-            "optimizer": f"{type(self).__module__}:{type(self).__qualname__}",
-            "parameters": self.hyperparameters(), "task": task.fingerprint(),
-            "model": getattr(model, "name", None) or model.__class__.__name__, "weights": _weights(model),
-            "start": None if start is None else start.fingerprint(), "seed": seed})
-        return found
+        own = getattr(model, "fingerprint", None)
+        weights = own() if callable(own) else fingerprint(model) if hasattr(model, "state_dict") else None
+        return {"optimizer": f"{type(self).__module__}:{type(self).__qualname__}",
+                "parameters": self.hyperparameters(), "task": task.fingerprint(),
+                "model": getattr(model, "name", None) or model.__class__.__name__, "weights": weights,
+                "start": None if start is None else start.fingerprint(), "seed": seed}
 
 
 class Search:
@@ -135,29 +135,15 @@ class Search:
         self._file.save({"state": self.state, "done": self.done, "used": self.budget.used})
 
     def info(self, fitness: float, evaluations: int, **more: Any) -> dict[str, Any]:
-        """Metadata of the search, for ``Prompt.info``: ``fitness``, ``evaluations``, ``stopped``, and ``more``."""
+        """Metadata of the search, for ``Prompt.info``."""
         return {"fitness": float(fitness), "evaluations": evaluations, "stopped": self.stopped, **more}
 
     def __enter__(self) -> Search:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
-        if isinstance(error, BudgetExhausted):
-            self.stopped = reason(error)
-        elif error is not None:
+        if error is not None and not isinstance(error, BudgetExhausted):
             return False
+        self.stopped = "done" if error is None else reason(error)
         self.save()
         return True
-
-
-def _weights(model: Any) -> str | None:
-    """What tells a model's weights apart from others, where that can be told."""
-    own = getattr(model, "fingerprint", None)
-    if callable(own):
-        found: str | None = own()
-        return found
-    if not hasattr(model, "state_dict"):
-        return None
-    from looseleaf.fingerprint import fingerprint
-
-    return fingerprint(model)

@@ -65,8 +65,8 @@ class Prompt(ABC):
 
     def fingerprint(self) -> str:
         """A short hash of all fields but :attr:`info`."""
-        return content_fingerprint([type(self), {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
-                                                 if f.name != "info"}])
+        fields = (f.name for f in dataclasses.fields(self) if f.name != "info")
+        return content_fingerprint([type(self), {name: getattr(self, name) for name in fields}])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the prompt as JSON; tensors and pictures go beside it as ``<stem>.safetensors``.
@@ -94,10 +94,10 @@ class Prompt(ABC):
         Raises:
             ValueError: the file is no prompt, is damaged, or is one of another class.
         """
-        source = Path(path)
+        source, text = Path(path), read_text(path)
         tensors: dict[str, Tensor] = {}
         try:
-            data = json.loads(read_text(source))
+            data = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{source}: expected a prompt as JSON, got {error}") from error
         kind = data.get("format", data.get("schema")) if isinstance(data, dict) else type(data).__name__
@@ -109,28 +109,32 @@ class Prompt(ABC):
             if content_fingerprint(tensors) != data["tensors"]["content"]:
                 raise ValueError(f"{source}: expected the tensors that were saved with it in "
                                  f"{data['tensors']['file']}, got others: keep the two files together")
-        prompt = _decode(data["prompt"], tensors)
+        prompt = json.loads(text, object_hook=functools.partial(_decode, tensors))["prompt"]
         if not isinstance(prompt, cls):
             raise ValueError(f"{source}: expected a {cls.__name__}, got a {type(prompt).__name__}")
         return prompt
 
 
 def _encode(value: Any, tensors: dict[str, Tensor], place: str) -> Any:
-    if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
+    """``value`` as JSON, what is no JSON as an object with a type; numbers in bulk go to ``tensors``."""
+    def part(inner: Any, name: Any) -> Any:
+        return _encode(inner, tensors, f"{place}.{name}")
+
+    if value is None or isinstance(value, (int, str)) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if isinstance(value, float):
         return {_TYPE: "float", "value": repr(value)}
-    if isinstance(value, (list, tuple)):
-        items = [_encode(v, tensors, f"{place}.{n}") for n, v in enumerate(value)]
-        return items if isinstance(value, list) else {_TYPE: "tuple", "items": items}
+    if isinstance(value, list):
+        return [part(item, n) for n, item in enumerate(value)]
+    if isinstance(value, tuple):
+        return {_TYPE: "tuple", "items": _encode(list(value), tensors, place)}
     if isinstance(value, Mapping):
         if all(isinstance(k, str) for k in value) and _TYPE not in value:
-            return {k: _encode(v, tensors, f"{place}.{k}") for k, v in value.items()}
-        items = [[_encode(k, tensors, place), _encode(v, tensors, f"{place}.{k}")] for k, v in value.items()]
-        return {_TYPE: "dict", "items": items}
+            return {k: part(v, k) for k, v in value.items()}
+        return {_TYPE: "dict", "items": [[part(k, "key"), part(v, k)] for k, v in value.items()]}
     if _storable.get(_name(type(value))) is type(value) and dataclasses.is_dataclass(value):
-        return {_TYPE: _name(type(value)), **{f.name: _encode(getattr(value, f.name), tensors, f"{place}.{f.name}")
-                                              for f in dataclasses.fields(value) if f.init}}
+        names = [f.name for f in dataclasses.fields(value) if f.init]
+        return {_TYPE: _name(type(value)), **{name: part(getattr(value, name), name) for name in names}}
     kind, tensors[place] = _tensor(value, place)
     return {_TYPE: kind, "name": place}
 
@@ -151,34 +155,29 @@ def _tensor(value: Any, place: str) -> tuple[str, Tensor]:
                      f"registered by looseleaf.prompts.prompt.storable, got {_name(type(value))}")
 
 
-def _decode(data: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(data, list):
-        return [_decode(v, tensors) for v in data]
-    if not isinstance(data, dict):
-        return data
-    kind = data.get(_TYPE)
+def _decode(tensors: Mapping[str, Tensor], entry: dict[str, Any]) -> Any:
+    """What one JSON object stands for, its values decoded already."""
+    kind = entry.pop(_TYPE, None)
     if kind is None:
-        return {k: _decode(v, tensors) for k, v in data.items()}
+        return entry
     if kind == "float":
-        return float(data["value"])
-    if kind == "tuple":
-        return tuple(_decode(v, tensors) for v in data["items"])
-    if kind == "dict":
-        return {_decode(k, tensors): _decode(v, tensors) for k, v in data["items"]}
+        return float(entry["value"])
+    if kind in ("tuple", "dict"):
+        return {"tuple": tuple, "dict": dict}[kind](entry["items"])
     if kind in ("tensor", "array"):
-        return tensors[data["name"]] if kind == "tensor" else tensors[data["name"]].numpy()
+        return tensors[entry["name"]] if kind == "tensor" else tensors[entry["name"]].numpy()
     if kind == "image":
         from PIL import Image
 
-        with Image.open(io.BytesIO(tensors[data["name"]].numpy().tobytes())) as image:
+        with Image.open(io.BytesIO(tensors[entry["name"]].numpy().tobytes())) as image:
             return image.copy()
     cls: Any = _find(kind)
     known = {f.name for f in dataclasses.fields(cls) if f.init}
-    unknown = sorted(set(data) - known - {_TYPE})
+    unknown = sorted(set(entry) - known)
     if unknown:
         raise ValueError(f"{kind}: expected the fields {sorted(known)}, got {unknown} too: it was saved by another "
                          "version of the package")
-    return cls(**{name: _decode(v, tensors) for name, v in data.items() if name != _TYPE})
+    return cls(**entry)
 
 
 def _find(name: str) -> type:
