@@ -10,14 +10,15 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from looseleaf.report import Report
+from looseleaf.report import Claim, Report, Series
 from looseleaf.statistics import Interval
-from looseleaf_lab.study import Results, Study, StudyClaim, above, below, every
+from looseleaf_lab.study import Results, Study, StudyClaim, above, add_table, below, curve, every
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +195,7 @@ def test_results() -> None:
     results = Results([{"a": {"1": 2.0}, "b": [1, 2]}, {"a": {"1": 4.0}, "b": [3, 4]}], {}, [0, 1], None, False)
     assert results.values("a", 1) == [2.0, 4.0] and results.values("b", 0) == [1, 3]
     assert isinstance(results.interval("a", "1"), Interval) and results.interval("a", 1).value == 3.0
+    assert results.mean("a", 1) == 3.0 and results.joined("b") == [1, 2, 3, 4]
     with pytest.raises(KeyError, match=r"no 'c' at .'a'.: there is 1"):
         results.values("a", "c")
     with pytest.raises(KeyError, match="there is 2 entries"):
@@ -204,3 +206,35 @@ def test_verdicts_of_intervals() -> None:
     assert above((2, 1, 3)) is True and above((0, -1, 1)) is None and above((-2, -3, -1)) is False
     assert below((2, 1, 3), 5) is True and below((2, 1, 3), 2) is None and below((2, 1, 3), 0) is False
     assert every(True, None) is None and every(True, False, None) is False and every() is True
+    assert above((-1, -2, 0)) is None and above((-1, -2, 0), touching=False) is False
+    assert above((0, 0, 1), touching=False) is None and above((1, 0.1, 2), touching=False) is True
+    assert below((1, 0, 2)) is None and below((1, 0, 2), touching=False) is False
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_claims_whose_verdict_is_at_hand(quick: bool) -> None:
+    def claimed(results: Results) -> Iterator[Claim | StudyClaim]:
+        yield results.claim("s", "source", "p", "r", True, "m", count="splits")
+        yield results.claim("s", "source", "p", "r", False, "m", any_scale=True)
+        yield StudyClaim("s", "source", "p", "r", unmeasured="not measured")
+
+    report = Study("s", measure, claimed).report(Results([{}, {}], {}, [0, 1], None, quick))
+    assert [c.verdict for c in report.claims] == [
+        "not shown at this scale" if quick else "holds", "does not hold", "not shown at this scale"]
+    assert [c.measured for c in report.claims] == ["m; 2 splits", "m", "not measured"]
+
+
+def test_rows_name_their_columns() -> None:
+    report = Report("r")
+    table = add_table(report, "t", ({"seed": n, "gain": Interval(n, n - 1, n + 1), "cost": Interval(0, -1, 1)}
+                                    for n in (1, 2)), note="n")
+    assert table.columns == ["seed", "gain", "low", "high", "cost", "cost low", "cost high"] and table.note == "n"
+    assert table.rows == [[1, 1, 0, 2, 0, -1, 1], [2, 2, 1, 3, 0, -1, 1]] and report.tables == [table]
+    with pytest.raises(ValueError, match=r"'t': expected the columns \['a'\] in each row, got \['b'\]"):
+        add_table(report, "t", [{"a": 1}, {"b": 1}])
+
+
+def test_curves() -> None:
+    plain, around = curve("p", range(2), [1, 2.5], "line"), curve("a", (1, 2), [Interval(1, 0, 2), Interval(2, 1, 3)])
+    assert plain == Series("p", [0.0, 1.0], [1.0, 2.5], style="line")
+    assert around == Series("a", [1.0, 2.0], [1.0, 2.0], [0.0, 1.0], [2.0, 3.0])

@@ -20,16 +20,18 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from looseleaf import progress as progress_
 from looseleaf.errors import LooseleafError
 from looseleaf.files import cache_dir
-from looseleaf.report import Claim, Report
+from looseleaf.report import Cell, Claim, Report, Series, Table
 from looseleaf.resume import as_plain, digest
 from looseleaf.statistics import Interval, bootstrap
 from looseleaf_lab.results import ResultCache
@@ -84,6 +86,28 @@ class Results:
             values = [a - b for a, b in zip(values, self.values(*minus), strict=True)]
         return bootstrap([times * v for v in values], statistic=statistic)
 
+    def mean(self, *path: str | int) -> float:
+        """The mean over seeds of the number at ``path``, see :meth:`values`."""
+        return float(np.asarray(self.values(*path), dtype=np.float64).mean())
+
+    def joined(self, *path: str | int) -> list[Any]:
+        """The lists at ``path`` of all seeds, one behind the other, see :meth:`values`."""
+        return [entry for entries in self.values(*path) for entry in entries]
+
+    def claim(self, statement: str, source: str, paper: str, rule: str, holds: bool | None, measured: str, *,
+              any_scale: bool = False, count: str = "") -> Claim:
+        """A claim whose verdict is at hand, see :class:`looseleaf.Claim`.
+
+        Args:
+            statement, source, paper, rule, measured: in words.
+            holds: whether it does; None: not shown.
+            any_scale: the quick run decides it as well; else that run shows nothing.
+            count: what a seed is, such as ``"seeds"``: their number goes behind ``measured``.
+        """
+        return Claim.decide(None if self.quick and not any_scale else holds, statement=statement, source=source,
+                            paper=paper, measured=measured + (f"; {len(self.seeds)} {count}" if count else ""),
+                            rule=rule)
+
 
 @dataclasses.dataclass(frozen=True)
 class StudyClaim:
@@ -121,7 +145,8 @@ class Study:
         title: headline of the report, such as ``"my-method: the paper's claims"``.
         measure: ``measure(seed, scale)`` gives plain data for one seed: numbers, text, lists, dictionaries. It must be
             a function of an importable module, and depend on its arguments alone.
-        claims: the claims, in the order of the report; or a function of the results where their number depends on them.
+        claims: the claims, in the order of the report; or a function of the results that gives them, such as a
+            generator of :meth:`Results.claim`.
         show: ``show(report, results)`` adds tables, figures and strips, before the claims.
         once: ``once(scale)`` gives what is measured a single time, such as speed; always in this process, alone.
         full, quick: what ``measure`` is given as ``scale``, any plain dataclass.
@@ -131,7 +156,7 @@ class Study:
 
     title: str
     measure: Callable[[int, Any], Row] | None
-    claims: Sequence[StudyClaim] | Callable[[Results], Sequence[StudyClaim]]
+    claims: Iterable[StudyClaim] | Callable[[Results], Iterable[StudyClaim | Claim]]
     show: Callable[[Report, Results], None] | None = None
     once: Callable[[Any], Row] | None = None
     full: Any = None
@@ -190,7 +215,7 @@ class Study:
         if self.show is not None:
             self.show(report, results)
         claims = self.claims(results) if callable(self.claims) else self.claims
-        report.claims.extend(claim.on(results) for claim in claims)
+        report.claims.extend(claim.on(results) if isinstance(claim, StudyClaim) else claim for claim in claims)
         return report
 
     def _key(self, scale: Any) -> Row:
@@ -236,19 +261,66 @@ class Study:
                 raise
 
 
-def above(interval: Sequence[float], limit: float = 0.0) -> bool | None:
-    """Whether an interval lies above ``limit``; False: below it; None: ``limit`` is inside."""
-    return None if interval[1] <= limit <= interval[2] else interval[1] > limit
+def above(interval: Sequence[float], limit: float = 0.0, *, touching: bool | None = None) -> bool | None:
+    """Whether an interval lies above ``limit``; False: below it; None: ``limit`` is inside.
+
+    ``touching`` is the verdict where the highest number of the interval is ``limit``.
+    """
+    low, high = interval[1], interval[2]
+    return True if low > limit else False if high < limit else touching if high == limit else None
 
 
-def below(interval: Sequence[float], limit: float = 0.0) -> bool | None:
-    """Whether an interval lies below ``limit``; False: above it; None: ``limit`` is inside."""
-    return None if interval[1] <= limit <= interval[2] else interval[2] < limit
+def below(interval: Sequence[float], limit: float = 0.0, *, touching: bool | None = None) -> bool | None:
+    """Whether an interval lies below ``limit``; False: above it; None: ``limit`` is inside.
+
+    ``touching`` is the verdict where the lowest number of the interval is ``limit``.
+    """
+    low, high = interval[1], interval[2]
+    return True if high < limit else False if low > limit else touching if low == limit else None
 
 
 def every(*verdicts: bool | None) -> bool | None:
     """False where one is False, None where one is None, else True."""
     return False if False in verdicts else None if None in verdicts else True
+
+
+def add_table(report: Report, title: str, rows: Iterable[Mapping[str, Cell | Interval]], note: str = "") -> Table:
+    """Add a table whose rows name their own columns.
+
+    Args:
+        report: goes on.
+        title, note: of the table.
+        rows: column -> cell, the same columns in each. An interval takes three: its value under its own name, and its
+            ends under ``low`` and ``high``, which have that name in front from the second interval on.
+
+    Raises:
+        ValueError: rows of other columns than the first.
+    """
+    table = report.table(title, [], note=note)
+    for row in rows:
+        cells: dict[str, Cell] = {}
+        intervals = 0
+        for name, cell in row.items():
+            if isinstance(cell, Interval):
+                prefix = f"{name} " if intervals else ""
+                cells |= {name: cell.value, f"{prefix}low": cell.low, f"{prefix}high": cell.high}
+                intervals += 1
+            else:
+                cells[name] = cell
+        table.columns = table.columns or list(cells)
+        if list(cells) != table.columns:
+            raise ValueError(f"table {title!r}: expected the columns {table.columns} in each row, got {list(cells)}")
+        table.add(*cells.values())
+    return table
+
+
+def curve(name: str, x: Iterable[float], values: Iterable[float | Interval],
+          style: Literal["line", "points", "both"] = "both") -> Series:
+    """A line of a figure through numbers, or through intervals, which are drawn around it."""
+    values = list(values)
+    low, high = ([float(v[n]) for v in values if isinstance(v, Interval)] or None for n in (1, 2))
+    y = [float(v.value if isinstance(v, Interval) else v) for v in values]
+    return Series(name, [float(v) for v in x], y, low, high, style)
 
 
 def _at(row: Any, path: Sequence[str | int]) -> Any:
@@ -288,4 +360,4 @@ def _quiet_worker(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-__all__ = ["LostProcessError", "Results", "Study", "StudyClaim", "above", "below", "every"]
+__all__ = ["LostProcessError", "Results", "Study", "StudyClaim", "above", "add_table", "below", "curve", "every"]
