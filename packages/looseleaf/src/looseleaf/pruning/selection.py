@@ -7,9 +7,8 @@ of the parameters, then row-major index) is removed first. Both make the masks a
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
@@ -50,9 +49,16 @@ class Selection(ABC):
             ValueError: no scores at all, NaN scores (the parameter is named), or shapes that do not suit the rule.
         """
 
-    @abstractmethod
     def violations(self, masks: Masks) -> list[str]:
         """What in ``masks`` does not follow this rule, one sentence each; empty when all is well."""
+        # masks that follow a rule, taken as scores, give themselves again
+        expected = self.select({name: mask.float() for name, mask in masks.items()}) if masks else masks
+        out = []
+        for name in (name for name in masks if not torch.equal(masks[name], expected[name])):
+            gone, wanted = masks.removed(name), expected.removed(name)
+            out.append(f"{name}: {gone} of {masks.total(name)} weights removed, the rule asks for {wanted}"
+                       f"{' in other places' if gone == wanted else ''}")
+        return out
 
     def for_model(self, model: nn.Module, names: Iterable[str]) -> Selection:
         """The rule for parameters of ``model``: one that counts along inputs knows where they are then."""
@@ -79,21 +85,12 @@ class Unstructured(Selection):
     def select(self, scores: Mapping[str, Tensor]) -> Masks:
         """See :meth:`Selection.select`. Exact at any size: the threshold is found by counting, not by sorting."""
         _check_scores(scores)
-        if self.scope == "layer":
-            kept = {name: _keep_largest([s], removed(self.sparsity, s.numel()))[0] for name, s in scores.items()}
-        else:
-            total = sum(s.numel() for s in scores.values())
-            kept = dict(zip(scores, _keep_largest(list(scores.values()), removed(self.sparsity, total)), strict=True))
+        groups = [dict(scores)] if self.scope == "global" else [{name: score} for name, score in scores.items()]
+        kept: dict[str, Tensor] = {}
+        for group in groups:
+            count = removed(self.sparsity, sum(score.numel() for score in group.values()))
+            kept.update(zip(group, _keep_largest(list(group.values()), count), strict=True))
         return Masks(kept, self.describe())
-
-    def violations(self, masks: Masks) -> list[str]:
-        """See :meth:`Selection.violations`."""
-        if self.scope == "layer":
-            pairs = [(name, masks.removed(name), masks.total(name)) for name in masks]
-        else:
-            pairs = [("all parameters together", masks.removed(), masks.total())]
-        return [f"{name}: {gone} of {n} removed, the rule asks for {removed(self.sparsity, n)}"
-                for name, gone, n in pairs if gone != removed(self.sparsity, n)]
 
 
 @dataclass(frozen=True)
@@ -122,30 +119,19 @@ class _InRows(Selection):
 
     def for_model(self, model: nn.Module, names: Iterable[str]) -> Selection:
         """See :meth:`Selection.for_model`."""
-        found: Any = {**input_dims(model, names), **vars(self)["dims"]}
-        return replace(self, dims=found)  # type: ignore[call-arg]
+        dims: Any = {**input_dims(model, names), **vars(self)["dims"]}
+        return replace(self, dims=dims)  # type: ignore[call-arg]
 
     def select(self, scores: Mapping[str, Tensor]) -> Masks:
         """See :meth:`Selection.select`. ValueError for sizes that do not suit the rule; nothing is truncated."""
         _check_scores(scores)
         rows = {name: self._rows(name, score) for name, score in scores.items()}  # all of them first: may raise
         kept = {}
-        for name, (source, target, width, count) in rows.items():
+        for name, (source, target, length, count) in rows.items():
             lined = scores[name].detach().movedim(source, target)
-            keep = _keep_in_rows(lined.reshape(-1, width), count)
-            kept[name] = keep.view(lined.shape).movedim(target, source).contiguous()
+            keep = _keep_in_rows(lined.reshape(-1, length), count)
+            kept[name] = keep.view(lined.shape).movedim(target, source)
         return Masks(kept, self.describe())
-
-    def violations(self, masks: Masks) -> list[str]:
-        """See :meth:`Selection.violations`."""
-        out = []
-        for name, mask in masks.items():
-            source, target, width, count = self._rows(name, mask)
-            counts = mask.movedim(source, target).reshape(-1, width).sum(1)
-            wrong = int((counts != count).sum())
-            if wrong:
-                out.append(f"{name}: {wrong} of {len(counts)} groups of {width} do not keep exactly {count}")
-        return out
 
     @abstractmethod
     def _rows(self, name: str, tensor: Tensor) -> tuple[int, int, int, int]:
@@ -168,12 +154,11 @@ class PerRow(_InRows):
     dims: Mapping[str, int] = field(default_factory=dict)
 
     def _rows(self, name: str, tensor: Tensor) -> tuple[int, int, int, int]:
-        dim = 1 - self.dims.get(name, 1)
-        width = tensor.numel() // max(1, tensor.shape[dim]) if tensor.ndim > 1 else tensor.numel()
-        if self.keep is not None and self.keep > width:
-            raise ValueError(f"PerRow.keep: expected at most {width}, the row length of {name!r}, got {self.keep}")
-        count = width - removed(self.sparsity, width) if self.keep is None else self.keep
-        return (dim, 0, width, count) if tensor.ndim > 1 else (0, 0, width, count)
+        dim = 1 - self.dims.get(name, 1) if tensor.ndim > 1 else 0
+        length = tensor.numel() // max(1, tensor.shape[dim]) if tensor.ndim > 1 else tensor.numel()
+        if self.keep is not None and self.keep > length:
+            raise ValueError(f"PerRow.keep: expected at most {length}, the row length of {name!r}, got {self.keep}")
+        return dim, 0, length, length - removed(self.sparsity, length) if self.keep is None else self.keep
 
 
 @dataclass(frozen=True)
@@ -202,13 +187,13 @@ class NM(_InRows):
         return 1.0 - self.n / self.m
 
     def _rows(self, name: str, tensor: Tensor) -> tuple[int, int, int, int]:
-        dim = self.dims.get(name, 1)
+        dim, shape = self.dims.get(name, 1), tuple(tensor.shape)
         if not 0 <= dim < tensor.ndim:
-            raise ValueError(f"{self.n}:{self.m} needs dimension {dim} of {name!r}, which has shape "
-                             f"{tuple(tensor.shape)}: leave it out with exclude=, or correct dims=")
-        if tensor.shape[dim] % self.m:
-            raise ValueError(f"{self.n}:{self.m} needs a multiple of {self.m} inputs, {name!r} has {tensor.shape[dim]} "
-                             f"(shape {tuple(tensor.shape)}): leave it out with exclude=, or take another pattern")
+            raise ValueError(f"{self.n}:{self.m} needs dimension {dim} of {name!r}, which has shape {shape}: leave it "
+                             "out with exclude=, or correct dims=")
+        if shape[dim] % self.m:
+            raise ValueError(f"{self.n}:{self.m} needs a multiple of {self.m} inputs, {name!r} has {shape[dim]} "
+                             f"(shape {shape}): leave it out with exclude=, or take another pattern")
         return dim, -1, self.m, self.n
 
 
@@ -236,6 +221,17 @@ class Tied:
         if not self.members:
             raise ValueError("Tied.members: expected at least one parameter name and dimension, got none")
 
+    def groups(self, names: Iterable[str]) -> list[dict[str, int]]:
+        """The members in full, for each module that they are relative to; ValueError where there is none."""
+        if self.within is None:
+            return [dict(self.members)]
+        paths = dict.fromkeys(name.rsplit(".", n)[0] for name in names for n in range(1, name.count(".") + 1))
+        found = [self.within] if self.within in paths else [path for path in paths if matches(path, self.within)]
+        if not found:
+            raise ValueError(f"Tied.within: expected a name pattern of modules, such as {next(iter(paths), '')!r}, got "
+                             f"{self.within!r}, which matches none")
+        return [{f"{path}.{name}": dim for name, dim in self.members.items()} for path in found]
+
 
 @dataclass(frozen=True)
 class Structured(Selection):
@@ -255,7 +251,7 @@ class Structured(Selection):
 
     def describe(self) -> dict[str, Any]:
         """See :meth:`Selection.describe`."""
-        tied = [{"members": dict(t.members), "within": t.within, "units": t.units} for t in self.tied]
+        tied = [{**vars(t), "members": dict(t.members)} for t in self.tied]
         return {"rule": "Structured", "sparsity": self.sparsity, "dim": self.dim, **({"tied": tied} if tied else {})}
 
     def select(self, scores: Mapping[str, Tensor]) -> Masks:
@@ -263,75 +259,35 @@ class Structured(Selection):
         _check_scores(scores)
         kept = {name: torch.ones(score.shape, dtype=torch.bool, device=score.device) for name, score in scores.items()}
         for units, members in self._groups(scores):
-            sums = [scores[n].detach().movedim(d, 0).reshape(units, -1).sum(1, dtype=torch.float64) for n, d in members]
+            sums = [scores[n].detach().movedim(d, 0).reshape(units, -1).sum(1, dtype=torch.float64)
+                    for n, d in members.items()]
             total = torch.stack([s.to(sums[0].device) for s in sums]).sum(0)
             keep = _keep_largest([total], removed(self.sparsity, units))[0]
-            for name, dim in members:
-                kept[name] &= _spread(keep, kept[name], dim)
+            for name, dim in members.items():
+                lined = kept[name].movedim(dim, -1)  # a view: what is removed here is removed there
+                lined &= keep.to(lined.device).repeat_interleave(lined.shape[-1] // units)
         return Masks(kept, self.describe())
 
-    def violations(self, masks: Masks) -> list[str]:
-        """See :meth:`Selection.violations`."""
-        out, tensors = [], dict(masks)
-        expected = {name: torch.ones_like(mask) for name, mask in tensors.items()}
-        for units, members in self._groups(tensors):
-            first = members[0][0]
-            alive = torch.zeros(units, dtype=torch.bool, device=tensors[first].device)
-            for name, dim in members:
-                alive |= tensors[name].movedim(dim, 0).reshape(units, -1).any(1).to(alive.device)
-            for name, dim in members:
-                expected[name] &= _spread(alive, tensors[name], dim)
-            gone = units - int(alive.sum())
-            if gone != removed(self.sparsity, units):
-                out.append(f"{first}: {gone} of {units} slices removed, the rule asks for "
-                           f"{removed(self.sparsity, units)}")
-        return [f"{name}: slices are removed in part" for name in tensors
-                if not torch.equal(expected[name], tensors[name])] + out
-
-    def _groups(self, tensors: Mapping[str, Tensor]) -> list[tuple[int, list[tuple[str, int]]]]:
-        """(number of units, [(parameter name, dimension)]) of all that is removed together."""
+    def _groups(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[int, dict[str, int]]]:
+        """(number of units, parameter name -> dimension) of all that is removed together."""
         plain = {plain_name(name): name for name in tensors}
-        groups: list[tuple[int | None, list[tuple[str, int]]]] = []
-        for tied in self.tied:
-            for prefix in _within(tied, plain):
-                full = [(f"{prefix}.{name}".strip("."), dim) for name, dim in tied.members.items()]
-                groups.append((tied.units, [(plain.get(name, name), dim) for name, dim in full]))
-        covered = {name for _, group in groups for name, _ in group}
-        groups += [(None, [(name, self.dim)]) for name in tensors if name not in covered]
-        out = []
-        for units, group in groups:
-            for name, dim in group:
+        groups = [(tied.units, {plain.get(name, name): dim for name, dim in members.items()})
+                  for tied in self.tied for members in tied.groups(plain)]
+        covered = {name for _, members in groups for name in members}
+        for units, members in [*groups, *((None, {name: self.dim}) for name in tensors if name not in covered)]:
+            for name, dim in members.items():
                 if name not in tensors:
                     raise ValueError(f"Structured.tied: expected scores of {name!r}, which is tied, got none")
                 if not 0 <= dim < tensors[name].ndim:
                     raise ValueError(f"Structured: expected {name!r} to have dimension dim={dim}, got only "
                                      f"{tensors[name].ndim} dimensions (shape {tuple(tensors[name].shape)})")
-            count = units or min(tensors[name].shape[dim] for name, dim in group)
-            odd = [(name, dim) for name, dim in group if count == 0 or tensors[name].shape[dim] % count]
-            if odd:
-                raise ValueError(f"Structured.tied: expected a multiple of {count} slices, got {odd[0][0]!r} with "
-                                 f"{tensors[odd[0][0]].shape[odd[0][1]]} along dimension {odd[0][1]}")
-            out.append((count, group))
-        return out
-
-
-def _within(tied: Tied, names: Iterable[str]) -> list[str]:
-    """The modules that the members of ``tied`` are relative to."""
-    if tied.within is None:
-        return [""]
-    paths = dict.fromkeys(name.rsplit(".", n)[0] for name in names for n in range(1, name.count(".") + 1))
-    found = [path for path in paths if path == tied.within] or [path for path in paths if matches(path, tied.within)]
-    if not found:
-        raise ValueError(f"Tied.within: expected a name pattern of modules, such as {next(iter(paths), '')!r}, got "
-                         f"{tied.within!r}, which matches none")
-    return found
-
-
-def _spread(keep: Tensor, like: Tensor, dim: int) -> Tensor:
-    """What is kept of units, (U,), as a mask of the shape of ``like``, which has slices of them along ``dim``."""
-    size = like.shape[dim]
-    shape = [size if d == dim else 1 for d in range(like.ndim)]
-    return keep.to(like.device).repeat_interleave(size // len(keep)).view(shape).expand(like.shape)
+            slices = {name: tensors[name].shape[dim] for name, dim in members.items()}
+            count = units or min(slices.values())
+            for name, size in slices.items():
+                if count == 0 or size % count:
+                    raise ValueError(f"Structured.tied: expected a multiple of {count} slices, got {name!r} with "
+                                     f"{size} along dimension {members[name]}")
+            yield count, members
 
 
 def _check_scores(scores: Mapping[str, Tensor]) -> None:
@@ -348,9 +304,9 @@ def _keep_in_rows(rows: Tensor, count: int) -> Tensor:
     """Masks that keep exactly the ``count`` largest of each row of (R, M)."""
     keep = torch.ones(rows.shape, dtype=torch.bool, device=rows.device)
     step = max(1, CHUNK // max(1, rows.shape[1]))
-    for at in range(0, len(rows), step):
-        lowest = rows[at:at + step].sort(dim=1, stable=True).indices[:, :rows.shape[1] - count]
-        keep[at:at + step].scatter_(1, lowest, False)
+    for scores, kept in zip(rows.split(step), keep.split(step), strict=True):
+        lowest = scores.sort(dim=1, stable=True).indices[:, :rows.shape[1] - count]
+        kept.scatter_(1, lowest, False)
     return keep
 
 
@@ -364,50 +320,41 @@ def _keep_largest(scores: list[Tensor], count: int) -> list[Tensor]:
     if count <= 0:
         return [torch.ones(s.shape, dtype=torch.bool, device=s.device) for s in scores]
     double = any(s.dtype == torch.float64 for s in scores)
-    bits = 64 if double else 32
-    prefix, below = 0, 0  # the key's bits known so far, and how many keys are smaller than all that begin with them
-    for shift in range(bits - 16, -1, -16):
+    floats, integers = (torch.float64, torch.int64) if double else (torch.float32, torch.int32)
+
+    def chunks(score: Tensor) -> Iterator[Tensor]:
+        for chunk in score.detach().reshape(-1).split(CHUNK):
+            yield chunk.to(floats)  # bfloat16 and float16 widen exactly
+
+    limits = torch.iinfo(integers)
+    key, below = limits.min, 0  # the lowest key of the bucket, and how many keys are lower
+    for shift in range(limits.bits - 16, -1, -16):
         counts = torch.zeros(1 << 16, dtype=torch.int64)
-        for score in scores:
-            for chunk in score.detach().reshape(-1).split(CHUNK):
-                keys = _keys(chunk, double)
-                if shift != bits - 16:
-                    keys = keys[(keys >> (shift + 16)) == prefix]
-                digits = (keys >> shift) + (1 << 15) if shift == bits - 16 else (keys >> shift) & 0xFFFF
-                counts += torch.bincount(digits, minlength=1 << 16).cpu()
+        for chunk in (chunk for score in scores for chunk in chunks(score)):
+            digits = _flipped((chunk + 0.0).view(integers)) >> shift  # -0.0 becomes 0.0
+            digits -= key >> shift
+            if key != limits.min:
+                digits = digits[digits >> 16 == 0]
+            counts += torch.bincount(digits, minlength=1 << 16).cpu()
         cumulative = counts.cumsum(0)
         digit = int(torch.searchsorted(cumulative, count - below))
-        below += int(cumulative[digit - 1]) if digit else 0
-        prefix = digit - (1 << 15) if shift == bits - 16 else (prefix << 16) | digit
-    threshold = _value(prefix, double)
+        below += int(cumulative[digit] - counts[digit])
+        key += digit << shift
+    threshold = _flipped(torch.tensor([key], dtype=integers)).view(floats).item()
     ties = count - below  # how many of those equal to the threshold must go
     masks = []
     for score in scores:
-        flat = score.detach().reshape(-1)
-        keep = torch.empty(flat.shape, dtype=torch.bool, device=flat.device)
-        for at in range(0, len(flat), CHUNK):
-            # widened as in _keys: a bfloat16 tensor would round the threshold found among float32 scores
-            chunk = flat[at:at + CHUNK].to(torch.float64 if double else torch.float32)
-            equal = (chunk == threshold).nonzero().squeeze(1)
-            keep[at:at + CHUNK] = chunk > threshold
-            keep[at + equal[ties:]] = True
+        parts = []
+        for chunk in chunks(score):
+            keep, equal = chunk > threshold, (chunk == threshold).nonzero().squeeze(1)
+            keep[equal[ties:]] = True
             ties = max(0, ties - len(equal))
-        masks.append(keep.view(score.shape))
+            parts.append(keep)
+        masks.append(torch.cat(parts).view(score.shape))
     return masks
 
 
-def _keys(chunk: Tensor, double: bool) -> Tensor:
-    """Whole numbers that order like the floats of ``chunk`` (bfloat16 and float16 widen exactly)."""
-    values = chunk.to(torch.float64 if double else torch.float32) + 0.0  # -0.0 becomes 0.0
-    raw = values.view(torch.int64 if double else torch.int32)
-    return raw ^ ((raw >> (63 if double else 31)) & (0x7FFFFFFFFFFFFFFF if double else 0x7FFFFFFF))
-
-
-def _value(key: int, double: bool) -> float:
-    """The inverse of :func:`_keys` for one key."""
-    sign, mask, kind = (1 << 63, (1 << 63) - 1, torch.int64) if double else (1 << 31, (1 << 31) - 1, torch.int32)
-    raw = key ^ mask if key < 0 else key
-    assert -sign <= raw < sign
-    value = float(torch.tensor([raw], dtype=kind).view(torch.float64 if double else torch.float32)[0])
-    assert not math.isnan(value)
-    return value
+def _flipped(bits: Tensor) -> Tensor:
+    """Integers that order like the floats of these bits, and the other way round."""
+    limits = torch.iinfo(bits.dtype)
+    return (bits >> (limits.bits - 1)).bitwise_and_(limits.max).bitwise_xor_(bits)
