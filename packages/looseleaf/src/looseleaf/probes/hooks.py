@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any, overload
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from looseleaf.errors import LooseleafError
+from looseleaf.files import save_tensors
 from looseleaf.names import match
 from looseleaf.unwrap import unwrapped
 
@@ -30,13 +34,14 @@ def matching_modules(model: nn.Module, patterns: str | Sequence[str]) -> dict[st
     """Modules whose names match, by name, in the model's order.
 
     Args:
-        model: where to look; names are those inside wrappers such as ``torch.compile`` and PEFT.
+        model: where to look; names are those inside wrappers such as ``torch.compile`` and PEFT, and a compiled part
+            of a model goes by the name that it had.
         patterns: one or several, see :mod:`looseleaf.names`; ``"layers.*.mlp"`` is the MLP of every layer.
 
     Raises:
         ValueError: a pattern that matches nothing; near names are given.
     """
-    modules = {name: module for name, module in unwrapped(model).named_modules() if name}
+    modules = {name.replace("._orig_mod", ""): module for name, module in unwrapped(model).named_modules() if name}
     return {name: modules[name] for name in match(modules, patterns)}
 
 
@@ -68,28 +73,68 @@ def capture(model: nn.Module, patterns: str | Sequence[str], reduce: Callable[[T
     if max_bytes <= 0:
         raise ValueError(f"max_bytes: expected a number of bytes > 0, got {max_bytes!r}")
     modules = matching_modules(model, patterns)
-    store = _Store(list(modules), max_bytes, None if isinstance(spill, bool) else spill)
-    total = 0
+    outputs = {name: _Outputs() for name in modules}
+    held, numbers = 0, itertools.count()
 
     def keep(name: str, output: Any) -> None:
-        nonlocal total
+        nonlocal held
         value = first_tensor(output, name).detach()
         value = value if reduce is None else reduce(value)
         if not isinstance(value, Tensor):
             raise TypeError(f"reduce: expected a function that returns a tensor, got {type(value).__name__} for {name}")
-        value = value.clone()  # a view would keep the whole tensor alive, and be overwritten by in-place operations
-        total += value.numel() * value.element_size()
-        if total > max_bytes and spill is False:
+        held += value.nbytes
+        if held > max_bytes and folder is None:
             raise CaptureLimitError(
-                f"expected at most max_bytes={max_bytes} of captured outputs, got {total}. Name fewer modules, pass "
+                f"expected at most max_bytes={max_bytes} of captured outputs, got {held}. Name fewer modules, pass "
                 "reduce=... to keep less of each output, take what you need after every batch, or pass spill=True")
-        store.add(name, value)
+        # a view would keep the whole tensor alive, and be overwritten by in-place operations
+        outputs[name].items.append(value.clone())
+        if held > max_bytes and folder is not None:
+            _write(outputs, folder / f"capture-{next(numbers):06d}.safetensors")
+            held = 0
 
-    try:
-        with _hooked(model, [(name, module, keep) for name, module in modules.items()]):
-            yield dict(store.outputs)
-    finally:
-        store.close()
+    with ExitStack() as stack:
+        folder = None if spill is False else Path(
+            stack.enter_context(TemporaryDirectory(prefix="looseleaf-capture-")) if spill is True else spill)
+        if folder is not None and not folder.is_dir():
+            raise ValueError(f"spill: expected True, False or a folder that exists, got {str(folder)!r}")
+        if folder is not None and any(folder.glob("capture-*.safetensors")):
+            raise ValueError(f"spill: expected an empty folder, got {str(folder)!r}, which holds an earlier capture "
+                             "(capture-*.safetensors): name another, or remove those files")
+        stack.enter_context(_hooked(model, [(name, module, keep) for name, module in modules.items()]))
+        yield dict(outputs)
+
+
+class _Outputs(Sequence[Tensor]):
+    """The outputs of one module, a tensor for each call; those on disk are read when they are asked for."""
+
+    def __init__(self) -> None:
+        self.items: list[Any] = []  # a tensor, or the file that it is in, its name there and its device
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[place] for place in range(len(self))[index]]
+        item = self.items[index]
+        if isinstance(item, Tensor):
+            return item
+        path, key, device = item
+        if not path.exists():
+            raise FileNotFoundError(f"{path} with {key} is gone: a capture that spills to a temporary folder can be "
+                                    "read inside its with-block; pass spill='folder' to keep the files")
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(key).to(device)
+
+
+def _write(outputs: Mapping[str, _Outputs], path: Path) -> None:
+    """Write what is in memory to one file."""
+    places = [(own.items, call, f"{name}/{call}") for name, own in outputs.items()
+              for call, item in enumerate(own.items) if isinstance(item, Tensor)]
+    save_tensors(path, {key: items[call] for items, call, key in places}, format="looseleaf.capture/1")
+    for items, call, key in places:
+        items[call] = (path, key, items[call].device)
 
 
 @contextmanager
@@ -104,21 +149,28 @@ def intervene(model: nn.Module, changes: Mapping[str, Callable[[Tensor], Tensor]
     Raises:
         ValueError: an unknown pattern; or, from the model's forward, a function that changed the shape.
     """
-    def changing(function: Callable[[Tensor], Tensor]) -> Callable[[str, Any], Any]:
-        def change(name: str, output: Any) -> Any:
-            value = first_tensor(output, name)
-            new = function(value)
-            if not isinstance(new, Tensor) or new.shape != value.shape:
-                got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
-                raise ValueError(f"the intervention on {name}: expected a tensor of shape {tuple(value.shape)}, that "
-                                 f"of the module's output, got {got}")
-            return _with_first_tensor(output, new.to(value.dtype))
-
-        return change
-
-    with _hooked(model, [(name, module, changing(function)) for pattern, function in changes.items()
+    with _hooked(model, [(name, module, partial(_changed, function)) for pattern, function in changes.items()
                          for name, module in matching_modules(model, pattern).items()]):
         yield
+
+
+def _changed(function: Callable[[Tensor], Tensor], name: str, output: Any) -> Any:
+    """What a module returned, with ``function`` of its first tensor in the place of that; the type stays."""
+    value = first_tensor(output, name)
+    new = function(value)
+    if not isinstance(new, Tensor) or new.shape != value.shape:
+        got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
+        raise ValueError(f"the intervention on {name}: expected a tensor of shape {tuple(value.shape)}, that of the "
+                         f"module's output, got {got}")
+    new = new.to(value.dtype)
+    if isinstance(output, Tensor):
+        return new
+    if isinstance(output, Mapping):
+        output[_place(output)] = new  # type: ignore[index]  # a ModelOutput of transformers, or a dict
+        return output
+    items = list(output)
+    items[_place(output)] = new
+    return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
 
 
 def first_tensor(output: Any, name: str = "the module") -> Tensor:
@@ -129,25 +181,18 @@ def first_tensor(output: Any, name: str = "the module") -> Tensor:
     """
     if isinstance(output, Tensor):
         return output
-    items = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
-    for item in items:
-        if isinstance(item, Tensor):
-            return item
-    raise TypeError(f"{name}: expected an output with a tensor in it, got {type(output).__name__}: choose another "
-                    "module")
+    place = _place(output)
+    if place is None:
+        raise TypeError(f"{name}: expected an output with a tensor in it, got {type(output).__name__}: choose another "
+                        "module")
+    return output[place]
 
 
-def _with_first_tensor(output: Any, new: Tensor) -> Any:
-    """What a module returned, with its first tensor exchanged; the rest and the type stay."""
-    if isinstance(output, Tensor):
-        return new
-    if isinstance(output, Mapping):
-        key = next(k for k, v in output.items() if isinstance(v, Tensor))
-        output[key] = new  # type: ignore[index]  # a ModelOutput of transformers, or a dict
-        return output
-    at = next(i for i, item in enumerate(output) if isinstance(item, Tensor))
-    items = [*output[:at], new, *output[at + 1:]]
-    return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+def _place(output: Any) -> Any:
+    """Key or index of the first tensor."""
+    items = output.items() if isinstance(output, Mapping) else enumerate(
+        output if isinstance(output, (tuple, list)) else ())
+    return next((place for place, item in items if isinstance(item, Tensor)), None)
 
 
 @contextmanager
@@ -155,17 +200,14 @@ def _hooked(model: nn.Module, hooks: Sequence[tuple[str, nn.Module, Callable[[st
     """Call ``hook(name, output)`` after each module; code that was compiled before would not."""
     called = False
 
-    def forward_hook(name: str, hook: Callable[[str, Any], Any]) -> Callable[..., Any]:
-        def function(module: nn.Module, args: Any, output: Any) -> Any:
-            nonlocal called
-            called = True
-            return hook(name, output)
-
-        return function
+    def function(name: str, hook: Callable[[str, Any], Any], module: nn.Module, args: Any, output: Any) -> Any:
+        nonlocal called
+        called = True
+        return hook(name, output)
 
     with uncompiled(model), ExitStack() as stack:
         for name, module, hook in hooks:
-            stack.callback(module.register_forward_hook(forward_hook(name, hook)).remove)
+            stack.callback(module.register_forward_hook(partial(function, name, hook)).remove)
         yield
         dynamo = sys.modules.get("torch._dynamo.utils")
         if hooks and not called and dynamo is not None and dynamo.counters["frames"]:
@@ -177,10 +219,8 @@ def _hooked(model: nn.Module, hooks: Sequence[tuple[str, nn.Module, Callable[[st
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
     """Run ``model`` uncompiled while the ``with`` block runs, for hooks of one's own: compiled code calls none."""
-    if any(_compiled(module) for module in model.modules()):
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    else:
+    compiled = any(_compiled(module) for module in model.modules())
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
         yield
 
 
@@ -188,104 +228,6 @@ def _compiled(module: nn.Module) -> bool:
     """By ``torch.compile(module)``, ``module.compile()``, or ``module.forward = torch.compile(module.forward)``."""
     return (hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
             or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"))
-
-
-# ------------------------------------------------------------------------------------- outputs in memory and on disk
-_OnDisk = tuple[Path, str, torch.device]  # file, key in it, and the device the tensor was on
-
-
-class _Outputs(Sequence[Tensor]):
-    """The outputs of one module, a tensor for each call; those on disk are read when they are asked for."""
-
-    def __init__(self) -> None:
-        self.items: list[Tensor | _OnDisk] = []
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Tensor]: ...
-    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
-        if isinstance(index, slice):
-            return [_read(item) for item in self.items[index]]
-        return _read(self.items[index])
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return map(_read, self.items)
-
-
-class _Store:
-    """Tensors by module name and call; held in memory until they are more than ``max_bytes``, then written.
-
-    Args:
-        names: of the modules.
-        max_bytes: what memory may hold.
-        folder: where files go; it must exist, and hold none of an earlier capture. None: a temporary folder, made with
-            the first file and removed by :meth:`close`.
-    """
-
-    def __init__(self, names: Sequence[str], max_bytes: int, folder: str | os.PathLike[str] | None) -> None:
-        self.outputs: dict[str, _Outputs] = {name: _Outputs() for name in names}
-        self._max_bytes, self._in_memory, self._files = max_bytes, 0, 0
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
-        self._folder = None if folder is None else Path(folder)
-        if self._folder is not None:
-            if not self._folder.is_dir():
-                raise ValueError(f"spill: expected True, False or a folder that exists, got {str(folder)!r}")
-            if next(self._folder.glob("capture-*.safetensors"), None) is not None:
-                raise ValueError(f"spill: expected an empty folder, got {str(folder)!r}, which holds an earlier "
-                                 "capture (capture-*.safetensors): name another, or remove those files")
-
-    def add(self, name: str, value: Tensor) -> None:
-        """Keep one more output; what memory holds is written first where this one would be too much."""
-        size = value.numel() * value.element_size()
-        if self._in_memory and self._in_memory + size > self._max_bytes:
-            self._write()
-        self.outputs[name].items.append(value)
-        self._in_memory += size
-        if self._in_memory > self._max_bytes:
-            self._write()
-
-    def close(self) -> None:
-        """Remove the files if their folder is a temporary one."""
-        if self._temporary is not None:
-            self._temporary.cleanup()
-
-    def _write(self) -> None:
-        from safetensors.torch import save_file
-
-        if self._folder is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="looseleaf-capture-")
-            self._folder = Path(self._temporary.name)
-        path = self._folder / f"capture-{self._files:06d}.safetensors"
-        in_memory: list[tuple[list[Any], int, str, Tensor]] = [
-            (outputs.items, call, f"{name}/{call}", item) for name, outputs in self.outputs.items()
-            for call, item in enumerate(outputs.items) if isinstance(item, Tensor)]
-        try:
-            save_file({key: item.contiguous() for _, _, key, item in in_memory}, path)
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
-        for items, call, key, item in in_memory:
-            items[call] = (path, key, item.device)
-        self._files += 1
-        self._in_memory = 0
-
-
-def _read(item: Tensor | _OnDisk) -> Tensor:
-    if isinstance(item, Tensor):
-        return item
-    from safetensors import safe_open
-
-    path, key, device = item
-    if not path.exists():
-        raise FileNotFoundError(f"{path} with {key} is gone: a capture that spills to a temporary folder can be read "
-                                "inside its with-block; pass spill='folder' to keep the files")
-    with safe_open(path, "pt") as file:
-        value: Tensor = file.get_tensor(key)
-    return value.to(device)
 
 
 __all__ = ["CaptureLimitError", "capture", "first_tensor", "intervene", "matching_modules", "uncompiled"]

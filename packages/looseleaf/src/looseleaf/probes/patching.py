@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -37,59 +38,49 @@ def patch(model: nn.Module, source: Mapping[str, Tensor | Sequence[Tensor]],
     """
     if not source:
         raise ValueError("source: expected a mapping from module name to the output of another run, got none")
-    target = _as_tensor(positions)
-    origin = target if source_positions is None else _as_tensor(source_positions)
-    if (target is None) != (origin is None):
+    if positions is None and source_positions is not None:
         raise ValueError("source_positions: expected positions with them, got source_positions alone")
+    target = None if positions is None else _as_tensor(positions)
+    origin = target if source_positions is None else _as_tensor(source_positions)
     with intervene(model, {name: _patcher(name, outputs, target, origin) for name, outputs in source.items()}):
         yield
 
 
 def _patcher(name: str, outputs: Tensor | Sequence[Tensor], target: Tensor | None,
              origin: Tensor | None) -> Callable[[Tensor], Tensor]:
-    calls = 0
+    calls = itertools.repeat(outputs) if isinstance(outputs, Tensor) else iter(outputs)
 
     def function(output: Tensor) -> Tensor:
-        nonlocal calls
-        if isinstance(outputs, Tensor):
-            other = outputs
-        elif calls < len(outputs):
-            other = outputs[calls]
-        else:
-            raise ValueError(f"{name}: expected {len(outputs)} calls, as in the other run, got call {calls + 1}: run "
-                             "the model as often as there")
-        calls += 1
-        other = other.to(output)
+        other = next(calls, None)
+        if other is None:
+            raise ValueError(f"{name}: expected {len(outputs)} calls, as in the other run, got call "
+                             f"{len(outputs) + 1}: run the model as often as there")
         batch = len(output)
         if len(other) not in (1, batch) or other.shape[2:] != output.shape[2:]:
             raise ValueError(f"the other run's output of {name}: expected the shape {tuple(output.shape)} of this run "
                              f"but for the length, or a batch of 1, got {tuple(other.shape)}")
-        other = other.expand(batch, *other.shape[1:])
+        other = other.to(output).expand(batch, *other.shape[1:])
         if target is None or origin is None:
             if other.shape != output.shape:
                 raise ValueError(f"{name}: expected runs of one length, got {other.shape[1]} and {output.shape[1]}: "
                                  "pass positions, and source_positions where they differ")
             return other.clone()
-        rows = torch.arange(batch, device=output.device)[:, None]
         there = _checked(origin, other, name, "source_positions")
         here = _checked(target, output, name, "positions")
         if there.shape[1] != here.shape[1]:
             raise ValueError(f"source_positions: expected {here.shape[1]}, as many as positions, got {there.shape[1]}")
-        new = output.clone()
-        new[rows, here] = other[rows, there]
-        return new
+        rows = torch.arange(batch, device=output.device)[:, None]
+        return output.index_put((rows, here), other[rows, there])
 
     return function
 
 
-def _as_tensor(positions: int | Sequence[int] | Tensor | None) -> Tensor | None:
+def _as_tensor(positions: int | Sequence[int] | Tensor) -> Tensor:
     """(1 or B, P)."""
-    if positions is None:
-        return None
-    out = torch.as_tensor(positions)
+    out = torch.atleast_2d(torch.as_tensor(positions))
     if out.is_floating_point() or out.dim() > 2 or out.numel() == 0:
         raise ValueError(f"positions: expected an integer, a list of them, or a tensor (B, P), got {positions!r}")
-    return out.reshape(1, -1) if out.dim() < 2 else out
+    return out
 
 
 def _checked(positions: Tensor, output: Tensor, name: str, what: str) -> Tensor:
