@@ -77,25 +77,12 @@ def test_images_side_by_side_and_in_text() -> None:
     assert report.images[0].title == "one"
 
 
-def test_images_survive_json_inside_and_beside(tmp_path: Path) -> None:
+def test_images_survive_json(tmp_path: Path) -> None:
     report = example()
     assert Report.from_dict(json.loads(report.to_json())) == report
     report.to_json(tmp_path / "r.json")
     assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
     assert Report.load(tmp_path / "r.json") == report
-    text = report.to_json(tmp_path / "other.json", images="beside")
-    names = sorted(p.name for p in tmp_path.glob("other-*.png"))
-    assert names == ["other-1.png", "other-2.png", "other-3.png"]
-    assert report.images[0].pngs[0] not in text and '"other-1.png"' in text
-    assert pixels((tmp_path / "other-2.png").read_bytes()).shape == (2, 3, 3)
-    assert Report.load(tmp_path / "other.json") == report
-    (tmp_path / "other-3.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"other-3\.png"):
-        Report.load(tmp_path / "other.json")
-    with pytest.raises(ValueError, match="expected a path"):
-        report.to_json(images="beside")
-    with pytest.raises(ValueError, match="images: expected 'inside' or 'beside', got 'below'"):
-        report.to_json(tmp_path / "x.json", images="below")  # type: ignore[arg-type]
 
 
 def test_reports_of_the_first_edition_load(tmp_path: Path) -> None:

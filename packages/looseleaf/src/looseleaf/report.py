@@ -6,21 +6,22 @@ import base64
 import html
 import importlib
 import json
-import math
 import os
 import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, Literal, TypeVar
 
-from looseleaf.files import read_text, replacing, write_text
+from looseleaf.files import read_text, write_text
 from looseleaf.resume import as_plain
 
 SCHEMA = "looseleaf.report/1"
 Verdict = Literal["holds", "does not hold", "not shown at this scale"]
 Cell = str | int | float | bool | None
+T = TypeVar("T")
 
 
 @dataclass
@@ -33,7 +34,7 @@ class Claim:
         paper: the paper's own figure as text; figures that were not read in the paper end in ``[memory]``.
         measured: our figure as text, with interval, seeds and units.
         rule: the rule that decides, fixed before measuring.
-        verdict: ``holds``, ``does not hold`` or ``not shown at this scale``.
+        verdict: what it decided.
     """
 
     statement: str
@@ -46,9 +47,8 @@ class Claim:
     @classmethod
     def decide(cls, holds: bool | None, **fields: str) -> Claim:
         """A claim with the verdict of ``holds`` (None: not shown at this scale)."""
-        verdicts: dict[bool | None, Verdict] = {
-            True: "holds", False: "does not hold", None: "not shown at this scale"}
-        return cls(**fields, verdict=verdicts[None if holds is None else bool(holds)])
+        verdict: Verdict = "not shown at this scale" if holds is None else "holds" if holds else "does not hold"
+        return cls(**fields, verdict=verdict)
 
 
 @dataclass
@@ -102,10 +102,7 @@ class Figure:
 
 @dataclass
 class TokenStrip:
-    """A text whose tokens are shaded by a value each; some may be marked, as removed for instance.
-
-    ``values`` are numbers or None (not shaded); ``marked`` and ``values`` are as long as ``tokens``.
-    """
+    """A text whose tokens are shaded by a value each (None: not shaded), and may be marked, as removed for instance."""
 
     title: str
     tokens: list[str]
@@ -120,21 +117,14 @@ class TokenStrip:
 
     def text(self) -> str:
         """The text with marked tokens in double brackets."""
-        out, before = "", False
-        for token, mark in zip(self.tokens, self.marked, strict=True):
-            out += ("[[" if mark and not before else "]]" if before and not mark else "") + token
-            before = mark
-        return out + ("]]" if before else "")
+        runs = groupby(zip(self.tokens, self.marked, strict=True), key=itemgetter(1))
+        texts = ((mark, "".join(token for token, _ in run)) for mark, run in runs)
+        return "".join(f"[[{text}]]" if mark else text for mark, text in texts)
 
 
 @dataclass
 class Images:
-    """Images side by side.
-
-    Attributes:
-        pngs: each image as a PNG in base64.
-        captions: of each image; may be empty.
-    """
+    """Images side by side, each a PNG in base64, and as many captions (may be empty)."""
 
     title: str
     pngs: list[str]
@@ -174,27 +164,21 @@ class Report:
     strips: list[TokenStrip] = field(default_factory=list)
     images: list[Images] = field(default_factory=list)
 
-    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Cell]] = (),
-              note: str = "") -> Table:
+    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Cell]] = (), note: str = "") -> Table:
         """Add a table and return it."""
-        table = Table(title, list(columns), note=note)
+        table = _added(self.tables, Table(title, list(columns), note=note))
         for row in rows:
             table.add(*row)
-        self.tables.append(table)
         return table
 
     def figure(self, title: str, **fields: Any) -> Figure:
         """Add a figure and return it."""
-        figure = Figure(title, **fields)
-        self.figures.append(figure)
-        return figure
+        return _added(self.figures, Figure(title, **fields))
 
     def strip(self, title: str, tokens: Sequence[str], values: Sequence[float | None], marked: Sequence[bool],
               note: str = "") -> TokenStrip:
         """Add a text with shaded tokens and return it; one value and one mark for each token."""
-        strip = TokenStrip(title, list(tokens), list(values), list(marked), note)
-        self.strips.append(strip)
-        return strip
+        return _added(self.strips, TokenStrip(title, list(tokens), list(values), list(marked), note))
 
     def image(self, title: str, array: Any, note: str = "", *, captions: Sequence[str] = ()) -> Images:
         """Add an image, or several side by side, and return them.
@@ -214,10 +198,8 @@ class Report:
             raise ValueError(f"image {title!r}: expected one image or more, got none")
         if captions and len(captions) != len(arrays):
             raise ValueError(f"captions: expected one for each of {len(arrays)} images, got {len(captions)}")
-        images = Images(title, [base64.b64encode(png(a)).decode() for a in arrays],
-                        list(captions) or [""] * len(arrays), note)
-        self.images.append(images)
-        return images
+        pngs = [base64.b64encode(png(a)).decode() for a in arrays]
+        return _added(self.images, Images(title, pngs, list(captions) or [""] * len(arrays), note))
 
     def extend(self, other: Report, prefix: str = "") -> None:
         """Add everything of ``other``; titles and names get ``prefix``."""
@@ -232,76 +214,46 @@ class Report:
         """The report as plain data; NaN and infinities become None so that any JSON reader takes it."""
         return {"schema": SCHEMA, **as_plain(asdict(self))}
 
-    def to_json(self, path: str | os.PathLike[str] | None = None, *,
-                images: Literal["inside", "beside"] = "inside") -> str:
-        """The report as JSON text; also written to ``path``, atomically, when given.
-
-        Args:
-            path: a file; an existing one is replaced.
-            images: ``inside`` holds them as base64; ``beside`` writes ``<name>-1.png`` and so on next to ``path``.
-        """
-        if images not in ("inside", "beside"):
-            raise ValueError(f"images: expected 'inside' or 'beside', got {images!r}")
-        data = self.to_dict()
-        if images == "beside":
-            if path is None:
-                raise ValueError("images='beside': expected a path to write beside, got none")
-            count = 0
-            for entry in data["images"]:
-                entry["files"] = []
-                for content in entry.pop("pngs"):
-                    count += 1
-                    target = Path(path).with_name(f"{Path(path).stem}-{count}.png")
-                    with replacing(target) as part:
-                        part.write_bytes(base64.b64decode(content))
-                    entry["files"].append(target.name)
-        text = json.dumps(data, indent=1, ensure_ascii=False)
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The report as JSON text, its images inside; also written to ``path``, atomically, when given."""
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
         if path is not None:
             write_text(path, text + "\n")
         return text
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
-        """The report from plain data, of this version or an earlier one, with its images inside."""
+        """The report from plain data, of this version or an earlier one."""
         if data.get("schema") != SCHEMA:
             raise ValueError(f"a report's schema: expected {SCHEMA!r}, got {data.get('schema')!r}")
-        return cls(
-            title=data["title"], facts=dict(data["facts"]),
-            tables=[Table(**t) for t in data["tables"]],
-            figures=[Figure(**{**f, "series": [Series(**s) for s in f["series"]]}) for f in data["figures"]],
-            claims=[Claim(**c) for c in data["claims"]], arrays=dict(data["arrays"]),
-            examples=[(label, text) for label, text in data["examples"]],
-            strips=[TokenStrip(**s) for s in data.get("strips", [])],
-            images=[Images(**i) for i in data.get("images", [])])
+        lists: dict[str, type] = {"tables": Table, "figures": Figure, "claims": Claim, "strips": TokenStrip,
+                                  "images": Images}
+        report = cls(data["title"], facts=dict(data["facts"]), arrays=dict(data["arrays"]),
+                     examples=[(label, text) for label, text in data["examples"]],
+                     **{name: [kind(**entry) for entry in data.get(name, [])] for name, kind in lists.items()})
+        for figure in report.figures:
+            figure.series = [Series(**series) for series in figure.series]  # type: ignore[arg-type]
+        return report
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Report:
-        """Read what :meth:`to_json` wrote, images beside it included."""
+        """Read what :meth:`to_json` wrote."""
         data = json.loads(read_text(path))
         if not isinstance(data, dict):
             raise ValueError(f"{path}: expected a report, got {type(data).__name__}")
-        for entry in data.get("images", []):
-            if "files" in entry:
-                entry["pngs"] = [base64.b64encode(Path(path).with_name(Path(name).name).read_bytes()).decode()
-                                 for name in entry.pop("files")]
         return cls.from_dict(data)
 
     def to_text(self) -> str:
         """The report for a terminal, without colours."""
-        parts = [self.title, "=" * len(self.title)]
-        parts += [f"{name}: {format_cell(value)}" for name, value in self.facts.items()]
-        for table in self.tables:
-            parts += ["", table_text(table)]
-        for claim in self.claims:
-            parts += ["", f"[{claim.verdict}] {claim.statement}", f"  source:   {claim.source}",
-                      f"  paper:    {claim.paper}", f"  measured: {claim.measured}", f"  rule:     {claim.rule}"]
-        for strip in self.strips:
-            parts += ["", f"-- {strip.title}", strip.text(), *([strip.note] if strip.note else [])]
-        for images in self.images:
-            parts += ["", images.text()]
-        for label, text in self.examples:
-            parts += ["", f"-- {label}", text]
-        return "\n".join(parts)
+        facts = [f"{name}: {format_cell(value)}" for name, value in self.facts.items()]
+        parts = ["\n".join([self.title, "=" * len(self.title), *facts])]
+        parts += map(table_text, self.tables)
+        parts += [f"[{c.verdict}] {c.statement}\n  source:   {c.source}\n  paper:    {c.paper}\n"
+                  f"  measured: {c.measured}\n  rule:     {c.rule}" for c in self.claims]
+        parts += [f"-- {s.title}\n{s.text()}" + (f"\n{s.note}" if s.note else "") for s in self.strips]
+        parts += [images.text() for images in self.images]
+        parts += [f"-- {label}\n{text}" for label, text in self.examples]
+        return "\n\n".join(parts)
 
     __str__ = to_text
 
@@ -314,10 +266,10 @@ class Report:
                        [[c.verdict, c.statement, c.paper, c.measured, c.rule] for c in self.claims])
         for table in (facts, *self.tables, claims):
             head = "".join(f"<th>{e(column)}</th>" for column in table.columns)
-            cells = [[f"<td>{e(format_cell(cell))}</td>" for cell in row] for row in table.rows]
-            rows = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
+            rows = ["".join(f"<td>{e(format_cell(cell))}</td>" for cell in row) for row in table.rows]
             if rows:
-                parts.append(f"<table><caption>{e(table.title)}</caption><tr>{head}</tr>{rows}</table>{e(table.note)}")
+                body = "".join(f"<tr>{row}</tr>" for row in [head, *rows])
+                parts.append(f"<table><caption>{e(table.title)}</caption>{body}</table>{e(table.note)}")
         if self.figures:
             try:
                 page = importlib.import_module("looseleaf_lab.html").page([Report(self.title, figures=self.figures)])
@@ -335,6 +287,11 @@ class Report:
         return "\n".join(parts)
 
 
+def _added(items: list[T], item: T) -> T:
+    items.append(item)
+    return item
+
+
 def png(array: Any) -> bytes:
     """An image as a PNG file, 8 bits a channel; one ``array`` as for :meth:`Report.image`, and the same errors."""
     import numpy as np
@@ -343,23 +300,22 @@ def png(array: Any) -> bytes:
         array = array.detach().cpu()
         array = (array.float() if array.is_floating_point() else array).numpy()
     pixels = np.asarray(array)
-    channels = {2: 1, 3: pixels.shape[-1]}.get(pixels.ndim) if pixels.ndim else None
-    if pixels.dtype.kind not in "fbui" or channels not in (1, 3, 4) or pixels.shape[2:] == (1,) or not pixels.size:
+    channels = pixels.shape[2] if pixels.ndim == 3 else 1
+    if pixels.dtype.kind not in "fbui" or pixels.ndim not in (2, 3) or not pixels.size or (
+            pixels.ndim == 3 and channels not in (3, 4)):
         hint = ": move the channels to the end" if pixels.ndim == 3 and len(pixels) in (1, 3, 4) else \
             ": pass a list of images" if pixels.ndim == 4 else ""
         got = pixels.shape if pixels.ndim else type(array).__name__
         raise ValueError(f"an image: expected (H, W), (H, W, 3) or (H, W, 4), got {got}{hint}")
-    if pixels.dtype.kind == "f":
+    if pixels.dtype.kind in "fb":
         low, high = float(pixels.min()), float(pixels.max())
         if not (low >= -1e-3 and high <= 1 + 1e-3):  # rounding may leave the interval
             raise ValueError(f"an image: expected numbers in [0, 1] or uint8, got {low:.4g} to {high:.4g}")
-        pixels = np.rint(pixels.clip(0, 1) * 255).astype(np.uint8)
-    elif pixels.dtype not in (np.uint8, np.bool_):
+        pixels = np.rint(pixels.astype(np.float64).clip(0, 1) * 255).astype(np.uint8)
+    if pixels.dtype != np.uint8:
         raise ValueError(f"an image: expected numbers in [0, 1] or uint8, got {pixels.dtype}")
-    pixels = pixels * np.uint8(255) if pixels.dtype == np.bool_ else pixels
     height, width = pixels.shape[:2]
-    rows = np.zeros((height, 1 + width * channels), np.uint8)  # each row begins with its filter: 0, none
-    rows[:, 1:] = pixels.reshape(height, -1)
+    rows = np.pad(pixels.reshape(height, -1), ((0, 0), (1, 0)))  # each row begins with its filter: 0, none
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -375,28 +331,20 @@ def format_cell(value: Any) -> str:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, float):
-        if math.isnan(value):
-            return "nan"
-        return f"{value:.4g}"
-    return str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def table_text(table: Table) -> str:
-    """A table in aligned columns."""
-    cells = [table.columns, *[[format_cell(c) for c in row] for row in table.rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(table.columns))]
-    numeric = [all(isinstance(row[i], (int, float)) or row[i] is None for row in table.rows)
-               for i in range(len(table.columns))]
-    lines = [table.title]
-    for n, row in enumerate(cells):
-        lines.append("  ".join(c.rjust(w) if num else c.ljust(w)
-                               for c, w, num in zip(row, widths, numeric, strict=True)).rstrip())
-        if n == 0:
-            lines.append("  ".join("-" * w for w in widths))
-    if table.note:
-        lines.append(table.note)
-    return "\n".join(lines)
+    """A table in aligned columns, numbers to the right."""
+    columns = []
+    for name, *cells in zip(table.columns, *table.rows, strict=True):
+        texts = [name, *map(format_cell, cells)]
+        width = max(map(len, texts))
+        texts.insert(1, "-" * width)
+        numeric = all(cell is None or isinstance(cell, (int, float)) for cell in cells)
+        columns.append([text.rjust(width) if numeric else text.ljust(width) for text in texts])
+    lines = ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
+    return "\n".join([table.title, *lines, *([table.note] if table.note else [])])
 
 
 __all__ = ["SCHEMA", "Cell", "Claim", "Figure", "Images", "Report", "Series", "Table", "TokenStrip", "Verdict",
