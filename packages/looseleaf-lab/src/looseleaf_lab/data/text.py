@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from looseleaf.errors import LooseleafError, did_you_mean
+from looseleaf.errors import did_you_mean
+from looseleaf_lab.data.sets import MissingDataError
 
 if TYPE_CHECKING:
     from looseleaf import Example, Task
@@ -37,10 +38,6 @@ _SUBJECTS = {
              "tarfile", "gzip", "bz2", "lzma", "genericpath", "_pyio", "fnmatch"),
     "test": ("unittest", "doctest", "pdb", "bdb", "trace", "cProfile", "profile", "timeit"),
 }
-
-
-class MissingDataError(LooseleafError, ModuleNotFoundError):
-    """The package that a data set ships in is not installed."""
 
 
 class Prose(str):
