@@ -13,7 +13,7 @@ import torch
 
 from looseleaf import AttentionBackend, AttentionCall, Paper, SlidingWindow, UnsupportedModelError, attach
 from looseleaf.attention.call import Phase
-from looseleaf.attention.mask import LazyMask
+from looseleaf.attention.dense import LazyMask
 from looseleaf.testing.models import tiny_llama
 
 ALL_PHASES: frozenset[Phase] = frozenset({"prefill", "decode", "bidirectional"})

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from looseleaf import AttentionCall, SlidingWindow
 from looseleaf.attention.attach import choose
-from looseleaf.attention.mask import LazyMask
+from looseleaf.attention.dense import LazyMask
 from looseleaf.testing import conformance_tests
 
 

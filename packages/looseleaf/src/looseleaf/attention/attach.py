@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from looseleaf.attention import huggingface, takeover
-from looseleaf.attention.attached import Attached, has_backend
+from looseleaf.attention.attached import Attached, place_of
 from looseleaf.attention.call import AttentionBackend, Geometry
 from looseleaf.attention.watch import LEARNED
 from looseleaf.errors import UnsupportedModelError
@@ -48,28 +49,30 @@ def attach(model: Any, backend: AttentionBackend, layers: str | int | Sequence[i
                         f"got {got}")
     inner = unwrapped(model)
     modules, install = _way(inner, layers)
-    names = list(modules)
-    if any(has_backend(module) for module in modules.values()):
+    names, hosts = list(modules), list(modules.values())
+    if any(map(_has_backend, hosts)):
         raise UnsupportedModelError(f"expected a model without a backend, got {type(inner).__name__} with one attached "
                                     "already: detach that one first (attached.detach(), or leave its with-block)")
     attached = Attached(backend, names, choose(names, layers), steps=steps, chunked_prefill=chunked_prefill)
-    backend.prepare(inner, geometry(inner, [modules[names[i]] for i in attached.chosen], len(names)))
-    attached.begin(partial(install, modules))
-    try:
-        _add_learned(backend, list(modules.values()), attached)
-    except BaseException:
-        attached.detach()
-        raise
+    backend.prepare(inner, geometry(inner, [hosts[i] for i in attached.chosen], len(names)))
+    with ExitStack() as undo:
+        _add_learned(backend, hosts, undo)
+        attached.begin(partial(install, modules), undo)
     return attached
+
+
+def _has_backend(module: nn.Module) -> bool:
+    """Whether a backend is attached to a module, or to another model with the same configuration."""
+    place, config = place_of(module), getattr(module, "config", None)
+    named = isinstance(getattr(config, "_attn_implementation", None), huggingface.Name)
+    return named or (place is not None and place[0].is_working)
 
 
 def _way(model: Any, layers: Any) -> tuple[dict[str, nn.Module], Callable[..., None]]:
     """The attention modules of a model by name, and what installs a backend in them."""
-    modules = huggingface.attention_layers(model)
-    if modules is not None:
+    if (modules := huggingface.attention_layers(model)) is not None:
         return modules, partial(huggingface.install, model)
-    denoiser = takeover.denoiser(model)
-    if denoiser is not None:
+    if (denoiser := takeover.denoiser(model)) is not None:
         return takeover.processed(denoiser), partial(takeover.install_diffusers, model)
     name = type(model).__name__
     if not isinstance(model, nn.Module):
@@ -94,55 +97,47 @@ def choose(names: Sequence[str], wanted: str | int | Iterable[int | str] | None)
         return set(range(len(names)))
     out: set[int] = set()
     for item in [wanted] if isinstance(wanted, (str, int)) else wanted:
-        if isinstance(item, int):
-            if not -len(names) <= item < len(names):
-                raise ValueError(f"layers: expected an index from {-len(names)} to {len(names) - 1}, got {item}")
+        if not isinstance(item, int):
+            out.update(names.index(name) for name in match(names, item, what="attention layer"))
+        elif -len(names) <= item < len(names):
             out.add(item % len(names))
         else:
-            out.update(names.index(name) for name in match(names, item, what="attention layer"))
+            raise ValueError(f"layers: expected an index from {-len(names)} to {len(names) - 1}, got {item}")
     return out
 
 
 # ---------------------------------------------------------------------- sizes and learned modules
 def geometry(model: Any, modules: Sequence[nn.Module], layers: int) -> Geometry:
     """Sizes of attention modules, as far as they and their configurations say."""
-
-    def size(module: nn.Module, *names: str) -> int | None:
-        for place in (module, getattr(module, "config", None)):
-            for name in names:
-                value = getattr(place, name, None)
-                if isinstance(value, int) and not isinstance(value, bool):
-                    return value
-        return None
-
-    def common(values: Iterable[int | None]) -> int | None:
-        found = set(values)
-        return found.pop() if len(found) == 1 else None
-
-    heads = [size(m, "num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "encoder_attention_heads")
-             for m in modules]
-    kv_heads = [size(m, "num_key_value_heads", "num_kv_heads") or n for m, n in zip(modules, heads)]
-    widths = [size(m, "embed_dim", "hidden_size", "inner_dim", "d_model") for m in modules]
-    head_dim = [size(m, "head_dim", "attention_head_size") or (w // n if w and n else None)
-                for m, n, w in zip(modules, heads, widths)]
-    return Geometry(layers, common(heads), common(kv_heads), common(head_dim), _grid(model, modules))
+    found = set()
+    for module in modules:
+        places = (module, getattr(module, "config", None))
+        heads = _size(places, "num_heads", "num_attention_heads", "n_heads", "n_head", "heads",
+                      "encoder_attention_heads")
+        width = _size(places, "embed_dim", "hidden_size", "inner_dim", "d_model")
+        found.add((heads, _size(places, "num_key_value_heads", "num_kv_heads") or heads,
+                   _size(places, "head_dim", "attention_head_size") or (width // heads if width and heads else None)))
+    heads, kv_heads, head_dim = [sizes.pop() if len(sizes) == 1 else None for sizes in map(set, zip(*found))] or [None] * 3
+    places = (*(getattr(m, "config", None) for m in modules[:1]), getattr(model, "config", model),
+              getattr(model, "patch_embed", None))
+    return Geometry(layers, heads, kv_heads, head_dim, next(filter(None, map(_grid, places)), None))
 
 
-def _grid(model: Any, modules: Sequence[nn.Module]) -> tuple[int, int, int] | None:
-    """Frames, height and width in patches of what an image model takes."""
-    places = [*(getattr(m, "config", None) for m in modules[:1]), getattr(model, "config", model),
-              getattr(model, "patch_embed", None)]
-    for place in places:
-        sizes = (getattr(place, name, None) for name in ("image_size", "sample_size", "img_size"))
-        image = next((x for x in sizes if x), None)
-        (height, width), patch = ((x, x) if isinstance(x, int) else tuple(x or (0, 0))[-2:]
-                                  for x in (image, getattr(place, "patch_size", None)))
-        if height and all(patch):
-            return 1, height // patch[0], width // patch[1]
-    return None
+def _size(places: Iterable[Any], *names: str) -> int | None:
+    """The first integer under one of some names."""
+    values = (getattr(place, name, None) for place in places for name in names)
+    return next((value for value in values if type(value) is int), None)
 
 
-def _add_learned(backend: AttentionBackend, hosts: Sequence[nn.Module], attached: Attached) -> None:
+def _grid(place: Any) -> tuple[int, int, int] | None:
+    """Frames, height and width in patches of what an image model takes, if ``place`` says so."""
+    images = (getattr(place, name, None) for name in ("image_size", "sample_size", "img_size"))
+    sizes = (next(filter(None, images), 0), getattr(place, "patch_size", None) or 0)
+    (height, width), (rows, columns) = ((x, x) if isinstance(x, int) else tuple(x)[-2:] for x in sizes)
+    return (1, height // rows, width // columns) if height and rows and columns else None
+
+
+def _add_learned(backend: AttentionBackend, hosts: Sequence[nn.Module], undo: ExitStack) -> None:
     """Make a backend's learned modules parts of the attention modules that they are for."""
     backend.fill()
     for layer, learned in backend.modules.items():
@@ -158,4 +153,4 @@ def _add_learned(backend: AttentionBackend, hosts: Sequence[nn.Module], attached
             learned.to(device=torch.device(device), dtype=like.dtype)
         learned.train(host.training)
         host.add_module(LEARNED, learned)
-        attached._undo.callback(host._modules.pop, LEARNED, None)
+        undo.callback(host._modules.pop, LEARNED, None)

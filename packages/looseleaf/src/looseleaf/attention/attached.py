@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from types import SimpleNamespace, TracebackType
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,61 +20,56 @@ from looseleaf.attention.watch import PLACE
 from looseleaf.report import Cell, Report
 
 
-class Attached:
+@dataclass(eq=False)
+class Attached(AbstractContextManager["Attached"]):
     """A backend at work in a model. Use it in a ``with`` statement, or call :meth:`detach`.
 
     Attributes:
         backend: the attention backend.
         layers: name of each attention layer of the model, in the model's order.
         chosen: indices of the layers that go through the backend; the others stay exact.
+        steps: number of denoising steps of a run, or None where it is unknown.
+        chunked_prefill: several queries after a cache are a piece of a long prompt, not drafts to be verified.
         step: denoising step of the calls to come, from 0, or None. Set it in your own sampling loop; with diffusers it
             is found from the timesteps.
-        steps: number of denoising steps of a run, or None where it is unknown.
         context: name -> tensor (B, Lq) or (B, Lk), which backends find in ``call.context``. Set it before the forward;
             it is moved as the padding is. A layer where the length fits neither queries nor keys does not get it.
-        chunked_prefill: several queries after a cache are a piece of a long prompt, not drafts to be verified.
     """
 
-    def __init__(self, backend: AttentionBackend, layers: list[str], chosen: Iterable[int], *,
-                 steps: int | None = None, chunked_prefill: bool = False, total: int | None = None) -> None:
-        if steps is not None and steps < 1:
-            raise ValueError(f"steps: expected None or an integer >= 1, got {steps}")
-        self.backend = backend
-        self.layers = layers
-        self.chosen = set(chosen)
-        self.step: int | None = None
-        self.steps = steps
-        self.context: dict[str, Tensor] = {}
-        self.chunked_prefill = chunked_prefill
-        self._total = total
-        self._states: dict[int, SimpleNamespace] = {}
-        self._calls: Any = []
-        self._undo = ExitStack()
-        self._install: Callable[[Attached, ExitStack], None] | None = None
+    backend: AttentionBackend
+    layers: list[str]
+    chosen: set[int]
+    steps: int | None = None
+    chunked_prefill: bool = False
+    step: int | None = field(default=None, init=False)
+    context: dict[str, Tensor] = field(default_factory=dict)
+    _total: int | None = None
+    _calls: Any = field(default_factory=list)
+    _states: dict[int, SimpleNamespace] = field(default_factory=dict, init=False)
+    _undo: ExitStack = field(default_factory=ExitStack, init=False)
+    _install: Callable[[Attached, ExitStack], None] | None = field(default=None, init=False)
 
-    def __enter__(self) -> Attached:
-        return self
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps: expected None or an integer >= 1, got {self.steps}")
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.detach()
 
-    def begin(self, install: Callable[[Attached, ExitStack], None]) -> None:
-        """Put the backend into the model; :meth:`detach` is the way back.
-
-        Args:
-            install: does it, and puts each step of the way back on the stack that it is given.
-        """
+    def begin(self, install: Callable[[Attached, ExitStack], None], undo: ExitStack) -> None:
+        """Put the backend into the model with ``install``; the way back is what it puts on ``undo``, which is ours."""
         self._install = install
-        try:
-            install(self, self._undo)
-            self._undo.callback(_remember_recomputations)
-            self._undo.callback(_working.remove, self)
-            _working.append(self)
-            _remember_recomputations()
-        except BaseException:
-            self.detach()
-            raise
+        install(self, undo)
+        undo.callback(_remember_recomputations)
+        undo.callback(_working.remove, self)
+        _working.append(self)
+        _remember_recomputations()
+        self._undo = undo.pop_all()
+
+    @property
+    def is_working(self) -> bool:
+        """Whether the backend is in the model now."""
+        return self in _working
 
     def detach(self) -> None:
         """Give the model its own attention back. Calling it again does nothing."""
@@ -89,8 +87,8 @@ class Attached:
 
         Tensors that were recorded become numbers and lists here, not before: a backend need not wait for the device.
         """
-        return [{**{k: v.tolist() if isinstance(v, Tensor) else v for k, v in values.items()}, "seconds": seconds()}
-                for values, seconds in self._calls]
+        return [{**{k: v.tolist() if isinstance(v, Tensor) else v for k, v in values.items()},
+                 "seconds": _seconds(begin, end)} for values, begin, end in self._calls]
 
     def compute(self, call: AttentionCall, layer: int) -> Tensor:
         """Send one call to the backend, timed and recorded."""
@@ -102,77 +100,72 @@ class Attached:
         call.layer, call.layers = layer, self._total or len(self.layers)
         call.step, call.steps = self.step, self.steps
         call.state = self._states.setdefault(layer, SimpleNamespace())
-        call.record = lambda **recorded: values.update(recorded)
-        return self._timed(values, call.query.device, lambda: self.backend.compute(call))
+        call.record = values.update
+        with self._timed(values, call.query.device):
+            return self.backend.compute(call)
 
-    def exactly(self, layer: int, phase: str, reason: str, device: torch.device,
-                function: Callable[[], Any]) -> Any:
+    def exactly(self, layer: int, phase: str, reason: str, device: torch.device, function: Callable[[], Any]) -> Any:
         """The model's own attention for one call, timed, and counted as a fallback for ``reason``."""
-        return self._timed({"layer": layer, "phase": phase, "fallback": reason}, device, function)
+        with self._timed({"layer": layer, "phase": phase, "fallback": reason}, device):
+            return function()
 
-    def _timed(self, values: dict[str, Any], device: torch.device, function: Callable[[], Any]) -> Any:
-        stop = _stopwatch(device)
-        out = function()
-        self._calls.append((values, stop()))
-        return out
+    @contextmanager
+    def _timed(self, values: dict[str, Any], device: torch.device) -> Iterator[None]:
+        begin = _now(device)
+        yield
+        self._calls.append((values, begin, _now(device)))
 
     def report(self) -> Report:
         """Calls, time, density, patterns and fallbacks of each layer."""
         return make_report(self.backend, self.layers, len(self.chosen), self.records)
 
-    # ------------------------------------------------------------------ gradient checkpointing
     def remember(self) -> Callable[[ExitStack], None]:
         """What brings the present back for a recomputation: on the given stack the backend is at work as it is now."""
         now = {"step": self.step, "steps": self.steps, "context": dict(self.context),
                "_states": {layer: SimpleNamespace(**vars(state)) for layer, state in self._states.items()}}
 
         def bring_back(undo: ExitStack) -> None:
-            former = {name: getattr(self, name) for name in (*now, "_calls")}
-            undo.callback(self.__dict__.update, former)
-            self.__dict__.update({**now, "_calls": []})  # a call that is repeated is not recorded twice
-            if self not in _working and self._install is not None:
+            undo.callback(vars(self).update, {name: getattr(self, name) for name in (*now, "_calls")})
+            vars(self).update(now, _calls=[])  # a call that is repeated is not recorded twice
+            if not self.is_working and self._install is not None:
                 self._install(self, undo)
 
         return bring_back
 
 
+Place: TypeAlias = "tuple[Attached, int]"
+Shifts: TypeAlias = "Sequence[int] | None"
 _working: list[Attached] = []
 """The attachments whose forward passes may have to be recomputed."""
 
 
-def has_backend(module: nn.Module) -> bool:
-    """Whether :func:`looseleaf.attach` has put a backend into ``module``."""
-    place = module.__dict__.get(PLACE)
-    return place is not None and place[0] in _working
+def place_of(module: nn.Module) -> Place | None:
+    """Whose call a module's is, and which layer it is; None for modules of no attached model."""
+    return module.__dict__.get(PLACE)
 
 
-class _Recomputed:
-    """A function under gradient checkpointing: when it is run again, attention is what it was.
+# ---------------------------------------------------------------------- gradient checkpointing
+def _recomputed(function: Callable[..., Any], runs: int) -> Callable[..., Any]:
+    """``function``, and attention as it is now from the second run on; ``runs``: how many there were.
 
     The backward pass may come when the backend is detached, or at a later denoising step.
     """
+    to_bring_back, count = [attached.remember() for attached in _working], itertools.count(runs)
 
-    def __init__(self, function: Callable[..., Any], *, ran: bool) -> None:
-        self.function, self.ran = function, ran
-        self.brought_back = [attached.remember() for attached in _working]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.ran:
-            self.ran = True
-            return self.function(*args, **kwargs)
+    def run(*args: Any, **kwargs: Any) -> Any:
         with ExitStack() as undo:
-            for bring_back in self.brought_back:
+            for bring_back in to_bring_back if next(count) else ():
                 bring_back(undo)
-            return self.function(*args, **kwargs)
+            return function(*args, **kwargs)
+
+    return run
 
 
 # What torch calls a function with under checkpointing: in both passes, and in the backward pass only.
 _BOTH, _BACKWARD = "CheckpointFunction", "_checkpoint_without_reentrant_generator"
 _ORIGINAL: dict[str, Any] = {name: getattr(checkpoint, name) for name in (_BOTH, _BACKWARD)}
-_OURS = {_BOTH: SimpleNamespace(apply=lambda function, *args: _ORIGINAL[_BOTH].apply(
-             _Recomputed(function, ran=False), *args)),
-         _BACKWARD: lambda function, *args, **kwargs: _ORIGINAL[_BACKWARD](
-             _Recomputed(function, ran=True), *args, **kwargs)}
+_OURS = {_BOTH: SimpleNamespace(apply=lambda function, *args: _ORIGINAL[_BOTH].apply(_recomputed(function, 0), *args)),
+         _BACKWARD: lambda function, *args, **kwargs: _ORIGINAL[_BACKWARD](_recomputed(function, 1), *args, **kwargs)}
 
 
 def _remember_recomputations() -> None:
@@ -185,18 +178,17 @@ def _remember_recomputations() -> None:
 
 
 # ---------------------------------------------------------------------- context
-def shifted(x: Tensor, shifts: Sequence[int], dim: int) -> Tensor:
+def shifted(x: Tensor, shifts: Shifts, dim: int) -> Tensor:
     """Each batch item's rows (along ``dim`` of an item) moved to the beginning by its shift, around the end."""
-    return torch.stack([item if s == 0 else item.roll(-s, dim) for item, s in zip(x, shifts, strict=True)])
+    if shifts is None:
+        return x
+    items = x.expand(len(shifts), *x.shape[1:])
+    return torch.stack([item.roll(-shift, dim) if shift else item for item, shift in zip(items, shifts)])
 
 
-def moved_context(context: Mapping[str, Tensor], batch: int, queries: int, keys: int,
-                  query_shift: Sequence[int] | None, key_shift: Sequence[int] | None) -> dict[str, Tensor]:
-    """What of ``context`` belongs to a call, moved as its queries or keys were.
-
-    Raises:
-        ValueError: a tensor does not fit the batch, or it cannot be told whether it belongs to queries or keys.
-    """
+def moved_context(context: Mapping[str, Tensor], batch: int, queries: int, keys: int, query_shift: Shifts = None,
+                  key_shift: Shifts = None) -> dict[str, Tensor]:
+    """What of ``context`` belongs to a call, moved as its queries or keys were."""
     out = {}
     for name, tensor in context.items():
         if tensor.dim() != 2:
@@ -211,79 +203,61 @@ def moved_context(context: Mapping[str, Tensor], batch: int, queries: int, keys:
                              f"is padded on the left, got {length} of both: pad the keys on the right")
         # generate() repeats each item for its beams.
         tensor = tensor.repeat_interleave(batch // tensor.shape[0], 0)
-        shifts = query_shift if length == queries else key_shift
-        out[name] = tensor if shifts is None else shifted(tensor, shifts, 0)
+        out[name] = shifted(tensor, query_shift if length == queries else key_shift, 0)
     return out
 
 
 # ---------------------------------------------------------------------- report
 def make_report(backend: AttentionBackend, layers: Sequence[str], chosen: int,
                 records: Sequence[Mapping[str, Any]]) -> Report:
-    """Calls, time, density, patterns and fallbacks of each layer.
+    """Calls, time, density, patterns and fallbacks of each layer; ``chosen``: how many went through the backend."""
+    def recorded(kind: Any, *others: str) -> list[str]:
+        return list(dict.fromkeys(k for r in records for k, v in r.items() if isinstance(v, kind) and k not in others))
 
-    Args:
-        backend: whose records they are.
-        layers: name of each layer.
-        chosen: how many of them went through the backend.
-        records: as in :attr:`Attached.records`.
-    """
-    report = Report(f"{type(backend).__name__} in {chosen} of {len(layers)} layers")
-    report.facts = {"backend": type(backend).__name__, **backend.hyperparameters()}
-    report.facts["calls"] = len(records)
-    report.facts["calls that fell back to exact attention"] = sum("fallback" in r for r in records)
-    report.facts["seconds in attention"] = sum(r["seconds"] for r in records)
-    numbers = list(dict.fromkeys(k for r in records for k, v in r.items()
-                                 if isinstance(v, (int, float)) and k not in ("layer", "seconds")))
-    texts = list(dict.fromkeys(k for r in records for k, v in r.items()
-                               if isinstance(v, str) and k not in ("phase", "fallback")))
+    name, fallbacks = type(backend).__name__, Counter(r["fallback"] for r in records if "fallback" in r)
+    report = Report(f"{name} in {chosen} of {len(layers)} layers", {
+        "backend": name, **backend.hyperparameters(), "calls": len(records),
+        "calls that fell back to exact attention": fallbacks.total(),
+        "seconds in attention": sum(r["seconds"] for r in records)})
+    numbers, texts = recorded((int, float), "layer", "seconds"), recorded(str, "phase", "fallback")
     table = report.table("Layers", ["layer", "name", "calls", "fallbacks", "seconds", *numbers, *texts],
                          note="numbers are means over the calls that recorded them")
-    for layer, name in enumerate(layers):
-        of_layer = [r for r in records if r["layer"] == layer]
-        if not of_layer:
-            continue
-        row: list[Cell] = [layer, name, len(of_layer), sum("fallback" in r for r in of_layer),
-                           sum(r["seconds"] for r in of_layer)]
-        for key in numbers:
-            values = [float(r[key]) for r in of_layer if key in r]
-            row.append(sum(values) / len(values) if values else None)
-        for key in texts:
-            found = [r[key] for r in of_layer if key in r]
-            row.append(", ".join(f"{found.count(t)} x {t}" if len(found) > 1 else t
-                                 for t in dict.fromkeys(found)) or None)
-        table.add(*row)
-    for key in dict.fromkeys(k for r in records for k, v in r.items() if isinstance(v, list)):
-        rows = [[r[key] for r in records if r["layer"] == layer and key in r] for layer in range(len(layers))]
-        means = [[sum(column) / len(column) for column in zip(*of_layer)] for of_layer in rows if of_layer]
-        report.figure(key.replace("_", " "), x_label="head", y_label="layer", image=means,
-                      note=f"layers {', '.join(str(i) for i, of_layer in enumerate(rows) if of_layer)}")
-    reasons = [r["fallback"] for r in records if "fallback" in r]
-    if reasons:
-        report.table("Fallbacks to exact attention", ["reason", "calls"],
-                     [[reason, reasons.count(reason)] for reason in dict.fromkeys(reasons)])
+    by_layer = {layer: [r for r in records if r["layer"] == layer] for layer in range(len(layers))}
+    for layer, calls in by_layer.items():
+        if calls:
+            counts = [Counter(r[key] for r in calls if key in r) for key in texts]
+            shown: list[Cell] = [", ".join(f"{n} x {text}" if count.total() > 1 else text for text, n in count.items())
+                                 or None for count in counts]
+            table.add(layer, layers[layer], len(calls), sum("fallback" in r for r in calls),
+                      sum(r["seconds"] for r in calls), *(_mean([r[k] for r in calls if k in r]) for k in numbers),
+                      *shown)
+    for key in recorded(list):
+        rows = {layer: [r[key] for r in calls if key in r] for layer, calls in by_layer.items()}
+        report.figure(key.replace("_", " "), x_label="head", y_label="layer",
+                      image=[[_mean(column) for column in zip(*values)] for values in rows.values() if values],
+                      note=f"layers {', '.join(str(layer) for layer, values in rows.items() if values)}")
+    if fallbacks:
+        report.table("Fallbacks to exact attention", ["reason", "calls"], list(fallbacks.items()))
     return report
 
 
-def _stopwatch(device: torch.device) -> Callable[[], Callable[[], float]]:
-    """Started now; calling it stops it and gives a function for the seconds, which waits for the device if need be."""
-    if device.type == "cuda":
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
+def _mean(values: Iterable[float]) -> float | None:
+    numbers = [float(value) for value in values]
+    return sum(numbers) / len(numbers) if numbers else None
 
-        def stop_events() -> Callable[[], float]:
-            end.record()
 
-            def seconds() -> float:
-                end.synchronize()
-                return begin.elapsed_time(end) / 1000
+def _now(device: torch.device) -> Any:
+    """This moment, in seconds or as an event that the device will reach."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
-            return seconds
 
-        return stop_events
-    start = time.perf_counter()
-
-    def stop() -> Callable[[], float]:
-        elapsed = time.perf_counter() - start
-        return lambda: elapsed
-
-    return stop
+def _seconds(begin: Any, end: Any) -> float:
+    """Time between two moments; waits for the device if need be."""
+    if isinstance(begin, float):
+        return float(end - begin)
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1000

@@ -14,8 +14,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from looseleaf.attention.dense import dense_attention
-from looseleaf.attention.mask import LazyMask
+from looseleaf.attention.dense import LazyMask, dense_attention
 from looseleaf.files import load_tensors, save_tensors
 from looseleaf.plugin import Plugin
 
@@ -40,7 +39,7 @@ class AttentionCall:
         query_lengths, key_lengths: (B,) int64 on the tensors' device, or None where every row is valid.
             What lies beyond may be anything, NaN too; the output rows there are ignored.
         mask: what neither causality nor lengths say: None, bool (True: attend) or additive,
-            broadcastable to (B, Hq, Lq, Lk), or a :class:`~looseleaf.attention.mask.LazyMask` that makes rows of it.
+            broadcastable to (B, Hq, Lq, Lk), or a :class:`~looseleaf.attention.dense.LazyMask` that makes rows of it.
             A backend that cannot honour a mask must use :meth:`fall_back`.
         layer: index of the layer in its model.
         layers: how many attention layers the model has.
@@ -86,13 +85,11 @@ class AttentionCall:
 
     def lengths(self) -> tuple[Int64[Tensor, " batch"], Int64[Tensor, " batch"]]:
         """Valid queries and valid keys of each batch item, int64 on the tensors' device."""
-        batch, _, _, queries, keys, _ = self.shape
-        device = self.query.device
-
-        def full(lengths: Tensor | None, count: int) -> Tensor:
-            return torch.full((batch,), count, dtype=torch.int64, device=device) if lengths is None else lengths
-
-        return full(self.query_lengths, queries), full(self.key_lengths, keys)
+        batch, _, _, *full, _ = self.shape
+        queries, keys = (
+            torch.full((batch,), count, dtype=torch.int64, device=self.query.device) if lengths is None else lengths
+            for lengths, count in zip((self.query_lengths, self.key_lengths), full))
+        return queries, keys
 
     def dense(self) -> Float[Tensor, "batch heads queries value_dim"]:
         """Exact attention; rows beyond the query lengths and rows without any key are zero."""
@@ -192,16 +189,14 @@ class AttentionBackend(Plugin):
 
     def fill(self) -> None:
         """Put loaded weights into :attr:`modules`; those without a module wait for one."""
-        for layer in list(self._loaded):
-            if layer in self.modules:
-                self.modules[layer].load_state_dict(self._loaded.pop(layer))
+        for layer in self._loaded.keys() & self.modules.keys():
+            self.modules[layer].load_state_dict(self._loaded.pop(layer))
 
     def compute(self, call: AttentionCall) -> Float[Tensor, "batch heads queries value_dim"]:
         """:meth:`attend` where the method is for such a call; else exact attention, counted."""
-        unknown = [name for name in call.score_changes if name not in self.score_changes]
         if call.phase not in self.phases:
             return call.fall_back(f"a {call.phase} call")
-        if unknown:
+        if unknown := [name for name in call.score_changes if name not in self.score_changes]:
             return call.fall_back(f"scores changed by {', '.join(unknown)}")
         head_dim, value_dim = call.query.shape[-1], call.value.shape[-1]
         if head_dim == value_dim:
@@ -224,7 +219,12 @@ class AttentionBackend(Plugin):
             raise ValueError(f"expected as many keys as queries with is_causal, got {key.shape[-2]} and "
                              f"{query.shape[-2]} (torch aligns them to the top left): build an AttentionCall, which "
                              "aligns to the bottom right as caches do")
-        return self.compute(AttentionCall(
-            query, key, value, scale=query.shape[-1] ** -0.5 if scale is None else scale,
-            is_causal=is_causal, mask=attn_mask, phase="prefill" if is_causal else "bidirectional",
-            score_changes={"dropout": dropout_p} if dropout_p else {}))
+        return self.compute(from_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale))
+
+
+def from_sdpa(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
+              scale: float | None, **others: Any) -> AttentionCall:
+    """The call that arguments of ``scaled_dot_product_attention`` mean; ``others``: more of its attributes."""
+    return AttentionCall(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale, is_causal,
+                         mask=attn_mask, score_changes={"dropout": dropout_p} if dropout_p else {},
+                         **{"phase": "prefill" if is_causal else "bidirectional", **others})

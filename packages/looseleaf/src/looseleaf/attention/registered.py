@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 import weakref
@@ -11,10 +12,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from looseleaf.attention.attached import Attached, make_report
+from looseleaf.attention.attached import Attached, Place, make_report, place_of
 from looseleaf.attention.call import AttentionBackend
-from looseleaf.attention.huggingface import Function, register
-from looseleaf.attention.watch import CROSS, PLACE, argument_names, crosses, note_cross, watch
+from looseleaf.attention.huggingface import register
+from looseleaf.attention.watch import CROSS, argument_names, crosses, note_cross, watch
 from looseleaf.report import Report
 
 KEPT = 100_000
@@ -61,7 +62,7 @@ class Registered:
         self.context: dict[str, Tensor] = {}
         self._models: list[tuple[Any, Attached]] = []
         self._undo = ExitStack()
-        register(name, _ByName(self), self._undo)
+        register(name, self.meet, self._undo)
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -69,12 +70,10 @@ class Registered:
 
         The layers of one model, or of one part of a model with a configuration of its own, follow those of another.
         """
-        out: list[dict[str, Any]] = []
-        first = 0
-        for _, attached in self._models:
-            out += [{**record, "layer": first + record["layer"]} for record in attached.records]
-            first += len(attached.layers)
-        return out
+        counts = [len(attached.layers) for _, attached in self._models]
+        return [{**record, "layer": first + record["layer"]}
+                for first, (_, attached) in zip(itertools.accumulate(counts, initial=0), self._models)
+                for record in attached.records]
 
     def report(self) -> Report:
         """Calls, time, density, patterns and fallbacks of each layer."""
@@ -91,32 +90,22 @@ class Registered:
         self._undo.close()
         self._models.clear()
 
-    def meet(self, module: nn.Module) -> tuple[Attached, int]:
-        """Number an attention module that is seen for the first time, inside its own call."""
+    def meet(self, module: nn.Module) -> Place:
+        """The place of an attention module; one seen for the first time, inside its own call, gets the next."""
+        if (place := place_of(module)) is not None:
+            return place
         config: Any = getattr(module, "config", None)
         attached = next((a for of, a in self._models if of() is config), None)
         if attached is None:
-            attached = Attached(self.backend, [], (), total=getattr(config, "num_hidden_layers", None))
-            attached.context, attached._calls = self.context, deque(maxlen=KEPT)
+            attached = Attached(self.backend, [], set(), context=self.context, _calls=deque(maxlen=KEPT),
+                                _total=getattr(config, "num_hidden_layers", None))
             self._models.append((weakref.ref(config), attached))
-        layer = len(attached.layers)
+        layer, cross = len(attached.layers), _crosses_now(module)
         attached.layers.append(f"{getattr(config, 'model_type', 'model')}.{type(module).__name__}.{layer}")
         attached.chosen.add(layer)
-        cross = _crosses_now(module)
         watch(module, note_cross, (attached, layer), self._undo)
-        module.__dict__[CROSS] = cross
+        vars(module)[CROSS] = cross
         return attached, layer
-
-
-class _ByName(Function):
-    """The attention function under a registered name: modules come by themselves."""
-
-    def __init__(self, registered: Registered) -> None:
-        self.registered = registered
-
-    def place(self, module: nn.Module) -> tuple[Attached, int] | None:
-        found: tuple[Attached, int] = module.__dict__.get(PLACE) or self.registered.meet(module)
-        return found
 
 
 def _crosses_now(module: nn.Module) -> bool:
@@ -127,7 +116,5 @@ def _crosses_now(module: nn.Module) -> bool:
     frame: Any = sys._getframe()
     while frame is not None and not (frame.f_locals.get("self") is module and "forward" in frame.f_code.co_name):
         frame = frame.f_back
-    if frame is None:
-        return False
     names = [n for n in argument_names(type(module)) if n.endswith("_states") or n in ("context", "memory")]
-    return crosses(module, (), {n: frame.f_locals.get(n) for n in names})
+    return frame is not None and crosses(module, (), {n: frame.f_locals.get(n) for n in names})

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from looseleaf.attention.attached import Attached, moved_context
-from looseleaf.attention.call import AttentionCall, Phase
+from looseleaf.attention.call import Phase, from_sdpa
 from looseleaf.attention.watch import PLACE, crosses, watch
 from looseleaf.unwrap import unwrapped
 
@@ -38,65 +38,64 @@ def install(model: nn.Module, modules: Mapping[str, nn.Module], attached: Attach
                 undo.callback(setattr, module, "fused_attn", False)
     for name, module in model.named_modules():
         inside = name + "." if name else ""
-        if isinstance(module, _FAST) and PLACE not in module.__dict__ and any(n.startswith(inside) for n in modules):
+        if isinstance(module, _FAST) and PLACE not in vars(module) and any(n.startswith(inside) for n in modules):
             watch(module, _take_over, (attached, None), undo)
 
 
 @torch.compiler.disable
 def _take_over(module: nn.Module, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One call of a watched module."""
-    attached, layer = module.__dict__[PLACE]
-    mode = _Mode(attached, layer, module, crosses(module, args, kwargs))
     hidden = args[0] if args else kwargs.get("hidden_states")
-    mode.tokens = hidden.shape[1] if isinstance(hidden, Tensor) and hidden.dim() == 3 else 0
-    with mode:
+    with _Mode(module, crosses(module, args, kwargs)) as mode:
+        if isinstance(hidden, Tensor) and hidden.dim() == 3:
+            mode.tokens = hidden.shape[1]
         out = function(*args, **kwargs)
-    if layer is not None and not mode.calls:
-        attached.exactly(layer, "unknown", "no call of scaled_dot_product_attention", torch.device("cpu"), lambda: None)
+    if mode.layer is not None and not mode.calls:
+        mode.attached.exactly(mode.layer, "unknown", "no call of scaled_dot_product_attention", torch.device("cpu"),
+                              lambda: None)
     return out
 
 
 class _Mode(TorchFunctionMode):
     """While it is on, ``F.scaled_dot_product_attention`` goes to the backend."""
 
-    def __init__(self, attached: Attached, layer: int | None, module: nn.Module, is_cross: bool) -> None:
+    def __init__(self, module: nn.Module, is_cross: bool) -> None:
         super().__init__()
-        self.attached, self.layer, self.module, self.is_cross = attached, layer, module, is_cross
-        self.calls = self.tokens = 0
+        self.module, self.is_cross, self.calls, self.tokens = module, is_cross, 0, 0
+        self.attached, self.layer = vars(module)[PLACE]
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (),
-                           kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        if self.layer is None or getattr(_thread, "computing", False):
-            return func(*args, **kwargs)
-        if func is F.scaled_dot_product_attention:
-            return self._attention(*args, **kwargs)
-        if func is F.multi_head_attention_forward:
-            return self._multi_head(func, *args, **kwargs)
-        return func(*args, **kwargs)
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.layer is not None and not getattr(_thread, "computing", False):
+            if func is F.scaled_dot_product_attention:
+                func = self._attention
+            elif func is F.multi_head_attention_forward:
+                func = self._multi_head
+        return func(*args, **(kwargs or {}))
 
-    def _multi_head(self, func: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _multi_head(self, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What ``nn.MultiheadAttention`` calls; torch looks for no mode inside it."""
+        function: Any = F.multi_head_attention_forward
         if kwargs.get("need_weights", True):
             self.calls += 1
-            return self.attached.exactly(self.layer or 0, "bidirectional", "need_weights=True asks for exact weights",
-                                         query.device, lambda: func(query, key, *args, **kwargs))
+            return self.attached.exactly(self.layer, "bidirectional", "need_weights=True asks for exact weights",
+                                         query.device, lambda: function(query, key, *args, **kwargs))
         self.is_cross = key is not query
-        inner = _with_globals(func, scaled_dot_product_attention=self._attention, has_torch_function=lambda *a: False)
+        names = {**function.__globals__, "scaled_dot_product_attention": self._attention,
+                 "has_torch_function": lambda *a: False}
+        inner = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+        inner.__kwdefaults__ = function.__kwdefaults__
         return inner(query, key, *args, **kwargs)
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
                    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
                    enable_gqa: bool = False) -> Any:
         self.calls += 1
-        attached, layer = self.attached, self.layer
-        assert layer is not None
-        lq, lk = query.shape[-2], key.shape[-2]
+        batch, lq, lk = query.shape[0], query.shape[-2], key.shape[-2]
         if lq == lk > self.tokens > 0:  # joint attention: the other sequence is among the queries, too
             self.is_cross = False
         phase: Phase = "prefill" if is_causal else "decode" if lq == 1 < lk and not self.is_cross else "bidirectional"
         reason = None
-        if dropout_p and "dropout" not in attached.backend.score_changes:
+        if dropout_p and "dropout" not in self.attached.backend.score_changes:
             reason = "dropout in training"
         elif query.dim() != 4 or key.dim() != 4 or query.is_nested:
             reason = f"a query of {query.dim()} dimensions, or nested"
@@ -105,25 +104,16 @@ class _Mode(TorchFunctionMode):
         _thread.computing = True  # the backend's own use of the function is not for the backend
         try:
             if reason is not None:
-                return attached.exactly(layer, phase, reason, query.device, lambda: F.scaled_dot_product_attention(
-                    query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa))
-            batch = query.shape[0]
-            key, value = (x.expand(batch, -1, -1, -1) if x.shape[0] != batch else x for x in (key, value))
-            return attached.compute(AttentionCall(
-                query, key, value, query.shape[-1] ** -0.5 if scale is None else scale, is_causal, mask=attn_mask,
-                phase=phase, is_cross=self.is_cross or (lq != lk and phase == "bidirectional"), module=self.module,
-                context=moved_context(attached.context, batch, lq, lk, None, None),
-                score_changes={"dropout": dropout_p} if dropout_p else {}), layer)
+                return self.attached.exactly(
+                    self.layer, phase, reason, query.device, lambda: F.scaled_dot_product_attention(
+                        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa))
+            key, value = (x.expand(batch, -1, -1, -1) for x in (key, value))
+            return self.attached.compute(from_sdpa(
+                query, key, value, attn_mask, dropout_p, is_causal, scale, phase=phase, module=self.module,
+                is_cross=self.is_cross or (lq != lk and phase == "bidirectional"),
+                context=moved_context(self.attached.context, batch, lq, lk)), self.layer)
         finally:
             _thread.computing = False
-
-
-def _with_globals(function: Any, **names: Any) -> Any:
-    """A function that finds other things than the original under some global names."""
-    made = FunctionType(function.__code__, {**function.__globals__, **names}, function.__name__, function.__defaults__,
-                        function.__closure__)
-    made.__kwdefaults__ = function.__kwdefaults__
-    return made
 
 
 # ---------------------------------------------------------------------- diffusers
@@ -153,15 +143,8 @@ def install_diffusers(model: Any, modules: Mapping[str, nn.Module], attached: At
 
 
 def _counting(module: nn.Module, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    _count(module, args, kwargs)
+    vars(module)[PLACE][1].see(kwargs.get("timestep", args[1] if len(args) > 1 else None))
     return function(*args, **kwargs)
-
-
-@torch.compiler.disable
-def _count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
-    if timestep is not None:
-        module.__dict__[PLACE][1].see(float(torch.as_tensor(timestep, dtype=torch.float64).flatten()[0]))
 
 
 class _Steps:
@@ -172,10 +155,12 @@ class _Steps:
         self._last: float | None = None
         self._counted: int | None = None
 
-    def see(self, now: float) -> None:
+    @torch.compiler.disable
+    def see(self, timestep: Any) -> None:
         """Called with the timestep before the denoiser is."""
-        if self.attached.step is not None and self.attached.step != self._counted:
+        if timestep is None or self.attached.step not in (None, self._counted):
             return  # the caller's loop counts by itself
+        now = float(torch.as_tensor(timestep, dtype=torch.float64).flatten()[0])
         if self._counted is None or self.attached.step is None or self._last is None or now > self._last:
             self._counted = 0  # timesteps fall while a picture is made: a rise begins a new one
             if self.fixed is None:

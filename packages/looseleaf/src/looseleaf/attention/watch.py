@@ -48,27 +48,29 @@ def watch(module: nn.Module, around: Around, place: Any, undo: ExitStack) -> Non
     if isinstance(module, torch.jit.ScriptModule):
         raise UnsupportedModelError("expected a module of Python code, got TorchScript: attach to the model before "
                                     "torch.jit.script or trace")
-    former, former_place = type(module), module.__dict__.get(PLACE)
-    plain = getattr(former, "_looseleaf_plain", former)
+    former, attributes = type(module), {k: v for k, v in vars(module).items() if k == PLACE}
     alive = weakref.ref(module)
 
     def restore() -> None:
-        watched = alive()
-        if watched is not None:
+        if (watched := alive()) is not None:
             watched.__class__ = former
             for name in (PLACE, CROSS):
-                watched.__dict__.pop(name, None)
-            if former_place is not None:
-                watched.__dict__[PLACE] = former_place
+                vars(watched).pop(name, None)
+            vars(watched).update(attributes)
 
     undo.callback(restore)
-    module.__dict__[PLACE] = place
-    module.__class__ = _watched(plain, around)  # type: ignore[arg-type]
+    vars(module)[PLACE] = place
+    module.__class__ = _watched(plain_class(module), around)
+
+
+def plain_class(module: nn.Module) -> Any:
+    """The class that a module has when it is not watched."""
+    return getattr(type(module), "_looseleaf_plain", type(module))
 
 
 def note_cross(module: nn.Module, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Keep at an attention module whether the call that runs is cross attention."""
-    module.__dict__[CROSS] = crosses(module, args, kwargs)
+    vars(module)[CROSS] = crosses(module, args, kwargs)
     return function(*args, **kwargs)
 
 
@@ -77,16 +79,13 @@ def crosses(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     names = getattr(type(module), "_looseleaf_names", ())
     given = {**dict(zip(names, args)), **kwargs}
     queries = args[0] if args else given.get(names[0]) if names else None
-    for name in OTHER_SEQUENCE:
-        other = given.get(name)
-        if isinstance(other, Tensor) and other is not queries:
-            return True
-    return False
+    others = (given.get(name) for name in OTHER_SEQUENCE)
+    return any(isinstance(other, Tensor) and other is not queries for other in others)
 
 
-def argument_names(cls: type) -> tuple[str, ...]:
-    """Names of the arguments of a module's ``forward``."""
-    return tuple(inspect.signature(cls.forward).parameters)[1:]  # type: ignore[attr-defined]
+def argument_names(plain: Any) -> tuple[str, ...]:
+    """Names of the arguments of a module class's ``forward``."""
+    return tuple(inspect.signature(plain.forward).parameters)[1:]
 
 
 @functools.cache
@@ -111,8 +110,7 @@ def _watched(plain: Any, around: Around) -> Any:
         def __reduce_ex__(self, protocol: Any) -> Any:
             """A copy, or what is written to a file, is a plain module."""
             state = {name: value for name, value in self.__dict__.items() if not name.startswith(PLACE)}
-            if LEARNED in state["_modules"]:
-                state["_modules"] = {name: m for name, m in state["_modules"].items() if name != LEARNED}
+            state["_modules"] = {name: m for name, m in state["_modules"].items() if name != LEARNED}
             return copyreg._reconstructor, (plain, object, None), state  # type: ignore[attr-defined]
 
     for name in ("__name__", "__qualname__", "__module__", "__doc__"):
