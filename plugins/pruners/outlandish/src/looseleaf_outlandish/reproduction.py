@@ -17,8 +17,9 @@ from torch import Tensor
 
 from looseleaf import Report
 from looseleaf.pruning.selection import removed
-from looseleaf.statistics import Interval, bootstrap, spearman
+from looseleaf.statistics import Interval, bootstrap
 from looseleaf_lab import models
+from looseleaf_lab.metrics import spearman
 from looseleaf_lab.study import Results, Study, StudyClaim, below
 from looseleaf_outlandish import probe
 from looseleaf_outlandish.data import HELD_OUT, LEVELS, ORDINARY, SAMPLES, Sample
