@@ -93,6 +93,18 @@ def test_split_is_even_and_seeded() -> None:
     assert len(first) == len(second) == 8 and sum(e.target == "positive" for e in first) == 4
     assert task.split(1) == (first, second) != task.split(2)
     assert sorted(e.inputs["text"] for e in [*first, *second]) == sorted(e.inputs["text"] for e in task.train)
+    free = TextTask("t", [Example({"text": str(n)}, n) for n in range(7)], metric="contains")
+    assert [len(half) for half in free.split(0)] == [4, 3]
+
+
+def test_classes_take_turns() -> None:
+    task = TextTask("t", [Example({"n": n}, c) for n, c in enumerate("aaabca")], labels={c: c for c in "abc"})
+    assert [e.inputs["n"] for e in task.in_turn(task.train)] == [0, 3, 4, 1, 2, 5]
+    assert [e.inputs["n"] for e in task.in_turn(task.train, 4)] == [0, 3, 4, 1]
+    assert [e.inputs["n"] for e in task.first_of_each(task.train, 2)] == [0, 1, 3, 4]
+    free = dataclasses.replace(task, labels=None)
+    assert [e.inputs["n"] for e in free.in_turn(task.train, 4)] == [0, 1, 2, 3]
+    assert [e.inputs["n"] for e in free.first_of_each(task.train, 2)] == [0, 1]
 
 
 def test_evaluation_scores_labels_and_generated_texts() -> None:

@@ -166,26 +166,6 @@ def test_test_examples_on_disk_are_left_there() -> None:
     assert FromDisk.reads == 0
 
 
-def test_split_is_even_and_seeded() -> None:
-    task = picture_task()
-    first, second = task.split(1)
-    assert len(first) == len(second) == 6 and sum(e.target == "left" for e in first) == 3
-    assert task.split(1) == (first, second) != task.split(2)
-    assert {e.fingerprint() for e in [*first, *second]} == {e.fingerprint() for e in task.train}
-    free = Task("t", [Example({"x": n}, torch.ones(1) * n) for n in range(7)], metric=metric)
-    assert [len(half) for half in free.split(0)] == [4, 3]
-
-
-def test_classes_take_turns() -> None:
-    task = Task("t", [Example({"n": n}, c) for n, c in enumerate("aaabca")], classes=("a", "b", "c"))
-    assert [e.inputs["n"] for e in task.in_turn(task.train)] == [0, 3, 4, 1, 2, 5]
-    assert [e.inputs["n"] for e in task.in_turn(task.train, 4)] == [0, 3, 4, 1]
-    assert [e.inputs["n"] for e in task.first_of_each(task.train, 2)] == [0, 1, 3, 4]
-    free = dataclasses.replace(task, classes=None)
-    assert [e.inputs["n"] for e in free.in_turn(task.train, 4)] == [0, 1, 2, 3]
-    assert [e.inputs["n"] for e in free.first_of_each(task.train, 2)] == [0, 1]
-
-
 def test_fingerprint_sees_all_but_the_test() -> None:
     task = picture_task()
     assert dataclasses.replace(task, test=[]).fingerprint() == task.fingerprint() == picture_task().fingerprint()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import random
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -204,38 +203,6 @@ class Task:
         if isinstance(split, str) and split not in parts:
             raise ValueError(f"split: expected 'train', 'dev', 'test' or a list of examples, got {split!r}")
         return parts[split] if isinstance(split, str) else split
-
-    def split(self, seed: int) -> tuple[list[Example], list[Example]]:
-        """The training examples in two halves, each class divided evenly, for methods that need a held-out part."""
-        rng = random.Random(seed)
-        first: list[Example] = []
-        second: list[Example] = []
-        for _, group in sorted(self._groups(self.train).items(), key=lambda entry: str(entry[0])):
-            rng.shuffle(group)
-            # An odd one goes to the smaller half, so that both halves stay within one of each other.
-            middle = (len(group) + (len(first) <= len(second))) // 2
-            first += group[:middle]
-            second += group[middle:]
-        rng.shuffle(first)
-        rng.shuffle(second)
-        return first, second
-
-    def in_turn(self, examples: Sequence[Example], most: int | None = None) -> list[Example]:
-        """The first ``most`` examples (None: all), the classes taking turns in the order in which they appear."""
-        groups = list(self._groups(examples).values())
-        rounds = max(map(len, groups), default=0)
-        return [group[n] for n in range(rounds) for group in groups if n < len(group)][:most]
-
-    def first_of_each(self, examples: Sequence[Example], most: int) -> list[Example]:
-        """The first ``most`` examples of each class, in the order given; without classes the first ``most``."""
-        kept = {id(e) for group in self._groups(examples).values() for e in group[:most]}
-        return [e for e in examples if id(e) in kept]
-
-    def _groups(self, examples: Sequence[Example]) -> dict[Any, list[Example]]:
-        groups: dict[Any, list[Example]] = {}
-        for example in examples:
-            groups.setdefault(None if self.classes is None else example.target, []).append(example)
-        return groups
 
     def class_scores(self, predictor: Predictor, examples: Sequence[Example]) -> list[list[float]]:
         """What ``predictor.scores`` gives, checked, with the columns in the order of :attr:`classes`.
