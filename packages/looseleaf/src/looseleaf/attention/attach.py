@@ -117,7 +117,8 @@ def geometry(model: Any, modules: Sequence[nn.Module], layers: int) -> Geometry:
         width = _size(places, "embed_dim", "hidden_size", "inner_dim", "d_model")
         found.add((heads, _size(places, "num_key_value_heads", "num_kv_heads") or heads,
                    _size(places, "head_dim", "attention_head_size") or (width // heads if width and heads else None)))
-    heads, kv_heads, head_dim = [sizes.pop() if len(sizes) == 1 else None for sizes in map(set, zip(*found))] or [None] * 3
+    found = found if len(found) else {(None, None, None)}
+    heads, kv_heads, head_dim = (sizes.pop() if len(sizes) == 1 else None for sizes in map(set, zip(*found)))
     places = (*(getattr(m, "config", None) for m in modules[:1]), getattr(model, "config", model),
               getattr(model, "patch_embed", None))
     return Geometry(layers, heads, kv_heads, head_dim, next(filter(None, map(_grid, places)), None))

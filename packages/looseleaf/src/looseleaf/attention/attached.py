@@ -17,10 +17,10 @@ from torch.utils import checkpoint
 
 from looseleaf.attention.call import AttentionBackend, AttentionCall
 from looseleaf.attention.watch import PLACE
-from looseleaf.report import Cell, Report
+from looseleaf.report import Report
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Attached(AbstractContextManager["Attached"]):
     """A backend at work in a model. Use it in a ``with`` statement, or call :meth:`detach`.
 
@@ -42,9 +42,8 @@ class Attached(AbstractContextManager["Attached"]):
     steps: int | None = None
     chunked_prefill: bool = False
     step: int | None = field(default=None, init=False)
-    context: dict[str, Tensor] = field(default_factory=dict)
-    _total: int | None = None
-    _calls: Any = field(default_factory=list)
+    context: dict[str, Tensor] = field(default_factory=dict, init=False)
+    _calls: Any = field(default_factory=list, init=False)
     _states: dict[int, SimpleNamespace] = field(default_factory=dict, init=False)
     _undo: ExitStack = field(default_factory=ExitStack, init=False)
     _install: Callable[[Attached, ExitStack], None] | None = field(default=None, init=False)
@@ -97,12 +96,16 @@ class Attached(AbstractContextManager["Attached"]):
         if torch.is_autocast_enabled(kind):  # as scaled_dot_product_attention does; rotary embeddings give fp32
             dtype = torch.get_autocast_dtype(kind)
             call.query, call.key, call.value = (x.to(dtype) for x in (call.query, call.key, call.value))
-        call.layer, call.layers = layer, self._total or len(self.layers)
+        call.layer, call.layers = self.position(layer)
         call.step, call.steps = self.step, self.steps
         call.state = self._states.setdefault(layer, SimpleNamespace())
         call.record = values.update
         with self._timed(values, call.query.device):
             return self.backend.compute(call)
+
+    def position(self, layer: int) -> tuple[int, int]:
+        """Index of a layer in its model, and how many that has."""
+        return layer, len(self.layers)
 
     def exactly(self, layer: int, phase: str, reason: str, device: torch.device, function: Callable[[], Any]) -> Any:
         """The model's own attention for one call, timed, and counted as a fallback for ``reason``."""
@@ -117,7 +120,36 @@ class Attached(AbstractContextManager["Attached"]):
 
     def report(self) -> Report:
         """Calls, time, density, patterns and fallbacks of each layer."""
-        return make_report(self.backend, self.layers, len(self.chosen), self.records)
+        records, name = self.records, type(self.backend).__name__
+
+        def recorded(kind: Any, *others: str) -> list[str]:
+            return list(dict.fromkeys(
+                k for r in records for k, v in r.items() if isinstance(v, kind) and k not in others))
+
+        numbers, texts = recorded((int, float), "layer", "seconds"), recorded(str, "phase", "fallback")
+        fallbacks = Counter(r["fallback"] for r in records if "fallback" in r)
+        report = Report(f"{name} in {len(self.chosen)} of {len(self.layers)} layers", {
+            "backend": name, **self.backend.hyperparameters(), "calls": len(records),
+            "calls that fell back to exact attention": fallbacks.total(),
+            "seconds in attention": sum(r["seconds"] for r in records)})
+        table = report.table("Layers", ["layer", "name", "calls", "fallbacks", "seconds", *numbers, *texts],
+                             note="numbers are means over the calls that recorded them")
+        by_layer = {layer: [r for r in records if r["layer"] == layer] for layer in range(len(self.layers))}
+        for layer, calls in by_layer.items():
+            if calls:
+                counts = [Counter(r[key] for r in calls if key in r) for key in texts]
+                table.add(layer, self.layers[layer], len(calls), sum("fallback" in r for r in calls),
+                          sum(r["seconds"] for r in calls), *(_mean(r[k] for r in calls if k in r) for k in numbers),
+                          *(", ".join(f"{n} x {text}" if count.total() > 1 else text for text, n in count.items())
+                            or None for count in counts))
+        for key in recorded(list):
+            rows = {layer: [r[key] for r in calls if key in r] for layer, calls in by_layer.items()}
+            report.figure(key.replace("_", " "), x_label="head", y_label="layer",
+                          image=[[_mean(column) for column in zip(*values)] for values in rows.values() if values],
+                          note=f"layers {', '.join(str(layer) for layer, values in rows.items() if values)}")
+        if fallbacks:
+            report.table("Fallbacks to exact attention", ["reason", "calls"], list(fallbacks.items()))
+        return report
 
     def remember(self) -> Callable[[ExitStack], None]:
         """What brings the present back for a recomputation: on the given stack the backend is at work as it is now."""
@@ -205,40 +237,6 @@ def moved_context(context: Mapping[str, Tensor], batch: int, queries: int, keys:
         tensor = tensor.repeat_interleave(batch // tensor.shape[0], 0)
         out[name] = shifted(tensor, query_shift if length == queries else key_shift, 0)
     return out
-
-
-# ---------------------------------------------------------------------- report
-def make_report(backend: AttentionBackend, layers: Sequence[str], chosen: int,
-                records: Sequence[Mapping[str, Any]]) -> Report:
-    """Calls, time, density, patterns and fallbacks of each layer; ``chosen``: how many went through the backend."""
-    def recorded(kind: Any, *others: str) -> list[str]:
-        return list(dict.fromkeys(k for r in records for k, v in r.items() if isinstance(v, kind) and k not in others))
-
-    name, fallbacks = type(backend).__name__, Counter(r["fallback"] for r in records if "fallback" in r)
-    report = Report(f"{name} in {chosen} of {len(layers)} layers", {
-        "backend": name, **backend.hyperparameters(), "calls": len(records),
-        "calls that fell back to exact attention": fallbacks.total(),
-        "seconds in attention": sum(r["seconds"] for r in records)})
-    numbers, texts = recorded((int, float), "layer", "seconds"), recorded(str, "phase", "fallback")
-    table = report.table("Layers", ["layer", "name", "calls", "fallbacks", "seconds", *numbers, *texts],
-                         note="numbers are means over the calls that recorded them")
-    by_layer = {layer: [r for r in records if r["layer"] == layer] for layer in range(len(layers))}
-    for layer, calls in by_layer.items():
-        if calls:
-            counts = [Counter(r[key] for r in calls if key in r) for key in texts]
-            shown: list[Cell] = [", ".join(f"{n} x {text}" if count.total() > 1 else text for text, n in count.items())
-                                 or None for count in counts]
-            table.add(layer, layers[layer], len(calls), sum("fallback" in r for r in calls),
-                      sum(r["seconds"] for r in calls), *(_mean([r[k] for r in calls if k in r]) for k in numbers),
-                      *shown)
-    for key in recorded(list):
-        rows = {layer: [r[key] for r in calls if key in r] for layer, calls in by_layer.items()}
-        report.figure(key.replace("_", " "), x_label="head", y_label="layer",
-                      image=[[_mean(column) for column in zip(*values)] for values in rows.values() if values],
-                      note=f"layers {', '.join(str(layer) for layer, values in rows.items() if values)}")
-    if fallbacks:
-        report.table("Fallbacks to exact attention", ["reason", "calls"], list(fallbacks.items()))
-    return report
 
 
 def _mean(values: Iterable[float]) -> float | None:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import sys
 import weakref
 from collections import deque
-from contextlib import ExitStack
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from looseleaf.attention.attached import Attached, Place, make_report, place_of
+from looseleaf.attention.attached import Attached, Place, place_of
 from looseleaf.attention.call import AttentionBackend
 from looseleaf.attention.huggingface import register
 from looseleaf.attention.watch import CROSS, argument_names, crosses, note_cross, watch
-from looseleaf.report import Report
 
 KEPT = 100_000
-"""Calls of each model of which a registered backend keeps the records."""
+"""Calls of which a registered backend keeps the records."""
 
 
 def register_attention(name: str, backend: AttentionBackend) -> Registered:
@@ -48,64 +45,46 @@ def register_attention(name: str, backend: AttentionBackend) -> Registered:
     return Registered(name, backend)
 
 
-class Registered:
+class Registered(Attached):
     """A backend that models use by name; see :func:`register_attention`.
 
-    Attributes:
-        name: what to give as ``attn_implementation``.
-        backend: the attention backend.
-        context: as :attr:`looseleaf.Attached.context`, for all models that use the name.
+    It has what :class:`looseleaf.Attached` has, for all models that use the name: the layers of one, in the order in
+    which they were met, follow those of another. The oldest records are forgotten in time.
     """
 
     def __init__(self, name: str, backend: AttentionBackend) -> None:
-        self.name, self.backend = name, backend
-        self.context: dict[str, Tensor] = {}
-        self._models: list[tuple[Any, Attached]] = []
-        self._undo = ExitStack()
-        register(name, self.meet, self._undo)
-
-    @property
-    def records(self) -> list[dict[str, Any]]:
-        """One dictionary for each call, as :attr:`looseleaf.Attached.records`; the oldest are forgotten in time.
-
-        The layers of one model, or of one part of a model with a configuration of its own, follow those of another.
-        """
-        counts = [len(attached.layers) for _, attached in self._models]
-        return [{**record, "layer": first + record["layer"]}
-                for first, (_, attached) in zip(itertools.accumulate(counts, initial=0), self._models)
-                for record in attached.records]
-
-    def report(self) -> Report:
-        """Calls, time, density, patterns and fallbacks of each layer."""
-        layers = [name for _, attached in self._models for name in attached.layers]
-        return make_report(self.backend, layers, len(layers), self.records)
-
-    def reset(self) -> None:
-        """Forget all records and the backend's state."""
-        for _, attached in self._models:
-            attached.reset()
+        super().__init__(backend, [], set())
+        self.name = name
+        self._calls = deque(maxlen=KEPT)
+        self._met: dict[int, tuple[Any, int]] = {}
+        self._positions: list[tuple[int, int | None]] = []
+        register(name, self._meet, self._undo)
 
     def unregister(self) -> None:
         """Take the name back. Models that still have it need another ``set_attn_implementation``."""
-        self._undo.close()
-        self._models.clear()
+        self.detach()
 
-    def meet(self, module: nn.Module) -> Place:
+    def position(self, layer: int) -> tuple[int, int]:
+        """See :class:`looseleaf.Attached`."""
+        index, total = self._positions[layer]
+        return index, total or len(self.layers)
+
+    def _meet(self, module: nn.Module) -> Place:
         """The place of an attention module; one seen for the first time, inside its own call, gets the next."""
         if (place := place_of(module)) is not None:
             return place
         config: Any = getattr(module, "config", None)
-        attached = next((a for of, a in self._models if of() is config), None)
-        if attached is None:
-            attached = Attached(self.backend, [], set(), context=self.context, _calls=deque(maxlen=KEPT),
-                                _total=getattr(config, "num_hidden_layers", None))
-            self._models.append((weakref.ref(config), attached))
-        layer, cross = len(attached.layers), _crosses_now(module)
-        attached.layers.append(f"{getattr(config, 'model_type', 'model')}.{type(module).__name__}.{layer}")
-        attached.chosen.add(layer)
-        watch(module, note_cross, (attached, layer), self._undo)
+        reference, index = self._met.get(id(config), (None, 0))
+        if reference is None or reference() is not config:
+            index = 0
+        self._met[id(config)] = weakref.ref(config), index + 1
+        layer, cross = len(self.layers), _crosses_now(module)
+        self.layers.append(f"{getattr(config, 'model_type', 'model')}.{type(module).__name__}.{index}")
+        self.chosen.add(layer)
+        self._positions.append((index, getattr(config, "num_hidden_layers", None)))
+        watch(module, note_cross, (self, layer), self._undo)
         vars(module)[CROSS] = cross
-        return attached, layer
+        return self, layer
 
 
 def _crosses_now(module: nn.Module) -> bool:

@@ -21,46 +21,35 @@ from torch import Tensor, nn
 from looseleaf.errors import UnsupportedModelError
 
 Around = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-PLACE = "_looseleaf"
-"""The attribute of a watched module that says which attachment it belongs to, and which layer it is."""
-CROSS = "_looseleaf_cross"
-"""The attribute that says whether the call that runs is cross attention."""
-LEARNED = "_looseleaf_learned"
-"""The name under which a backend's learned module is part of a watched module."""
-OTHER_SEQUENCE = frozenset((
-    "key_value_states", "encoder_hidden_states", "cross_attention_states", "key", "keys", "k", "key_tensor", "kv",
-    "context", "context_hidden_states", "memory"))
+# Attributes of a watched module: which attachment it belongs to and which layer it is, whether the call that runs is
+# cross attention, and the learned module of the backend.
+PLACE, CROSS, LEARNED = "_looseleaf", "_looseleaf_cross", "_looseleaf_learned"
+OTHER_SEQUENCE = ("key_value_states", "encoder_hidden_states", "cross_attention_states", "key", "keys", "k",
+                  "key_tensor", "kv", "context", "context_hidden_states", "memory")
 """Arguments of attention modules that hold the sequence of the keys."""
 
 
 def watch(module: nn.Module, around: Around, place: Any, undo: ExitStack) -> None:
-    """Let ``around(module, function, args, kwargs)`` make each call of ``module``, until ``undo`` is closed.
+    """Let the module-level function ``around`` make each call of ``module``, until ``undo`` is closed.
 
-    Args:
-        module: the module. One that is watched already is watched for ``place`` alone meanwhile.
-        around: module-level function; calls ``function(*args, **kwargs)`` for the module's own result.
-        place: kept at the module as :data:`PLACE`.
-        undo: where the way back is put.
-
-    Raises:
-        UnsupportedModelError: the module is compiled TorchScript.
+    It calls ``function(*args, **kwargs)`` for the module's own result, and finds ``place`` as :data:`PLACE`. A module
+    that is watched already is watched for ``place`` alone meanwhile.
     """
     if isinstance(module, torch.jit.ScriptModule):
         raise UnsupportedModelError("expected a module of Python code, got TorchScript: attach to the model before "
                                     "torch.jit.script or trace")
-    former, attributes = type(module), {k: v for k, v in vars(module).items() if k == PLACE}
-    alive = weakref.ref(module)
-
-    def restore() -> None:
-        if (watched := alive()) is not None:
-            watched.__class__ = former
-            for name in (PLACE, CROSS):
-                vars(watched).pop(name, None)
-            vars(watched).update(attributes)
-
-    undo.callback(restore)
+    former = {name: vars(module)[name] for name in (PLACE, CROSS) if name in vars(module)}
+    undo.callback(_restore, weakref.ref(module), type(module), former)
     vars(module)[PLACE] = place
     module.__class__ = _watched(plain_class(module), around)
+
+
+def _restore(reference: Any, former: type, attributes: dict[str, Any]) -> None:
+    if (module := reference()) is not None:
+        module.__class__ = former
+        for name in (PLACE, CROSS):
+            vars(module).pop(name, None)
+        vars(module).update(attributes)
 
 
 def plain_class(module: nn.Module) -> Any:
@@ -79,12 +68,10 @@ def crosses(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     names = getattr(type(module), "_looseleaf_names", ())
     given = {**dict(zip(names, args)), **kwargs}
     queries = args[0] if args else given.get(names[0]) if names else None
-    others = (given.get(name) for name in OTHER_SEQUENCE)
-    return any(isinstance(other, Tensor) and other is not queries for other in others)
+    return any(isinstance(given.get(n), Tensor) and given[n] is not queries for n in OTHER_SEQUENCE)
 
 
 def argument_names(plain: Any) -> tuple[str, ...]:
-    """Names of the arguments of a module class's ``forward``."""
     return tuple(inspect.signature(plain.forward).parameters)[1:]
 
 

@@ -41,26 +41,21 @@ class SlidingWindow(AttentionBackend):
         """Attention over sinks and window, (B, Hq, Lq, D)."""
         if not call.is_causal or call.mask is not None:
             return call.fall_back("an extra mask")
-        lk = call.key.shape[2]
-        if lk <= self.sink + self.window:
+        if call.key.shape[2] <= self.sink + self.window:
             return call.fall_back("no longer than sinks and window")
-        device = call.query.device
-        query_lengths, key_lengths = (lengths.tolist() for lengths in call.lengths())
         out = call.query.new_zeros(*call.query.shape[:3], call.value.shape[-1])
-        kept, seen = 0, 0
-        for b, (nq, nk) in enumerate(zip(query_lengths, key_lengths, strict=True)):
+        kept = seen = 0
+        for b, (nq, nk) in enumerate(zip(*(lengths.tolist() for lengths in call.lengths()), strict=True)):
             for start in range(0, nq, ROWS):
                 stop = min(nq, start + ROWS)
-                last = torch.arange(start, stop, device=device)[:, None] + (nk - nq)
-                low = max(self.sink, start + nk - nq - self.window + 1)
-                keys = torch.cat([torch.arange(min(self.sink, nk), device=device),
-                                  torch.arange(low, max(low, stop + nk - nq), device=device)])
+                last = torch.arange(start, stop, device=out.device)[:, None] + (nk - nq)
+                keys = torch.arange(max(0, min(nk, stop + nk - nq)), device=out.device)
+                keys = keys[(keys < self.sink) | (keys > start + nk - nq - self.window)]
                 mask = (keys <= last) & ((keys > last - self.window) | (keys < self.sink))
                 kept, seen = kept + mask.sum(), seen + (last + 1).clamp(min=0).sum()
-                part = dataclasses.replace(
+                out[b:b + 1, :, start:stop] = dataclasses.replace(
                     call, query=call.query[b:b + 1, :, start:stop], key=call.key[b:b + 1, :, keys],
                     value=call.value[b:b + 1, :, keys], is_causal=False, mask=mask, query_lengths=None,
-                    key_lengths=None)
-                out[b:b + 1, :, start:stop] = part.dense()
+                    key_lengths=None).dense()
         call.record(density=float(kept / max(1, int(seen))))
         return out
