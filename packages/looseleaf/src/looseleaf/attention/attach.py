@@ -73,7 +73,8 @@ def _way(model: Any, layers: Any) -> tuple[dict[str, nn.Module], Callable[..., N
     if (modules := huggingface.attention_layers(model)) is not None:
         return modules, partial(huggingface.install, model)
     if (denoiser := takeover.denoiser(model)) is not None:
-        return takeover.processed(denoiser), partial(takeover.install_diffusers, model)
+        scheduler = getattr(model, "scheduler", None)
+        return takeover.processed(denoiser), partial(takeover.install_diffusers, denoiser, scheduler)
     name = type(model).__name__
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"expected a torch module or a diffusers pipeline, got {name}: call the backend "
@@ -109,7 +110,7 @@ def choose(names: Sequence[str], wanted: str | int | Iterable[int | str] | None)
 # ---------------------------------------------------------------------- sizes and learned modules
 def geometry(model: Any, modules: Sequence[nn.Module], layers: int) -> Geometry:
     """Sizes of attention modules, as far as they and their configurations say."""
-    found = set()
+    found: set[tuple[int | None, ...]] = set()
     for module in modules:
         places = (module, getattr(module, "config", None))
         heads = _size(places, "num_heads", "num_attention_heads", "n_heads", "n_head", "heads",
@@ -117,8 +118,8 @@ def geometry(model: Any, modules: Sequence[nn.Module], layers: int) -> Geometry:
         width = _size(places, "embed_dim", "hidden_size", "inner_dim", "d_model")
         found.add((heads, _size(places, "num_key_value_heads", "num_kv_heads") or heads,
                    _size(places, "head_dim", "attention_head_size") or (width // heads if width and heads else None)))
-    found = found if len(found) else {(None, None, None)}
-    heads, kv_heads, head_dim = (sizes.pop() if len(sizes) == 1 else None for sizes in map(set, zip(*found)))
+    columns = map(set, zip(*(found or {(None, None, None)})))
+    heads, kv_heads, head_dim = (sizes.pop() if len(sizes) == 1 else None for sizes in columns)
     places = (*(getattr(m, "config", None) for m in modules[:1]), getattr(model, "config", model),
               getattr(model, "patch_embed", None))
     return Geometry(layers, heads, kv_heads, head_dim, next(filter(None, map(_grid, places)), None))

@@ -151,43 +151,37 @@ class Attached(AbstractContextManager["Attached"]):
             report.table("Fallbacks to exact attention", ["reason", "calls"], list(fallbacks.items()))
         return report
 
-    def remember(self) -> Callable[[ExitStack], None]:
-        """What brings the present back for a recomputation: on the given stack the backend is at work as it is now."""
-        now = {"step": self.step, "steps": self.steps, "context": dict(self.context),
-               "_states": {layer: SimpleNamespace(**vars(state)) for layer, state in self._states.items()}}
-
-        def bring_back(undo: ExitStack) -> None:
-            undo.callback(vars(self).update, {name: getattr(self, name) for name in (*now, "_calls")})
-            vars(self).update(now, _calls=[])  # a call that is repeated is not recorded twice
-            if not self.is_working and self._install is not None:
-                self._install(self, undo)
-
-        return bring_back
-
 
 Place: TypeAlias = "tuple[Attached, int]"
 Shifts: TypeAlias = "Sequence[int] | None"
 _working: list[Attached] = []
-"""The attachments whose forward passes may have to be recomputed."""
 
 
 def place_of(module: nn.Module) -> Place | None:
     """Whose call a module's is, and which layer it is; None for modules of no attached model."""
-    return module.__dict__.get(PLACE)
+    return vars(module).get(PLACE)
 
 
 # ---------------------------------------------------------------------- gradient checkpointing
 def _recomputed(function: Callable[..., Any], runs: int) -> Callable[..., Any]:
-    """``function``, and attention as it is now from the second run on; ``runs``: how many there were.
+    """``function``, with attention as it is now from the second run on; ``runs``: how many there were.
 
     The backward pass may come when the backend is detached, or at a later denoising step.
     """
-    to_bring_back, count = [attached.remember() for attached in _working], itertools.count(runs)
+    count = itertools.count(runs)
+    # A call that is repeated is not recorded twice.
+    present = [(attached, {
+        **vars(attached), "context": dict(attached.context), "_calls": [],
+        "_states": {layer: SimpleNamespace(**vars(state)) for layer, state in attached._states.items()}})
+        for attached in _working]
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with ExitStack() as undo:
-            for bring_back in to_bring_back if next(count) else ():
-                bring_back(undo)
+            for attached, attributes in present if next(count) else ():
+                undo.callback(vars(attached).update, dict(vars(attached)))
+                vars(attached).update(attributes)
+                if not attached.is_working and attached._install is not None:
+                    attached._install(attached, undo)
             return function(*args, **kwargs)
 
     return run

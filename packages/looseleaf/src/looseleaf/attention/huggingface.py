@@ -52,9 +52,8 @@ class Name(str):
 def attention_layers(model: Any) -> dict[str, nn.Module] | None:
     """The attention modules by name, in the model's order; None if this model does not use ``AttentionInterface``."""
     transformers = sys.modules.get("transformers")
-    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
-        return None
-    if not model._can_set_attn_implementation():
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel) \
+            or not model._can_set_attn_implementation():
         return None
     modules = dict(model.named_modules())
     found = {name: m for name, m in modules.items() if "ALL_ATTENTION_FUNCTIONS" in _names_in_forward(m)}
@@ -239,15 +238,13 @@ def _attention(find: Callable[[nn.Module], Place | None], module: nn.Module, que
     unknown += [name for name in changes if attached is None or name not in attached.backend.score_changes]
     own = functools.partial(_model_attention, module, query, key, value, attention_mask, is_causal, scaling=scaling,
                             dropout=dropout, **kwargs)
-    if unknown and attached is None:
-        return own()
     decoder = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
-    if unknown and attached is not None:
-        reason = "dropout in training" if unknown == ["dropout"] else f"scores changed by {', '.join(unknown)}"
-        phase = _phase(decoder, query.shape[2], key.shape[2] - query.shape[2], attached)
-        out: tuple[Tensor, Tensor | None] = attached.exactly(layer, phase, reason, query.device, own)
-        return out
     batch, lq, lk = max(query.shape[0], key.shape[0]), query.shape[2], key.shape[2]
+    if unknown:
+        if attached is None:
+            return own()
+        reason = "dropout in training" if unknown == ["dropout"] else f"scores changed by {', '.join(unknown)}"
+        return attached.exactly(layer, _phase(decoder, lq, lk - lq, attached), reason, query.device, own)
     # One sequence of keys for all items, or one of queries, as torch allows it.
     query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
     cross = bool(module.__dict__.get(CROSS, False))
@@ -291,12 +288,11 @@ def _model_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
         mask = mask.tensor(kind)
     elif kind == "eager" and mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
-    out: tuple[Tensor, Tensor | None] = function(module, query, key, value, mask, **kwargs)
-    return out
+    return function(module, query, key, value, mask, **kwargs)
 
 
 def _phase(causal: bool, lq: int, offset: int, attached: Attached | None) -> Phase:
     if not causal:
         return "bidirectional"
-    several = attached is not None and attached.chunked_prefill
-    return "decode" if lq == 1 or (offset > 0 and not several) else "prefill"
+    drafts = offset > 0 and not (attached and attached.chunked_prefill)
+    return "decode" if lq == 1 or drafts else "prefill"

@@ -45,10 +45,7 @@ def install(model: nn.Module, modules: Mapping[str, nn.Module], attached: Attach
 @torch.compiler.disable
 def _take_over(module: nn.Module, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One call of a watched module."""
-    hidden = args[0] if args else kwargs.get("hidden_states")
-    with _Mode(module, crosses(module, args, kwargs)) as mode:
-        if isinstance(hidden, Tensor) and hidden.dim() == 3:
-            mode.tokens = hidden.shape[1]
+    with _Mode(module, args, kwargs) as mode:
         out = function(*args, **kwargs)
     if mode.layer is not None and not mode.calls:
         mode.attached.exactly(mode.layer, "unknown", "no call of scaled_dot_product_attention", torch.device("cpu"),
@@ -59,10 +56,12 @@ def _take_over(module: nn.Module, function: Callable[..., Any], args: tuple[Any,
 class _Mode(TorchFunctionMode):
     """While it is on, ``F.scaled_dot_product_attention`` goes to the backend."""
 
-    def __init__(self, module: nn.Module, is_cross: bool) -> None:
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__()
-        self.module, self.is_cross, self.calls, self.tokens = module, is_cross, 0, 0
+        self.module, self.is_cross, self.calls = module, crosses(module, args, kwargs), 0
         self.attached, self.layer = vars(module)[PLACE]
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        self.tokens = hidden.shape[1] if isinstance(hidden, Tensor) and hidden.dim() == 3 else 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.layer is not None and not getattr(_thread, "computing", False):
@@ -134,12 +133,11 @@ def processed(model: nn.Module) -> dict[str, nn.Module]:
             if hasattr(m, "processor") and callable(m.processor) and not isinstance(m.processor, nn.Module)}
 
 
-def install_diffusers(model: Any, modules: Mapping[str, nn.Module], attached: Attached, undo: ExitStack) -> None:
+def install_diffusers(model: nn.Module, scheduler: Any, modules: Mapping[str, nn.Module], attached: Attached,
+                      undo: ExitStack) -> None:
     """As :func:`install`, and count denoising steps."""
-    inner = denoiser(model)
-    assert inner is not None
-    install(inner, modules, attached, undo)
-    watch(inner, _counting, (attached, _Steps(attached, getattr(model, "scheduler", None))), undo)
+    install(model, modules, attached, undo)
+    watch(model, _counting, (attached, _Steps(attached, scheduler)), undo)
 
 
 def _counting(module: nn.Module, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
