@@ -67,12 +67,11 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], info: Mapping[str, Any] | None = None, *,
                  format: str) -> None:
-    """Write tensors and plain data to one safetensors file, atomically.
+    """Write tensors and plain data to one safetensors file, atomically; folders are made as needed.
 
     Args:
-        path: where to; folders are made as needed.
-        tensors: name -> tensor of any device; views and tied tensors are written as they look.
-        info: plain data, kept as JSON in the file's metadata.
+        tensors: of any device; views and tied tensors are written as they look.
+        info: kept as JSON in the file's metadata.
         format: name and version of what the file holds, such as ``"looseleaf.masks/2"``.
 
     Raises:

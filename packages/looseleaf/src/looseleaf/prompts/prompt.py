@@ -9,11 +9,13 @@ import io
 import json
 import math
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from looseleaf.discovery import plugins
 from looseleaf.files import load_tensors, read_text, save_tensors, write_text
 from looseleaf.fingerprint import content_fingerprint
 from looseleaf.tasks import Example, Predictor
@@ -65,8 +67,8 @@ class Prompt(ABC):
 
     def fingerprint(self) -> str:
         """A short hash of all fields but :attr:`info`."""
-        fields = (f.name for f in dataclasses.fields(self) if f.name != "info")
-        return content_fingerprint([type(self), {name: getattr(self, name) for name in fields}])
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "info"}
+        return content_fingerprint([type(self), fields])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the prompt as JSON; tensors and pictures go beside it as ``<stem>.safetensors``.
@@ -181,25 +183,18 @@ def _decode(tensors: Mapping[str, Tensor], entry: dict[str, Any]) -> Any:
 
 
 def _find(name: str) -> type:
+    """The class of this name; imported only from the core's libraries, and from packages that offer a plugin."""
     module = name.partition(":")[0]
     package = module.partition(".")[0]
     try:
-        if name not in _storable and package in _packages():
+        if name not in _storable and package in {
+                "looseleaf", "looseleaf_text", "looseleaf_vision", "looseleaf_tickets",
+                *(re.split("[.:]", each.value)[0] for each in plugins())}:
             importlib.import_module(module)
         return _storable[name]
     except (ImportError, KeyError) as error:
         raise ValueError(f"expected a prompt of an installed Looseleaf package, got {name} ({error}): pip install the "
                          f"package {package.replace('_', '-')}, or import the module that defines it") from error
-
-
-@functools.cache
-def _packages() -> frozenset[str]:
-    """Top-level modules that may be imported: the core's libraries, and whatever offers a plugin."""
-    from importlib.metadata import entry_points
-
-    plugins = {e.module.partition(".")[0] for group in entry_points().groups if group.startswith("looseleaf.")
-               for e in entry_points(group=group)}
-    return frozenset({"looseleaf", "looseleaf_text", "looseleaf_vision", "looseleaf_tickets", *plugins})
 
 
 def _name(cls: type) -> str:
