@@ -10,7 +10,7 @@ import torch
 from looseleaf import capture
 from looseleaf.errors import UnsupportedModelError
 from looseleaf.testing.models import tiny_llama
-from looseleaf_text import decoder_layers, scale_layers
+from looseleaf_text import LogitLens, decoder_layers, scale_layers
 from looseleaf_text.layers import contribution
 
 IDS = torch.arange(12).view(2, 6)
@@ -30,6 +30,35 @@ def tiny(family: str) -> Any:
         torch.manual_seed(0)
         config = getattr(transformers, "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config")
         return getattr(transformers, name)(config(**sizes)).eval()
+
+
+def compile_whole(model: Any) -> Any:
+    model.compile(backend="eager")
+    return model
+
+
+def compile_outside(model: Any) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+def compile_parts(model: Any) -> Any:
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    model.model.layers[1].mlp.compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("compile_", [compile_whole, compile_outside, compile_parts])
+def test_a_compiled_model_that_was_run_is_scaled_and_read(compile_: Any) -> None:
+    positions = torch.tensor([[1], [2]])
+    with torch.no_grad():
+        plain, model = tiny_llama(), compile_(tiny_llama())
+        model(IDS)
+        with scale_layers(plain, {0: 0.0, 1: 0.5}):
+            wanted = plain(IDS).logits
+        with scale_layers(model, {0: 0.0, 1: 0.5}):
+            torch.testing.assert_close(model(IDS).logits, wanted)
+        torch.testing.assert_close(LogitLens(model).log_probs({"input_ids": IDS}, positions),
+                                   LogitLens(plain).log_probs({"input_ids": IDS}, positions))
 
 
 @pytest.mark.parametrize("family", ["Llama", "GPT2", "Gemma2", "Gemma3", "GPTNeoX", "Olmo2", "Phi", "Cohere", "Qwen3"])

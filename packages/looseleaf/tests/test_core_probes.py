@@ -132,22 +132,37 @@ def compile_layers(model: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("compile_", [compile_whole, compile_outside, compile_forward, compile_layers])
+def compile_parts_outside(model: Any) -> Any:
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    model.model.layers[1].mlp = torch.compile(model.model.layers[1].mlp, backend="eager")
+    return model
+
+
+def compile_body(model: Any) -> Any:
+    model.model = torch.compile(model.model, backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("compile_", [compile_whole, compile_outside, compile_forward, compile_layers,
+                                      compile_parts_outside, compile_body])
 def test_hooks_work_on_a_model_that_was_compiled_and_run(compile_: Any) -> None:
     ids = IDS[:1]
     with torch.no_grad():
         plain = tiny_llama()
         with intervene(plain, {"model.layers.0.mlp": torch.zeros_like}):
             wanted = plain(ids).logits
-        with capture(plain, "model.layers.0.mlp") as clean:
+        names = ["model.layers.0.mlp", "model.layers.1.mlp.up_proj"]
+        with capture(plain, names) as clean:
             before = plain(ids).logits
         model = compile_(tiny_llama())
         torch.testing.assert_close(model(ids).logits, before)
         with intervene(model, {"model.layers.0.mlp": torch.zeros_like}):
             torch.testing.assert_close(model(ids).logits, wanted)
-        with capture(model, "model.layers.0.mlp") as seen, patch(model, clean, positions=0):
-            model(ids)
-        assert list(seen) == ["model.layers.0.mlp"] and len(seen["model.layers.0.mlp"]) == 1
+        with capture(model, names) as seen, patch(model, clean, positions=0):
+            torch.testing.assert_close(model(ids).logits, before)
+        assert list(seen) == names and all(torch.equal(seen[name][0], clean[name][0]) for name in names)
+        with patch(model, {names[0]: torch.zeros(1, *clean[names[0]][0].shape[1:])}):
+            torch.testing.assert_close(model(ids).logits, wanted)
         torch.testing.assert_close(model(ids).logits, before)
     assert hooks(model) == 0
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from looseleaf.errors import UnsupportedModelError, did_you_mean
 from looseleaf.probes.hooks import intervene
+from looseleaf.unwrap import named_modules, unwrapped
 
 Part = Literal["attention", "mlp"]
 PARTS: tuple[Part, ...] = ("attention", "mlp")
@@ -36,7 +37,8 @@ def decoder_layers(model: nn.Module, layers: str | None = None) -> dict[str, nn.
         ValueError: no module list of that name; near names are given.
         UnsupportedModelError: none could be found, or the model is an encoder with a decoder.
     """
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module}
+    lists = {name: module for name, module in named_modules(model).items()
+             if isinstance(module, nn.ModuleList) and module}
     if layers is not None:
         if layers not in lists:
             raise ValueError(f"layers: expected a module list of {type(model).__name__}, such as "
@@ -74,7 +76,7 @@ def contribution(name: str, layer: nn.Module, part: Part) -> str:
     if part not in PARTS:
         raise ValueError(f"part: expected {' or '.join(map(repr, PARTS))}, got {part!r}."
                          f"{did_you_mean(str(part), PARTS)}")
-    children: dict[str, Any] = dict(layer.named_children())
+    children: dict[str, Any] = dict(unwrapped(layer).named_children())
     # "post_attention_layernorm" stands before the MLP in Llama, and behind the attention only where the MLP has a
     # norm behind it too
     if any(child in children for child in _AFTER["mlp"]):
@@ -86,7 +88,7 @@ def contribution(name: str, layer: nn.Module, part: Part) -> str:
         raise UnsupportedModelError(
             f"the {part} of {name} ({type(layer).__name__}) could not be found among {', '.join(children)}: use "
             "looseleaf.intervene with the module's name")
-    if "residual" in inspect.signature(children[child].forward).parameters:
+    if "residual" in inspect.signature(unwrapped(children[child]).forward).parameters:
         raise UnsupportedModelError(
             f"{name}.{child} adds the residual stream itself, so its output is not its contribution alone: use "
             "looseleaf.intervene on a module inside it")

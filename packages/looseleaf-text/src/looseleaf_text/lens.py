@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from looseleaf.errors import UnsupportedModelError, did_you_mean
 from looseleaf.probes.hooks import capture
-from looseleaf.unwrap import unwrapped
+from looseleaf.unwrap import named_modules, unwrapped
 from looseleaf_text.layers import decoder_layers
 
 NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "final_norm", "norm_f", "ln_out")
@@ -43,7 +43,7 @@ class LogitLens:
                  layers: str | None = None) -> None:
         self.model = model
         self.names = list(decoder_layers(model, layers))
-        modules = dict(model.named_modules())
+        modules = named_modules(model)
         self.norm = _final_norm(model, modules, self.names[0].rpartition(".")[0], norm)
         self.head = _head(model, modules, head)
         config: Any = getattr(model, "config", None)

@@ -23,6 +23,11 @@ def unwrapped(model: Any) -> Any:
     return model
 
 
+def named_modules(model: Any) -> dict[str, Any]:
+    """The parts of a model by the names that they have inside all wrappers, those around a compiled part included."""
+    return {name.replace("._orig_mod", ""): module for name, module in unwrapped(model).named_modules() if name}
+
+
 def _inner(model: Any) -> Any:
     """What one wrapper holds; None where ``model`` is none."""
     home, name = type(model).__module__, type(model).__name__
@@ -38,4 +43,4 @@ def _inner(model: Any) -> Any:
     return None
 
 
-__all__ = ["unwrapped"]
+__all__ = ["named_modules", "unwrapped"]

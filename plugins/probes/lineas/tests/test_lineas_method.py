@@ -228,10 +228,15 @@ def test_each_submodule_has_its_own_mode_again() -> None:
     assert snapshot(model)["modes"] == before["modes"]
 
 
-def test_a_compiled_model_is_steered_and_merged() -> None:
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_model_is_steered_and_merged(in_place: bool) -> None:
     tokenizer = tiny_tokenizer()
     batch = encode(tokenizer, SOURCE[:2], torch.device("cpu"))
-    plain, model = tiny_text_llama(), torch.compile(tiny_text_llama(), backend="eager")
+    plain, model = tiny_text_llama(), tiny_text_llama()
+    if in_place:
+        model.compile(backend="eager")
+    else:
+        model = torch.compile(model, backend="eager")
     with torch.no_grad():
         model(**batch)
         steering = LinEAS(steps=2, lr=1.0).fit(model, SOURCE, TARGET, tokenizer)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from looseleaf.errors import LooseleafError
 from looseleaf.files import save_tensors
 from looseleaf.names import match
-from looseleaf.unwrap import unwrapped
+from looseleaf.unwrap import named_modules
 
 MAX_BYTES = 4 * 2 ** 30
 """What :func:`capture` keeps at most by default."""
@@ -34,14 +34,13 @@ def matching_modules(model: nn.Module, patterns: str | Sequence[str]) -> dict[st
     """Modules whose names match, by name, in the model's order.
 
     Args:
-        model: where to look; names are those inside wrappers such as ``torch.compile`` and PEFT, and a compiled part
-            of a model goes by the name that it had.
+        model: where to look; names are those inside wrappers such as ``torch.compile`` and PEFT.
         patterns: one or several, see :mod:`looseleaf.names`; ``"layers.*.mlp"`` is the MLP of every layer.
 
     Raises:
         ValueError: a pattern that matches nothing; near names are given.
     """
-    modules = {name.replace("._orig_mod", ""): module for name, module in unwrapped(model).named_modules() if name}
+    modules = named_modules(model)
     return {name: modules[name] for name in match(modules, patterns)}
 
 
@@ -213,7 +212,7 @@ def _hooked(model: nn.Module, hooks: Sequence[tuple[str, nn.Module, Callable[[st
         if hooks and not called and dynamo is not None and dynamo.counters["frames"]:
             warnings.warn(f"{hooks[0][0]} was never called in the block. If the model ran there, then inside compiled "
                           "code, which calls no hooks: give capture, intervene or patch what torch.compile returned, "
-                          "or set torch.compiler.set_stance('force_eager')", stacklevel=4)
+                          "or set torch.compiler.set_stance('force_eager')", stacklevel=5)
 
 
 @contextmanager
