@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from looseleaf.errors import did_you_mean
 from looseleaf.files import load_tensors, save_tensors
 from looseleaf.pruning.applied import WRITTEN, AppliedMask, Place, applied, pack, put_on, take_off, unpack
-from looseleaf.pruning.targets import check_finite, holders, plain_name, stored_parameter
+from looseleaf.pruning.targets import check_finite, computed, holders, plain_name, stored_parameter
 from looseleaf.report import Table
 
 FORMAT = "looseleaf.masks/2"
@@ -243,7 +242,7 @@ class Masks(Mapping[str, Tensor]):
         or, with ``unwritten``, was written to."""
         carried = {}
         for name, found in places.items():
-            if any(parametrize.is_parametrized(*place) for place in found):
+            if any(computed(*place) for place in found):
                 raise ValueError(f"{name!r} has a parametrization: remove it first "
                                  "(torch.nn.utils.parametrize.remove_parametrizations, or remove() of learned masks)")
             mask = applied(*found[0])
