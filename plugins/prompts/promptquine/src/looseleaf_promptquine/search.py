@@ -11,14 +11,14 @@ from typing import Any
 from looseleaf import Budget, BudgetExhausted, Example, Prompt, PromptOptimizer
 from looseleaf.budget import reason
 from looseleaf.progress import bar
-from looseleaf.resume import SearchState
+from looseleaf.prompts.optimizer import Search as StoredSearch
 from looseleaf_promptquine.pieces import Pieces, length
 from looseleaf_text import CalibratedPrompt, LanguageModel, TextPrompt, TextTask
 from looseleaf_text.calibration import content_free, offsets, subtract
 from looseleaf_text.slots import fill
 
 WRONG, RIGHT = 180.0, 200.0
-"""lambda1 and lambda2 of the piecewise reward [paper, appendix; memory]."""
+"""lambda1 and lambda2 of the piecewise reward [paper, appendix; official code]."""
 
 ROWS = 128
 """Examples scored together: few enough that limits on time are kept and little is lost when a run is stopped."""
@@ -40,21 +40,24 @@ def accuracy(log_probs: Sequence[Sequence[float]], golds: Sequence[int]) -> floa
 
 def reward(log_probs: Sequence[Sequence[float]], golds: Sequence[int], wrong: float = WRONG,
            right: float = RIGHT) -> float:
-    """The piecewise reward: mean over classes of the weighted margins of their examples.
+    """The piecewise reward: mean over classes of the weighted gaps of their examples.
 
-    The margin is the log-probability of the gold label less that of the best other one; it counts ``right`` times
-    where positive, ``wrong`` times where not. Classes weigh the same whatever their number of examples.
+    The gap is the probability of the gold label, among the labels, less that of the best other one; it counts
+    ``right`` times where positive, ``wrong`` times where not. Classes weigh the same whatever their number of examples.
+    [paper, appendix; official code, which takes a softmax over the labels]
 
     Args:
-        log_probs: (examples, labels) natural-log probabilities.
+        log_probs: (examples, labels) natural-log probabilities, or any scores that a softmax makes probabilities of.
         golds: place of the right label of each example.
-        wrong: weight of a margin on the wrong side (lambda1).
-        right: weight of a margin on the right side (lambda2).
+        wrong: weight of a gap on the wrong side (lambda1).
+        right: weight of a gap on the right side (lambda2).
     """
     by_class: dict[int, list[float]] = {}
     for row, gold in zip(log_probs, golds, strict=True):
-        margin = row[gold] - max(v for n, v in enumerate(row) if n != gold)
-        by_class.setdefault(gold, []).append(margin * (right if margin > 0 else wrong))
+        top = max(row)
+        shares = [math.exp(v - top) for v in row]
+        gap = (shares[gold] - max(v for n, v in enumerate(shares) if n != gold)) / sum(shares)
+        by_class.setdefault(gold, []).append(gap * (right if gap > 0 else wrong))
     return sum(sum(v) / len(v) for v in by_class.values()) / len(by_class)
 
 
@@ -89,22 +92,18 @@ class Search:
         task.validate(model)
         self.task, self.rerank_top, self.reward_driven = task, rerank_top, reward_driven
         self.calibrate = calibrate and task.labels is not None
-        self.budget = budget or Budget()
-        self.model = self.budget.meter(model)
+        self.stored = StoredSearch(optimizer, task, model, budget=budget, start=start, seed=seed, state_dir=state_dir)
+        self.budget, self.model = self.stored.budget, self.stored.model
         self.rng = random.Random(seed)
         self.fit, self.held, demonstrations = self._divide(seed, num_shots, shots if start is None else 0)
         self.start = start or TextPrompt.for_task(task, exemplars=demonstrations)
         names = set(self.fit[0].inputs)
         self.pieces = Pieces.of(self.start.as_template(names), names, model.token_texts)
-        self.seen: dict[str, list[float]] = {}
-        self.reranked: dict[str, list[float]] = {}
-        self.partial: dict[str, list[float]] = {}  # generation: scores on the first fitness examples
-        self.state = SearchState(state_dir, optimizer.identity(task, model, start, seed))
-        saved = self.state.load()
-        if saved is not None:
-            self.seen, self.reranked = dict(saved["seen"]), dict(saved["reranked"])
-            self.partial = dict(saved["partial"])
-            self.budget.restore(saved["used"])
+        state = self.stored.state
+        self.seen: dict[str, list[float]] = state.setdefault("seen", {})
+        self.reranked: dict[str, list[float]] = state.setdefault("reranked", {})
+        # generation: scores on the first fitness examples
+        self.partial: dict[str, list[float]] = state.setdefault("partial", {})
         self.visited: list[str] = []
         self._visited: set[str] = set()
         self.bar = bar(type(optimizer).__name__, most, progress)
@@ -261,13 +260,15 @@ class Search:
 
     def save(self) -> None:
         """Write what was evaluated and spent."""
-        self.state.save({"seen": self.seen, "reranked": self.reranked, "partial": self.partial,
-                         "used": self.budget.used})
+        self.stored.save()
 
     # -- the end --------------------------------------------------------------------------------------------------
 
     def finish(self, stopped: str, extra: dict[str, Any]) -> Prompt:
-        """Re-rank the best prompts visited on the held-out examples and return the best of them."""
+        """Re-rank the best prompts visited on the held-out examples and return the best of them.
+
+        The best has the highest held-out accuracy [official code]; of equals, the highest held-out fitness.
+        """
         ranked = sorted(self.visited, key=lambda m: (-self.fitness(m), length(m), m))
         best = ranked[0] if ranked else self.pieces.full
         candidates = ranked[:self._rerank_count(len(ranked))]
@@ -283,7 +284,8 @@ class Search:
                 stopped = reason(end)
             done = [m for m in candidates if m in self.reranked]
             if done:
-                best = min(done, key=lambda m: (-self.reranked[m][0], -self.fitness(m), length(m), m))
+                best = min(done, key=lambda m: (-self.reranked[m][1], -self.reranked[m][0], -self.fitness(m), length(m),
+                                                m))
         full = self.pieces.full
         values = self.seen.get(best)
         info: dict[str, Any] = {

@@ -9,11 +9,10 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
-from looseleaf import Budget, BudgetExhausted, Example, Paper, Predictor, Prompt, SetMetric, UnsupportedModelError
-from looseleaf.budget import reason
+from looseleaf import Budget, Example, Paper, Predictor, Prompt, SetMetric, UnsupportedModelError
 from looseleaf.plugin import In
 from looseleaf.progress import bar
-from looseleaf.resume import SearchState
+from looseleaf.prompts.optimizer import Search
 from looseleaf_text import LanguageModel, LocalModel, TextOptimizer, TextPrompt, TextTask, decoder_layers
 from looseleaf_text.slots import fill
 from looseleaf_token_prepending.encoder import SentenceEncoder, Settings, body
@@ -129,43 +128,35 @@ class TokenPrepending(TextOptimizer):
         self.check_model(model)
         task.validate(model)
         data = Development.of([*task.train, *task.dev])
-        budget = budget or Budget()
         begin = self.prompt if start is None else _as_template(start)
-        work = (Layers if isinstance(model, LocalModel) else Texts)(self, model, budget, data, seed)
-        state = SearchState(state_dir, self.identity(task, model, start, seed))
-        saved = state.load() or {"runs": {}, "used": None}
-        runs: dict[str, dict[str, Any]] = dict(saved["runs"])
-        if saved["used"] is not None:
-            budget.restore(saved["used"])
+        search = Search(self, task, model, budget=budget, start=start, seed=seed, state_dir=state_dir)
+        work = (Layers if isinstance(model, LocalModel) else Texts)(self, model, search.budget, data, seed)
+        runs: dict[str, dict[str, Any]] = search.state.setdefault("runs", {})
         seen: list[Run] = []
-        stopped = "done"
-        with bar("TokenPrepending", None, progress) as progress_bar:
+        with search, bar("TokenPrepending", None, progress) as progress_bar:
             try:
                 for prompt, end in work.candidates(begin, seen):
                     key = f"{end}:{prompt}"
                     if key not in runs:
                         qualities = work.qualities(prompt, end)
-                        runs[key] = {"qualities": qualities, "calls": budget.used["calls"]}
-                        state.save({"runs": runs, "used": budget.used})
+                        runs[key] = {"qualities": qualities, "calls": search.budget.used["calls"]}
+                        search.save()
                     seen.append(Run(prompt, end, {int(k): v for k, v in runs[key]["qualities"].items()},
                                     runs[key]["calls"]))
                     progress_bar.update()
-            except BudgetExhausted as spent:
-                stopped = reason(spent)
             except NotImplementedError as error:
                 raise UnsupportedModelError(f"{type(model).__name__} ({model.name}) has no embeddings to choose a "
                                             "prompt by: give a LocalModel, or a server with /embeddings") from error
-        state.save({"runs": runs, "used": budget.used})
         best = max(seen, key=lambda run: run.fitness, default=None)
         settings = work.settings(begin if best is None else best.prompt, best)
         history: list[list[float]] = []
         for run in seen:
             history.append([run.calls, max(run.fitness, history[-1][1] if history else run.fitness)])
-        return EmbeddingPrompt(settings, info={
-            "fitness": 0.0 if best is None else best.fitness, "evaluations": len(seen), "stopped": stopped,
-            "measure": data.measure, "examples": len(task.train) + len(task.dev), "history": history,
-            "settings": {**dataclasses.asdict(settings), "templates": list(settings.templates)},
-            "explored": [[r.prompt, r.end, r.leave, r.fitness] for r in seen]})
+        return EmbeddingPrompt(settings, info=search.info(
+            0.0 if best is None else best.fitness, len(seen), measure=data.measure,
+            examples=len(task.train) + len(task.dev), history=history,
+            settings={**dataclasses.asdict(settings), "templates": list(settings.templates)},
+            explored=[[r.prompt, r.end, r.leave, r.fitness] for r in seen]))
 
 
 @dataclasses.dataclass
