@@ -50,7 +50,7 @@ def attach(model: Any, backend: AttentionBackend, layers: str | int | Sequence[i
     inner = unwrapped(model)
     modules, install = _way(inner, layers)
     names, hosts = list(modules), list(modules.values())
-    if any(map(_has_backend, hosts)):
+    if huggingface.is_named(hosts) or any(place and type(place[0]) is Attached for place in map(place_of, hosts)):
         raise UnsupportedModelError(f"expected a model without a backend, got {type(inner).__name__} with one attached "
                                     "already: detach that one first (attached.detach(), or leave its with-block)")
     attached = Attached(backend, names, choose(names, layers), steps=steps, chunked_prefill=chunked_prefill)
@@ -59,13 +59,6 @@ def attach(model: Any, backend: AttentionBackend, layers: str | int | Sequence[i
         _add_learned(backend, hosts, undo)
         attached.begin(partial(install, modules), undo)
     return attached
-
-
-def _has_backend(module: nn.Module) -> bool:
-    """Whether a backend is attached to a module, or to another model with the same configuration."""
-    place, config = place_of(module), getattr(module, "config", None)
-    named = isinstance(getattr(config, "_attn_implementation", None), huggingface.Name)
-    return named or (place is not None and place[0].is_working)
 
 
 def _way(model: Any, layers: Any) -> tuple[dict[str, nn.Module], Callable[..., None]]:

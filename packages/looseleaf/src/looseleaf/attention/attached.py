@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
@@ -64,11 +65,6 @@ class Attached(AbstractContextManager["Attached"]):
         _working.append(self)
         _remember_recomputations()
         self._undo = undo.pop_all()
-
-    @property
-    def is_working(self) -> bool:
-        """Whether the backend is in the model now."""
-        return self in _working
 
     def detach(self) -> None:
         """Give the model its own attention back. Calling it again does nothing."""
@@ -137,15 +133,16 @@ class Attached(AbstractContextManager["Attached"]):
         by_layer = {layer: [r for r in records if r["layer"] == layer] for layer in range(len(self.layers))}
         for layer, calls in by_layer.items():
             if calls:
+                means = [[float(r[key]) for r in calls if key in r] for key in numbers]
                 counts = [Counter(r[key] for r in calls if key in r) for key in texts]
                 table.add(layer, self.layers[layer], len(calls), sum("fallback" in r for r in calls),
-                          sum(r["seconds"] for r in calls), *(_mean(r[k] for r in calls if k in r) for k in numbers),
+                          sum(r["seconds"] for r in calls), *(fmean(values) if values else None for values in means),
                           *(", ".join(f"{n} x {text}" if count.total() > 1 else text for text, n in count.items())
                             or None for count in counts))
         for key in recorded(list):
             rows = {layer: [r[key] for r in calls if key in r] for layer, calls in by_layer.items()}
             report.figure(key.replace("_", " "), x_label="head", y_label="layer",
-                          image=[[_mean(column) for column in zip(*values)] for values in rows.values() if values],
+                          image=[[fmean(column) for column in zip(*values)] for values in rows.values() if values],
                           note=f"layers {', '.join(str(layer) for layer, values in rows.items() if values)}")
         if fallbacks:
             report.table("Fallbacks to exact attention", ["reason", "calls"], list(fallbacks.items()))
@@ -180,7 +177,7 @@ def _recomputed(function: Callable[..., Any], runs: int) -> Callable[..., Any]:
             for attached, attributes in present if next(count) else ():
                 undo.callback(vars(attached).update, dict(vars(attached)))
                 vars(attached).update(attributes)
-                if not attached.is_working and attached._install is not None:
+                if attached not in _working and attached._install is not None:
                     attached._install(attached, undo)
             return function(*args, **kwargs)
 
@@ -231,11 +228,6 @@ def moved_context(context: Mapping[str, Tensor], batch: int, queries: int, keys:
         tensor = tensor.repeat_interleave(batch // tensor.shape[0], 0)
         out[name] = shifted(tensor, query_shift if length == queries else key_shift, 0)
     return out
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    numbers = [float(value) for value in values]
-    return sum(numbers) / len(numbers) if numbers else None
 
 
 def _now(device: torch.device) -> Any:

@@ -11,7 +11,7 @@ import functools
 import inspect
 import itertools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -28,11 +28,10 @@ UNKNOWN = ("sinks", "indices", "block_indices", "head_mask", "relative_position_
 """Arguments of transformers attention functions that no backend is given: a layer that passes one stays as it was."""
 
 
-class Name(str):
-    """The name of an attached backend in a model's configuration.
+class _Name(str):
+    """The name of an attached backend in a model's configuration; copies and files have the model's own again.
 
-    A copy of the configuration, in memory or in a file, has the model's own implementation again, because the backend
-    may be gone by then. Models that look at the name to see which kind of mask they have find what they had.
+    Models that look at the name to see which kind of mask they have find what they had.
     """
 
     original = "sdpa"
@@ -61,6 +60,12 @@ def attention_layers(model: Any) -> dict[str, nn.Module] | None:
         found = {name: m for name, m in modules.items() if "Attention" in type(m).__name__ and not any(
             "Attention" in type(child).__name__ for child in list(m.modules())[1:])}
     return found or None
+
+
+def is_named(modules: Iterable[nn.Module]) -> bool:
+    """Whether a backend is attached to some model with the configuration of these modules."""
+    configs = (getattr(module, "config", None) for module in modules)
+    return any(isinstance(getattr(config, "_attn_implementation", None), _Name) for config in configs)
 
 
 def _names_in_forward(module: nn.Module) -> tuple[str, ...]:
@@ -93,7 +98,7 @@ def install(model: Any, modules: Mapping[str, nn.Module], attached: Attached, un
     model.set_attn_implementation(name)
     for config, implementation in former:
         if config._attn_implementation_internal == name:
-            config._attn_implementation_internal = ours = Name(name)
+            config._attn_implementation_internal = ours = _Name(name)
             ours.original = str(getattr(implementation, "original", implementation) or "sdpa")
 
 
@@ -102,19 +107,15 @@ def register(name: str, find: Callable[[nn.Module], Place | None], undo: ExitSta
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    for interface, value in ((AttentionInterface, functools.partial(_attention, find)),
-                             (AttentionMaskInterface, describe)):
+    function = functools.partial(_attention, find)
+    for interface, value in ((AttentionInterface, function), (AttentionMaskInterface, describe)):
         interface.register(name, value)
         undo.callback(interface._global_mapping.pop, name, None)
 
 
 # ---------------------------------------------------------------------- masks
 class MaskDescription(Tensor):
-    """What transformers says about a mask, before anything of size L x L exists.
-
-    Models hand it from the mask function to the attention function. A model that calculates with it gets the tensor
-    that it would have had.
-    """
+    """What transformers says about a mask; where a model calculates with it, it is the mask, of size L x L."""
 
     given: dict[str, Any]
     plan: Callable[[int, int, bool], _Plan]
@@ -123,8 +124,8 @@ class MaskDescription(Tensor):
     def __new__(cls, given: dict[str, Any]) -> MaskDescription:
         shape = (given["batch_size"], 1, given["q_length"], given["kv_length"])
         dtype = given["dtype"] if given["original"] == "eager" else torch.bool
-        made: Any = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype,  # type: ignore[attr-defined]
-                                                  device=given["device"])
+        make: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        made = make(cls, shape, dtype=dtype, device=given["device"])
         made.given, made.plan = given, functools.cache(functools.partial(_plan, given))
         return made
 
@@ -135,8 +136,8 @@ class MaskDescription(Tensor):
             return cls(args[0].given)
         if func is torch.ops.aten._to_copy.default and kwargs.get("dtype", args[0].dtype) == args[0].dtype:
             device = str(kwargs["device"])  # by accelerate, between layers
-            return cls({name: x.to(device) if isinstance(x, Tensor) else x for name, x in args[0].given.items()}
-                       | {"device": device})
+            given = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in args[0].given.items()}
+            return cls({**given, "device": device})
         args, kwargs = torch.utils._pytree.tree_map_only(cls, cls.tensor, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -188,10 +189,15 @@ def _plan(given: Mapping[str, Any], lq: int, lk: int, queries_follow: bool) -> _
     offset = int(given["q_offset"]) - int(given["kv_offset"])
     # A function made by or_mask adds to what a window shows, so that the window bounds nothing.
     bounded = local is not None and "or_mask" not in getattr(function, "__qualname__", "")
-    general = _Plan(False, lk, offset, mask=LazyMask(
-        lambda start, stop: _mask({**given, "q_offset": int(given["q_offset"]) + start, "q_length": stop - start},
-                                  "sdpa")[..., :lk], lq,
-        (lambda row: max(0, min(lk - 1, row + offset - local))) if bounded else None))
+
+    def rows(start: int, stop: int) -> Tensor:
+        some = {**given, "q_offset": int(given["q_offset"]) + start, "q_length": stop - start}
+        return _mask(some, "sdpa")[..., :lk]
+
+    def first_key(row: int) -> int:
+        return max(0, min(lk - 1, row + offset - local)) if bounded else 0
+
+    general = _Plan(False, lk, offset, mask=LazyMask(rows, lq, first_key))
     if not (causal or function is masking_utils.bidirectional_mask_function) or local is not None \
             or int(given["kv_offset"]) or (padding is not None and padding.dim() != 2):
         return general
@@ -256,12 +262,12 @@ def _attention(find: Callable[[nn.Module], Place | None], module: nn.Module, que
         causal = decoder and not cross
     if (bias := changes.get("position_bias")) is not None:
         changes["position_bias"] = shifted(shifted(bias[..., :plan.keys], plan.query_shift, 1), plan.key_shift, 2)
-    query, key, value = (shifted(query, plan.query_shift, 1),
-                         *(shifted(x[:, :, :plan.keys], plan.key_shift, 1) for x in (key, value)))
+    key, value = (shifted(x[:, :, :plan.keys], plan.key_shift, 1) for x in (key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     call = AttentionCall(
-        query, key, value, query.shape[-1] ** -0.5 if scaling is None else float(scaling), plan.is_causal,
-        plan.query_lengths, plan.key_lengths, plan.mask, phase=_phase(causal, lq, plan.offset, attached),
-        is_cross=cross, module=module, score_changes=changes)
+        shifted(query, plan.query_shift, 1), key, value, scale, plan.is_causal, plan.query_lengths, plan.key_lengths,
+        plan.mask, phase=_phase(causal, lq, plan.offset, attached), is_cross=cross, module=module,
+        score_changes=changes)
     if attached is None or (kwargs.get("sliding_window") is not None and isinstance(plan.mask, LazyMask)):
         result = call.dense()
     else:
