@@ -72,8 +72,8 @@ def test_every_command_has_json_and_help(capsys: pytest.CaptureFixture[str]) -> 
     commands = next(a for a in parser._actions if a.dest == "command").choices
     assert commands is not None
     wanted = {"list", "info", "run", "compare", "reproduce", "new", "check", "doctor"}
-    assert set(commands) == wanted
-    for name in wanted:
+    assert set(commands) >= wanted
+    for name in commands:
         with pytest.raises(SystemExit) as stop:
             main([name, "--help"])
         assert stop.value.code == 0
@@ -94,8 +94,10 @@ def test_commands_of_the_lab_without_it(argv: list[str], monkeypatch: pytest.Mon
 def test_commands_of_somebody_else(distribution: Install, capsys: pytest.CaptureFixture[str]) -> None:
     distribution("looseleaf-odd", "odd", "raise RuntimeError('no such luck')", kind="commands")
     distribution("looseleaf-twice", "twice", """
+        from looseleaf.cli.main import add_command
+
         def add(commands):
-            commands.add("double", "print it twice", "looseleaf_twice:run").add_argument("word")
+            add_command(commands, "double", "print it twice", "looseleaf_twice:run").add_argument("word")
 
         def run(arguments):
             print(arguments.word * 2, arguments.json)

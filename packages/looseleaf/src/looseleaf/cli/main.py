@@ -10,7 +10,7 @@ Exit codes:
     130  interrupted; what was done is kept and the same command resumes
 
 Packages add commands of their own by an entry point in the group ``looseleaf.commands``: a function that is called with
-a :class:`Commands`.
+the commands so far, for :func:`add_command`.
 """
 
 from __future__ import annotations
@@ -22,39 +22,13 @@ import importlib.metadata as metadata
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from looseleaf import __version__, errors
 from looseleaf.plugin import KINDS
 
 OF_THE_LAB = {"run": "run a plugin on a model", "compare": "plugins side by side, and against the unmodified model",
               "reproduce": "measure the paper's claims at small real scale"}
-"""Commands that looseleaf-lab brings."""
-
-
-class Commands:
-    """The commands of a parser, for those who add some."""
-
-    def __init__(self, parser: argparse.ArgumentParser) -> None:
-        self._parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._parsers.choices
-
-    def add(self, name: str, help: str, run: str, *, takes_plugin_options: bool = False) -> argparse.ArgumentParser:
-        """A new command's parser, which has ``--json`` already.
-
-        Args:
-            name, help: what ``looseleaf --help`` shows.
-            run: ``module:function``, imported when the command is called; from the parsed arguments to the exit code,
-                None for 0.
-            takes_plugin_options: unknown options are no error, but handed over as ``arguments.rest``.
-        """
-        # options of plugins must not be taken for the beginning of ours: --k is not --kind
-        parser = self._parsers.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.",
-                                          allow_abbrev=False)
-        parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
-        parser.set_defaults(run=run, takes_plugin_options=takes_plugin_options)
-        return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,12 +68,12 @@ def build_parser() -> argparse.ArgumentParser:
                "LOOSELEAF_TRACEBACK=1 shows the whole traceback of an error. "
                'Tab completion: eval "$(register-python-argcomplete looseleaf)"')
     parser.add_argument("--version", action="version", version=f"looseleaf {__version__}")
-    commands = Commands(parser)
-
-    one = commands.add("list", "what is installed: name, kind, version, paper; broken plugins with the reason",
-                       "looseleaf.cli.listing:list_plugins")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    one = add_command(commands, "list", "what is installed: name, kind, version, paper; broken plugins with the reason",
+                      "looseleaf.cli.listing:list_plugins")
     one.add_argument("--kind", choices=KINDS, help="only this kind")
-    one = commands.add("info", "paper, parameters with defaults and citation of a plugin", "looseleaf.cli.listing:info")
+    one = add_command(commands, "info", "paper, parameters with defaults and citation of a plugin",
+                      "looseleaf.cli.listing:info")
     add_plugin_name(one)
     one.add_argument("--bibtex", action="store_true", help="print the citation only")
     one.add_argument("--table", action="store_true", help="print the table of data that some plugins bring")
@@ -110,19 +84,37 @@ def build_parser() -> argparse.ArgumentParser:
             point.load()(commands)
         except Exception as error:  # a third party's module may raise anything
             print(f"looseleaf: left out the commands {point.name} of {point.value}: {error}", file=sys.stderr)
-    for name in OF_THE_LAB:
-        if name not in commands:
-            commands.add(name, f"{OF_THE_LAB[name]}; needs looseleaf-lab", "looseleaf.cli.main:needs_the_lab",
-                         takes_plugin_options=True)
-    one = commands.add("new", "write a third-party plugin package, ready to install and check",
-                       "looseleaf.cli.making:new")
+    for name, help in OF_THE_LAB.items():
+        if name not in commands.choices:
+            add_command(commands, name, f"{help}; needs looseleaf-lab", "looseleaf.cli.main:needs_the_lab",
+                        takes_plugin_options=True)
+    one = add_command(commands, "new", "write a third-party plugin package, ready to install and check",
+                      "looseleaf.cli.making:new")
     one.add_argument("kind", choices=KINDS)
     one.add_argument("name", help="name of the plugin: lower case, digits and dashes")
     one.add_argument("--into", metavar="DIR", default=".", help="where the package's folder is made (default .)")
-    one = commands.add("check", "run the conformance kit on a plugin", "looseleaf.cli.making:check")
-    add_plugin_name(one)
-    commands.add("doctor", "versions, devices, caches, and which kernel implementation is chosen for what, and why",
-                 "looseleaf.cli.listing:doctor")
+    add_plugin_name(add_command(commands, "check", "run the conformance kit on a plugin", "looseleaf.cli.making:check"))
+    add_command(commands, "doctor", "versions, devices, caches, and which kernel implementation is chosen for what, "
+                "and why", "looseleaf.cli.listing:doctor")
+    return parser
+
+
+def add_command(commands: Any, name: str, help: str, run: str, *, takes_plugin_options: bool = False,
+                ) -> argparse.ArgumentParser:
+    """Add a command, which has ``--json`` already.
+
+    Args:
+        commands: what an entry point's function was called with.
+        name, help: what ``looseleaf --help`` shows.
+        run: ``module:function``, imported when the command is called; from the parsed arguments to the exit code, None
+            for 0.
+        takes_plugin_options: unknown options are no error, but handed over as ``arguments.rest``.
+    """
+    # options of plugins must not be taken for the beginning of ours: --k is not --kind
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=help, description=f"{help[0].upper()}{help[1:]}.", allow_abbrev=False)
+    parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+    parser.set_defaults(run=run, takes_plugin_options=takes_plugin_options)
     return parser
 
 

@@ -41,29 +41,28 @@ def write_package(kind: str, name: str, into: Path) -> Path:
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
         raise ValueError("name: expected lower-case letters, digits and single dashes, beginning with a letter, such "
                          f"as 'my-method', got {name!r}")
-    folder = into / f"looseleaf-{name}"
+    folder, package = into / f"looseleaf-{name}", "looseleaf_" + name.replace("-", "_")
     if folder.exists():
         raise ValueError(f"{folder} exists already: remove it, or choose another name or --into")
     base, module, word = WORDS[kind]
     values = {
-        "name": name, "package": "looseleaf_" + name.replace("-", "_"), "kind": kind, "module": module,
-        "base": base, "word": word, "cls": "".join(part.capitalize() for part in name.split("-")),
+        "name": name, "package": package, "kind": kind, "module": module, "base": base, "word": word,
+        "cls": "".join(part.capitalize() for part in name.split("-")),
         "core": __version__, "next_major": str(int(__version__.split(".")[0]) + 1),
         "needs": ', "looseleaf-text>=0.2,<1"' if kind == "prompts" else "",
     }
     root = resources.files("looseleaf") / "templates"
     targets = {
         "pyproject.toml": "pyproject.toml", "README.md": "README.md", "CHANGELOG.md": "CHANGELOG.md",
-        "init.py": f"src/{values['package']}/__init__.py", "test.py": f"tests/test_{values['package']}.py",
-        f"{kind}.py": f"src/{values['package']}/{module}.py",
-        "reproduction.py": f"src/{values['package']}/reproduction.py",
+        "init.py": f"src/{package}/__init__.py", f"{kind}.py": f"src/{package}/{module}.py",
+        "reproduction.py": f"src/{package}/reproduction.py", "test.py": f"tests/test_{package}.py",
     }
     for source, target in targets.items():
         text = (root / f"{source}.txt").read_text(encoding="utf-8")
         path = folder / target
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(string.Template(text).substitute(values), encoding="utf-8")
-    (folder / "src" / values["package"] / "py.typed").touch()
+    (folder / "src" / package / "py.typed").touch()
     return folder
 
 
@@ -80,12 +79,13 @@ def check(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"name": entry.name, "kind": entry.kind, "version": entry.version, "passes": not failed,
                           "checks": [dataclasses.asdict(o) for o in outcomes]}, indent=1))
-    else:
-        said = f"{len(outcomes) - len(failed) - len(skipped)} checks pass" + "".join(
-            f", {len(some)} {word}" for some, word in ((skipped, "skipped"), (failed, "fail")) if some)
-        verdict = "fails" if failed else "passes"
-        print(f"{entry.name} {entry.version} ({entry.kind}) {verdict} the conformance kit: {said}")
-        for outcome in [*skipped, *failed]:
-            print(f"  {'skipped' if outcome.problem is None else 'FAILS'}: {outcome.name}: "
-                  f"{outcome.problem or outcome.skipped}")
+        return 1 if failed else 0
+    counts = f"{len(outcomes) - len(failed) - len(skipped)} checks pass" + "".join(
+        f", {len(some)} {word}" for some, word in ((skipped, "skipped"), (failed, "fail")) if some)
+    verdict = "fails" if failed else "passes"
+    print(f"{entry.name} {entry.version} ({entry.kind}) {verdict} the conformance kit: {counts}")
+    for outcome in skipped:
+        print(f"  skipped: {outcome.name}: {outcome.skipped}")
+    for outcome in failed:
+        print(f"  FAILS: {outcome.name}: {outcome.problem}")
     return 1 if failed else 0
