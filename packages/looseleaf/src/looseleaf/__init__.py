@@ -23,7 +23,7 @@ _HOME = {
     "Task": "tasks", "Example": "tasks", "Evaluation": "tasks", "Predictor": "tasks", "SetMetric": "tasks",
     "ScoreMetric": "tasks", "Prompt": "prompts.prompt", "PromptOptimizer": "prompts.optimizer", "Budget": "budget",
     "costs": "budget",
-    "Probe": "probes.probe", "capture": "probes.hooks", "intervene": "probes.hooks", "patch": "probes.patching",
+    "Probe": "probes.probe", "capture": "probes.hooks", "intervene": "probes.hooks", "patch": "probes.hooks",
     "Plugin": "plugin", "Paper": "paper", "Claim": "report", "Report": "report", "Table": "report",
     "Figure": "report", "Series": "report", "TokenStrip": "report",
     "get": "discovery", "plugins": "discovery", "load": "discovery",
@@ -69,8 +69,7 @@ if TYPE_CHECKING:
     )
     from looseleaf.paper import Paper
     from looseleaf.plugin import Plugin
-    from looseleaf.probes.hooks import capture, intervene
-    from looseleaf.probes.patching import patch
+    from looseleaf.probes.hooks import capture, intervene, patch
     from looseleaf.probes.probe import Probe
     from looseleaf.prompts.optimizer import PromptOptimizer
     from looseleaf.prompts.prompt import Prompt

@@ -16,7 +16,7 @@ MODULES = {
     "looseleaf.prompts.budget": "looseleaf.budget", "looseleaf.prompts.state": "looseleaf.resume",
     "looseleaf.prompts.task": "looseleaf.tasks, or looseleaf_text for tasks of text",
     "looseleaf.probes.layers": "looseleaf_text", "looseleaf.probes.lens": "looseleaf_text",
-    "looseleaf.probes.scaling": "looseleaf.probes.patching and looseleaf_text",
+    "looseleaf.probes.scaling": "looseleaf.probes.hooks and looseleaf_text",
     "looseleaf.pruning.iterative": "looseleaf_tickets", "looseleaf.pruning.tickets": "looseleaf_tickets",
     "looseleaf.pruning.training": "looseleaf_tickets", "looseleaf.testing.servers": "looseleaf_text.testing.servers",
     **{f"looseleaf.prompts.{name}": "looseleaf_text" for name in (
