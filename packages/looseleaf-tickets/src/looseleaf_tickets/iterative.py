@@ -11,14 +11,13 @@ from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from looseleaf import Masks, Selection, Unstructured, WeightPruner, prunable_parameters
 from looseleaf.fingerprint import fingerprint
 from looseleaf.plugin import In
 from looseleaf.progress import track
 from looseleaf.pruning.applied import applied
-from looseleaf.pruning.targets import check_finite, holders, model_facts, named_by, stored_parameter
+from looseleaf.pruning.targets import check_finite, computed, holders, model_facts, named_by, stored_parameter
 from looseleaf.resume import as_plain
 from looseleaf_tickets.tickets import Ticket, TicketFolder, snapshot
 from looseleaf_tickets.training import Evaluate, Train, Trained, takes_run, train_ticket
@@ -138,7 +137,7 @@ def _checked(model: nn.Module, names: list[str]) -> list[str]:
         parameter = stored_parameter(*found[0])
         if parameter.is_floating_point():
             check_finite(name, parameter.detach(), "weights")
-        if applied(*found[0]) or (name in names and any(parametrize.is_parametrized(*place) for place in found)):
+        if applied(*found[0]) or (name in names and any(computed(*place) for place in found)):
             raise ValueError(f"{name!r} carries a mask or a parametrization: take it off first (remove or "
                              "make_permanent of the masks)")
     return names
@@ -231,9 +230,7 @@ class IterativePruner(WeightPruner):
     @classmethod
     def conformance(cls) -> dict[str, Any]:
         """See :meth:`looseleaf.Plugin.conformance`: a training function, and two rounds."""
-        from looseleaf.testing.pruners import training
-
-        return {"make": lambda: cls(rounds=2), "data": training}
+        return {"make": lambda: cls(rounds=2), "data": _small_training}
 
     def validate(self) -> None:
         """See :class:`looseleaf.Plugin`. Also ValueError when the rounds do not reach the sparsity."""
@@ -328,3 +325,20 @@ class IterativePruner(WeightPruner):
         chosen = list(prunable_parameters(model, self.targets, self.exclude))
         slow = list(prunable_parameters(model, self.half_rate_layers)) if self.half_rate_layers else []
         return chosen + [name for name in slow if name not in chosen]
+
+
+def _small_training(model: nn.Module) -> Train:
+    """What trains a model of the conformance kit for 20 steps of Adam."""
+    from looseleaf.testing.pruners import inputs_for
+
+    inputs = inputs_for(model)
+
+    def train(model: nn.Module, run: Any) -> None:
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=0.1)
+        for _ in run.steps(20):
+            optimizer.zero_grad()
+            out: Any = model(inputs)
+            getattr(out, "logits", out).square().mean().backward()
+            optimizer.step()
+
+    return train

@@ -7,35 +7,26 @@ from my_package import MyBackend
 test_conformance = conformance_tests(MyBackend)
 ```
 
-What the kit is given comes from :meth:`looseleaf.Plugin.conformance`, or from keyword arguments:
-
-- all kinds: ``make``, a function that makes an instance whose method is at work on the kit's small inputs;
-- attention: see :class:`looseleaf.testing.attention.AttentionKit`;
-- pruners: see :class:`looseleaf.testing.pruners.PrunerKit`;
-- prompts: see :class:`looseleaf.testing.prompts.PromptKit`;
-- probes: see :class:`looseleaf.testing.probes.ProbeKit`.
+What the kit is given comes from :meth:`looseleaf.Plugin.conformance`, or from keyword arguments. All kinds take
+``make``, a function that makes an instance whose method is at work on the kit's small inputs; the others are in
+:class:`looseleaf.testing.attention.AttentionKit`, :class:`looseleaf.testing.pruners.PrunerKit`,
+:class:`looseleaf.testing.prompts.PromptKit` and :class:`looseleaf.testing.probes.ProbeKit`.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from looseleaf.testing.common import Check, Kit, Outcome
+from looseleaf.testing.common import Check, Outcome, Skip, run
 
-_KITS = {"attention": "attention:AttentionKit", "pruners": "pruners:PrunerKit", "prompts": "prompts:PromptKit",
-         "probes": "probes:ProbeKit"}
+_KITS = {"attention": "AttentionKit", "pruners": "PrunerKit", "prompts": "PromptKit", "probes": "ProbeKit"}
 __all__ = ["check", "checks", "conformance_tests", "outcomes"]
 
 
-def checks(cls: type, **given: Any) -> list[Check]:
-    """The named checks of a plugin class.
-
-    Args:
-        cls: the plugin.
-        given: what the kit is given, over what ``cls.conformance()`` says.
+def checks(cls: Any, **given: Any) -> list[Check]:
+    """The named checks of a plugin class; the kit is ``given`` what replaces that of ``cls.conformance()``.
 
     Raises:
         ValueError: ``cls`` is not a plugin of a known kind.
@@ -44,28 +35,20 @@ def checks(cls: type, **given: Any) -> list[Check]:
     kind = getattr(cls, "kind", None)
     if kind not in _KITS:
         raise ValueError(f"{cls!r}: expected a plugin of the kind {', '.join(_KITS)}, got the kind {kind!r}")
-    module, name = _KITS[kind].split(":")
-    kit: type[Kit] = getattr(importlib.import_module(f"looseleaf.testing.{module}"), name)
-    return kit(cls, **{**cls.conformance(), **given}).checks()  # type: ignore[attr-defined]
+    kit = getattr(importlib.import_module(f"looseleaf.testing.{kind}"), _KITS[kind])
+    found: list[Check] = kit(cls, **{**cls.conformance(), **given}).checks()
+    return found
 
 
 def outcomes(cls: type, **given: Any) -> list[Outcome]:
-    """Run all checks of a plugin class; see :func:`checks`."""
-    from looseleaf.testing.common import run
-
+    """What comes out of all checks of a plugin class; see :func:`checks`."""
     return run(checks(cls, **given))
 
 
 def check(cls: type, **given: Any) -> None:
-    """Run all checks of a plugin class.
-
-    Raises:
-        AssertionError: with every check that failed, one a line.
-    """
-    failed = [o for o in outcomes(cls, **given) if o.problem is not None]
-    if failed:
-        lines = "\n".join(f"  - {o.name}: {o.problem}" for o in failed)
-        raise AssertionError(f"{cls.__name__} fails {len(failed)} conformance checks:\n{lines}")
+    """AssertionError with every check that a plugin class fails, one a line."""
+    failed = [f"\n  - {o.name}: {o.problem}" for o in outcomes(cls, **given) if o.problem is not None]
+    assert not failed, f"{cls.__name__} fails {len(failed)} conformance checks:{''.join(failed)}"
 
 
 def conformance_tests(cls: type, variants: Mapping[str, Mapping[str, Any]] | None = None,
@@ -79,12 +62,10 @@ def conformance_tests(cls: type, variants: Mapping[str, Mapping[str, Any]] | Non
     """
     import pytest
 
-    from looseleaf.testing.common import Skip
-
-    found = [(f"{name}: {c.name}" if name else c.name, c)
+    cases = [pytest.param(c, id=f"{name}{name and ': '}{c.name}".replace(" ", "-"))
              for name, own in (variants or {"": {}}).items() for c in checks(cls, **{**given, **own})]
 
-    @pytest.mark.parametrize("one", [c for _, c in found], ids=[name.replace(" ", "-") for name, _ in found])
+    @pytest.mark.parametrize("one", cases)
     def test(one: Check) -> None:
         try:
             one.function()
