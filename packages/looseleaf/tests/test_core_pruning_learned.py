@@ -116,20 +116,6 @@ def test_half_precision() -> None:
         assert all(s.dtype == torch.float32 and s.grad.any() for s in learned.parameters())
 
 
-def test_files(tmp_path: Path) -> None:
-    model = small_network()
-    learned = LearnedMasks(model, Unstructured(0.5), init={n: torch.rand(p.shape) for n, p in
-                                                           prunable_parameters(model).items()})
-    learned.save(tmp_path / "scores.safetensors")
-    other = LearnedMasks(small_network(), Unstructured(0.5))
-    other.load(tmp_path / "scores.safetensors")
-    assert other.harden() == learned.harden()
-    with pytest.raises(ValueError, match=r"expected scores of the rule .*0\.2.*got .*0\.5"):
-        LearnedMasks(small_network(), Unstructured(0.2)).load(tmp_path / "scores.safetensors")
-    with pytest.raises(ValueError, match="for another model"):
-        LearnedMasks(nn.Sequential(nn.Linear(3, 3)), Unstructured(0.5)).load(tmp_path / "scores.safetensors")
-
-
 def test_what_is_saved_under_learned_masks_is_the_pruned_model(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     model, ids = tiny_llama(), torch.arange(12)[None]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves
 
-from looseleaf.files import load_tensors, save_tensors
 from looseleaf.pruning.applied import Place
 from looseleaf.pruning.masks import Masks
 from looseleaf.pruning.selection import Selection
@@ -25,8 +23,6 @@ from looseleaf.pruning.targets import (
     prunable_parameters,
     stored_parameter,
 )
-
-FORMAT = "looseleaf.learned/1"
 
 
 class LearnedMasks:
@@ -76,7 +72,7 @@ class LearnedMasks:
                                  f"{tuple(score.shape)}")
             self._scores[name] = Parameter(score.detach().to(weight.device, torch.float32, copy=True))
         self.selection = selection.for_model(model, names)
-        self._masks: Masks | None = None
+        self._masks: dict[str, Tensor] | None = None
         self._versions: list[int] = []
         for name, places in self.places.items():
             for module, attribute in places:
@@ -102,32 +98,10 @@ class LearnedMasks:
         """Take the scores off the model; its weights are as they were, or as training left them."""
         for places in self.places.values():
             for module, attribute in places:
-                module._modules.pop(_beside(attribute), None)
-                _set_class(module)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the scores to one safetensors file, atomically."""
-        save_tensors(path, self._scores, {"selection": self.selection.describe()}, format=FORMAT)
-
-    def load(self, path: str | os.PathLike[str]) -> None:
-        """Read scores that :meth:`save` wrote.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: another file, the scores of another model, or of another rule.
-        """
-        tensors, info = load_tensors(path, format=FORMAT)
-        if info["selection"] != self.selection.describe():
-            raise ValueError(f"{path}: expected scores of the rule {self.selection.describe()}, got those of "
-                             f"{info['selection']}")
-        shapes = {(name, score.shape) for name, score in self._scores.items()}
-        odd = sorted(shapes ^ {(name, tensor.shape) for name, tensor in tensors.items()})
-        if odd:
-            raise ValueError(f"{path}: these scores are for another model: {odd[0][0]!r} is not in both, or of "
-                             "another shape")
-        with torch.no_grad():
-            for name, score in self._scores.items():
-                score.copy_(tensors[name])
+                part = module._modules.get(_beside(attribute))
+                if isinstance(part, _Scores) and part.owner is self:
+                    del module._modules[_beside(attribute)]
+                    _set_class(module)
 
     def __enter__(self) -> LearnedMasks:
         return self
@@ -140,7 +114,7 @@ class LearnedMasks:
         """The mask of a weight; all are selected together, anew after each backward pass and each change of a score."""
         versions = [score._version for score in self._scores.values()]
         if self._masks is None or versions != self._versions:
-            self._masks = self.selection.select({n: score.detach() for n, score in self._scores.items()})
+            self._masks = dict(self.selection.select({n: score.detach() for n, score in self._scores.items()}))
             self._versions = versions
         return self._masks[name]
 

@@ -33,9 +33,8 @@ class Masks(Mapping[str, Tensor]):
     In memory and on disk a mask takes one bit for each weight; tensors are made when they are asked for.
 
     Args:
-        masks: parameter name -> boolean tensor. Names are those of ``model.named_parameters()``; a weight that several
-            layers share has one name, the first. What PEFT, ``torch.compile`` and ``DataParallel`` add to names does
-            not matter.
+        masks: boolean tensors by name, as in ``model.named_parameters()``: a weight that several layers share has one
+            name, the first. What PEFT, ``torch.compile`` and ``DataParallel`` add to names does not matter.
         metadata: plain data that travels with the masks (rule, model, ...); must be JSON.
 
     Raises:
@@ -63,7 +62,6 @@ class Masks(Mapping[str, Tensor]):
         masks._packed, masks._shapes = packed, {name: torch.Size(shape) for name, shape in shapes.items()}
         return masks
 
-    # ------------------------------------------------------------------ a mapping
     def __getitem__(self, name: str) -> Tensor:
         return unpack(self._packed[name], self._shapes[name])
 
@@ -85,13 +83,12 @@ class Masks(Mapping[str, Tensor]):
 
     __hash__ = None  # type: ignore[assignment]
 
-    # ------------------------------------------------------------------ counts
     def total(self, name: str | None = None) -> int:
-        """Number of weights the masks cover (of one parameter, or of all)."""
+        """Number of weights that the masks cover, of one parameter or of all."""
         return self._shapes[name].numel() if name is not None else sum(map(self.total, self))
 
     def removed(self, name: str | None = None) -> int:
-        """Number of weights removed (of one parameter, or of all)."""
+        """Number of weights removed, of one parameter or of all."""
         if name is None:
             return sum(map(self.removed, self))
         packed = self._packed[name]
@@ -109,7 +106,6 @@ class Masks(Mapping[str, Tensor]):
             table.add(name or "all", shape, self.total(name), self.removed(name), self.sparsity(name))
         return table
 
-    # ------------------------------------------------------------------ with other masks
     def __and__(self, other: Masks) -> Masks:
         """Kept by both. ValueError when names or shapes differ."""
         return self._combine(other, torch.bitwise_and)
@@ -151,12 +147,11 @@ class Masks(Mapping[str, Tensor]):
                                  f"{tuple(other._shapes[name])}: both must be of one model")
         return Masks._of({n: function(b, other._packed[n].to(b.device)) for n, b in self._packed.items()}, self._shapes)
 
-    # ------------------------------------------------------------------ on a model
     def apply(self, model: nn.Module) -> Masks:
-        """Put the masks on ``model`` and return self. Applying the same masks twice changes nothing.
+        """Put the masks on ``model``, atomically, and return self; those that are on it already stay.
 
-        The model is checked as a whole before anything is changed. The removed weights are kept aside for
-        :meth:`remove`, in their dtype; :meth:`make_permanent` needs no such memory.
+        The removed weights are kept aside for :meth:`remove`, in their dtype; :meth:`make_permanent` needs no such
+        memory.
 
         Raises:
             ValueError: the masks are for another model (names or shapes), the model carries other masks or a weight has
@@ -174,13 +169,11 @@ class Masks(Mapping[str, Tensor]):
         return self
 
     def remove(self, model: nn.Module, restore: bool = True) -> None:
-        """Take the masks off ``model``: the weights are the dense ones again, bit for bit (or as training left them).
-
-        After :meth:`make_permanent` this does nothing: the zeros stay.
+        """Take the masks off ``model``; after :meth:`make_permanent` this does nothing.
 
         Args:
             model: that carries the masks.
-            restore: True: give the removed weights back; False: leave every weight as it is now.
+            restore: True: give the removed weights back, bit for bit; False: leave every weight as it is now.
 
         Raises:
             ValueError: the masks are for another model, are not on this one, or others are; or a weight was written to
@@ -198,13 +191,10 @@ class Masks(Mapping[str, Tensor]):
             take_off(places[name], restore)
 
     def make_permanent(self, model: nn.Module) -> Masks:
-        """Write zeros into the removed weights of ``model``, take the masks off if they are on, and return self.
-
-        This cannot be undone.
+        """Write zeros into the removed weights of ``model``, for good, take the masks off, and return self.
 
         Raises:
-            ValueError: the masks are for another model, the model carries other masks or a weight has a
-                parametrization; or a weight was written to where it was removed. Nothing is changed then.
+            ValueError: as for :meth:`apply`; or a weight was written to where it was removed. Nothing is changed then.
         """
         places = self.places(model)
         self._carried(places, unwritten=True)
@@ -215,11 +205,8 @@ class Masks(Mapping[str, Tensor]):
         return self
 
     def places(self, model: nn.Module) -> dict[str, list[Place]]:
-        """Where each masked parameter is held: name -> (module, attribute), several where it is tied.
-
-        Raises:
-            ValueError: the masks are for another model: a name or a shape is not there.
-        """
+        """Where each masked parameter is held: name -> (module, attribute), several where it is tied; ValueError where
+        the masks are for another model."""
         known = holders(model)
         plain = {plain_name(name): places for name, places in reversed(known.items())}
         found = {n: places for n in self if (places := known.get(n) or plain.get(plain_name(n)))}
@@ -255,7 +242,6 @@ class Masks(Mapping[str, Tensor]):
                 carried[name] = mask
         return carried
 
-    # ------------------------------------------------------------------ on disk
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The masks as uint8 tensors of 8 weights a byte, and plain data, for files that hold masks among others."""
         return dict(self._packed), {"shapes": {n: list(s) for n, s in self._shapes.items()}, "metadata": self.metadata}
@@ -273,27 +259,15 @@ class Masks(Mapping[str, Tensor]):
         return cls._of({name: tensors[name] for name in shapes}, shapes, info["metadata"])
 
     def save(self, path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None) -> None:
-        """Write the masks to one safetensors file, atomically.
-
-        Args:
-            path: where to; folders are made as needed.
-            metadata: plain data, added to that of the masks.
-
-        Raises:
-            ValueError: metadata that is not JSON.
-            OSError: the file cannot be written (the message names the path).
-        """
+        """Write the masks to one safetensors file, atomically; see :func:`looseleaf.files.save_tensors`. ``metadata``
+        is added to that of the masks."""
         tensors, info = self.pack()
         save_tensors(path, tensors, {**info, "metadata": {**self.metadata, **(metadata or {})}}, format=FORMAT)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Masks:
-        """Read what :meth:`save` wrote (to the CPU); what ``metadata`` was given is in ``.metadata``.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: not a safetensors file, a damaged or truncated one, or one that holds no masks.
-        """
+        """Read what :meth:`save` wrote, to the CPU. FileNotFoundError, or ValueError for a file that is damaged or
+        holds no masks."""
         try:
             return cls.unpack(*load_tensors(path, format=FORMAT))
         except (KeyError, TypeError, ValueError) as error:

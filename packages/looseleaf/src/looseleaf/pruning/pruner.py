@@ -19,11 +19,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Pruner(Plugin):
-    """What the three kinds of pruner have in common; subclass one of them.
-
-    :class:`WeightPruner` removes weights of a model, :class:`TokenPruner` tokens (or patches, or frames) of a batch,
-    :class:`UpdatePruner` entries of what training did to the weights.
-    """
+    """Base of the three kinds of pruner: :class:`WeightPruner` removes weights of a model, :class:`TokenPruner` tokens
+    (or patches, or frames) of a batch, :class:`UpdatePruner` entries of what training did to the weights."""
 
     kind: ClassVar[str] = "pruners"
 
@@ -50,12 +47,8 @@ class WeightPruner(Pruner):
         """The rule that turns scores into masks."""
 
     def prune(self, model: torch.nn.Module, data: Any = None) -> Masks:
-        """The masks (True = keep) for ``model``, which is not changed; ``masks.apply(model)`` puts them on.
-
-        Args:
-            model: any torch module.
-            data: see :meth:`score`.
-        """
+        """The masks (True = keep) for ``model``, which is not changed; ``masks.apply(model)`` puts them on. ``data`` is
+        that of :meth:`score`."""
         from looseleaf.pruning.targets import model_facts
 
         scores = self.score(model, data)
@@ -73,7 +66,7 @@ class TokenPruner(Pruner):
         """What is kept of ``batch``: name of a tensor in it -> (B, N) bool, True = keep.
 
         Args:
-            model: the model that is to read the batch; not changed.
+            model: that is to read the batch; not changed.
             batch: tensors by name, such as ``input_ids`` (B, N) or ``pixel_values``; not changed.
         """
 
@@ -84,9 +77,5 @@ class UpdatePruner(Pruner):
 
     @abstractmethod
     def keep(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Masks:
-        """Which entries of ``after - before`` are kept (True); the others go back to their values before.
-
-        Args:
-            before: values by parameter name, as in ``state_dict``; not changed.
-            after: values of the same names and shapes; not changed.
-        """
+        """Which entries of ``after - before`` are kept (True); the others go back to their values before. Both are
+        values by parameter name, as in ``state_dict``, of the same names and shapes; not changed."""

@@ -32,7 +32,8 @@ def removed(sparsity: float, count: int) -> int:
 class Selection(ABC):
     """A rule: scores by parameter name -> masks of the same names and shapes (True = keep).
 
-    A dataclass whose fields are checked as those of a :class:`looseleaf.Plugin`.
+    A dataclass whose fields are checked as those of a :class:`looseleaf.Plugin`. Nothing is truncated: sizes that do
+    not suit a rule are an error.
     """
 
     def __post_init__(self) -> None:
@@ -53,12 +54,9 @@ class Selection(ABC):
         """What in ``masks`` does not follow this rule, one sentence each; empty when all is well."""
         # masks that follow a rule, taken as scores, give themselves again
         expected = self.select({name: mask.float() for name, mask in masks.items()}) if masks else masks
-        out = []
-        for name in (name for name in masks if not torch.equal(masks[name], expected[name])):
-            gone, wanted = masks.removed(name), expected.removed(name)
-            out.append(f"{name}: {gone} of {masks.total(name)} weights removed, the rule asks for {wanted}"
-                       f"{' in other places' if gone == wanted else ''}")
-        return out
+        return [f"{name}: {masks.removed(name)} of {masks.total(name)} weights removed, the rule asks for "
+                f"{expected.removed(name)} (where the numbers agree, in other places)"
+                for name in masks if not torch.equal(masks[name], expected[name])]
 
     def for_model(self, model: nn.Module, names: Iterable[str]) -> Selection:
         """The rule for parameters of ``model``: one that counts along inputs knows where they are then."""
@@ -83,13 +81,12 @@ class Unstructured(Selection):
     scope: Literal["global", "layer"] = "global"
 
     def select(self, scores: Mapping[str, Tensor]) -> Masks:
-        """See :meth:`Selection.select`. Exact at any size: the threshold is found by counting, not by sorting."""
         _check_scores(scores)
         groups = [dict(scores)] if self.scope == "global" else [{name: score} for name, score in scores.items()]
         kept: dict[str, Tensor] = {}
         for group in groups:
             count = removed(self.sparsity, sum(score.numel() for score in group.values()))
-            kept.update(zip(group, _keep_largest(list(group.values()), count), strict=True))
+            kept.update(zip(group, _keep_largest([*group.values()], count), strict=True))
         return Masks(kept, self.describe())
 
 
@@ -104,7 +101,6 @@ class Threshold(Selection):
     value: float
 
     def select(self, scores: Mapping[str, Tensor]) -> Masks:
-        """See :meth:`Selection.select`."""
         _check_scores(scores)
         return Masks({name: score.detach() > self.value for name, score in scores.items()}, self.describe())
 
@@ -115,15 +111,13 @@ class Threshold(Selection):
 
 @dataclass(frozen=True)
 class _InRows(Selection):
-    """What rules have in common that keep the same number of entries in each of many rows; they have a field dims."""
+    """Keeps the same number of entries in each of many rows; has a field dims."""
 
     def for_model(self, model: nn.Module, names: Iterable[str]) -> Selection:
-        """See :meth:`Selection.for_model`."""
         dims: Any = {**input_dims(model, names), **vars(self)["dims"]}
         return replace(self, dims=dims)  # type: ignore[call-arg]
 
     def select(self, scores: Mapping[str, Tensor]) -> Masks:
-        """See :meth:`Selection.select`. ValueError for sizes that do not suit the rule; nothing is truncated."""
         _check_scores(scores)
         rows = {name: self._rows(name, score) for name, score in scores.items()}  # all of them first: may raise
         kept = {}
@@ -144,8 +138,7 @@ class PerRow(_InRows):
 
     Args:
         sparsity: fraction of each row to remove, in [0, 1).
-        keep: how many of each row to keep, in the place of ``sparsity``, for methods that round in another way; None:
-            not used.
+        keep: how many of each row to keep in the place of ``sparsity``, for methods that round otherwise.
         dims: the dimension of the inputs by parameter name, where it is not 1; :meth:`for_model` sets it.
     """
 
@@ -168,8 +161,7 @@ class NM(_InRows):
     Args:
         n: how many are kept, 1 <= n < m.
         m: size of a group.
-        dims: the dimension of the inputs by parameter name, for weights where it is not 1 (transformers' ``Conv1D``
-            has (in, out): 0); :meth:`for_model` sets it.
+        dims: as in :class:`PerRow`; 0 for transformers' ``Conv1D``, which has (in, out).
     """
 
     n: Annotated[int, In(">= 1")] = 2
@@ -183,7 +175,7 @@ class NM(_InRows):
 
     @property
     def sparsity(self) -> float:
-        """The fraction that is removed, 1 - n/m."""
+        """1 - n/m."""
         return 1.0 - self.n / self.m
 
     def _rows(self, name: str, tensor: Tensor) -> tuple[int, int, int, int]:
@@ -250,12 +242,10 @@ class Structured(Selection):
     tied: tuple[Tied, ...] = ()
 
     def describe(self) -> dict[str, Any]:
-        """See :meth:`Selection.describe`."""
         tied = [{**vars(t), "members": dict(t.members)} for t in self.tied]
         return {"rule": "Structured", "sparsity": self.sparsity, "dim": self.dim, **({"tied": tied} if tied else {})}
 
     def select(self, scores: Mapping[str, Tensor]) -> Masks:
-        """See :meth:`Selection.select`. ValueError for a tied parameter without scores, or with other sizes."""
         _check_scores(scores)
         kept = {name: torch.ones(score.shape, dtype=torch.bool, device=score.device) for name, score in scores.items()}
         for units, members in self._groups(scores):

@@ -30,7 +30,7 @@ _BELOW_ADAPTERS = ("base_model", "model", "base_layer", "original_module")
 
 def prunable_parameters(model: nn.Module, targets: str | Iterable[str] | None = None,
                         exclude: str | Iterable[str] | None = None) -> dict[str, Parameter]:
-    """The weights that a pruner may touch, in the order of the model.
+    """The weights that a pruner may touch, by their names in ``model.named_parameters()`` and in its order.
 
     By default these are the floating-point weights of every Linear and convolution (also transformers' ``Conv1D`` and
     the projections of ``nn.MultiheadAttention``) of the body: no biases, norms, embeddings, adapters (PEFT's, and what
@@ -45,9 +45,6 @@ def prunable_parameters(model: nn.Module, targets: str | Iterable[str] | None = 
             chosen as well; an embedding or an adapter only by its exact name; another matrix, such as the stacked
             weights of experts, only by a pattern that spells out its last name (``"experts.down_proj"``).
         exclude: patterns of what to leave out; they win over ``targets``.
-
-    Returns:
-        Parameter name, as in ``model.named_parameters()``, -> parameter.
 
     Raises:
         ValueError: a pattern matches nothing (the message names near names), or nothing is left.
@@ -139,10 +136,7 @@ def input_dims(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
     """The dimension of each named weight along which its inputs lie.
 
     1 for Linear (out, in) and convolutions (out, in, ...); 0 for transformers' ``Conv1D`` (in, out), transposed
-    convolutions (in, out, ...) and embeddings. N:M patterns group along it.
-
-    Raises:
-        ValueError: a name that is no weight of ``model``.
+    convolutions (in, out, ...) and embeddings. ValueError for a name that is no weight of ``model``.
     """
     parameters, known = {}, {}
     for found in _by_parameter(_held(model)):
@@ -162,12 +156,11 @@ def input_dims(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
 
 
 def model_facts(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
-    """Facts that say which model masks belong to and what was counted.
+    """Which model masks belong to, and what was counted.
 
-    Returns:
-        ``model`` (class name), ``model_type`` (from its configuration, or None), ``parameters`` (all, tied ones
-        once), ``prunable`` (elements of the named weights), ``prunable_share``, ``tensors`` (number of weights),
-        ``left_out`` (elements of the other matrices: embeddings, output head, and what is no Linear or convolution).
+    ``model`` (class name), ``model_type`` (from its configuration, or None), ``parameters`` (all, tied ones once),
+    ``prunable`` (elements of the named weights), ``prunable_share``, ``tensors`` (number of weights), ``left_out``
+    (elements of the other matrices: embeddings, output head, and what is no Linear or convolution).
     """
     parameters = {name: parameter for name, _, _, parameter, _ in _held(model)}
     chosen = [parameters[name] for name in names]
