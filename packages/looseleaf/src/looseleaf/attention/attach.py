@@ -82,11 +82,7 @@ def _way(model: Any, layers: Any) -> tuple[dict[str, nn.Module], Callable[..., N
 
 
 def choose(names: Sequence[str], wanted: str | int | Iterable[int | str] | None) -> set[int]:
-    """Indices of the layers that ``wanted`` means.
-
-    Raises:
-        ValueError: an index out of range or a pattern without a match.
-    """
+    """Indices of the layers that ``wanted`` means; ValueError for an index or a pattern of none."""
     if wanted is None:
         return set(range(len(names)))
     out: set[int] = set()

@@ -150,26 +150,18 @@ class AttentionBackend(Plugin):
     def prepare(self, model: Any, geometry: Geometry) -> None:
         """Called by :func:`looseleaf.attach` before the first call, such as to make :attr:`modules`.
 
-        Args:
-            model: the model, without wrappers such as PEFT's.
-            geometry: sizes of the layers that the backend is attached to.
+        ``model`` is without wrappers such as PEFT's, ``geometry`` of the layers that the backend is attached to.
         """
 
     def calibrate(self, model: nn.Module, batches: Any) -> None:
         """Learn what the method needs. The default needs nothing.
 
-        Args:
-            model: what :func:`looseleaf.attach` takes.
-            batches: dicts of model inputs; for bidirectional methods also a function that runs the model, given what
-                ``attach`` returned, because a denoising run is a loop.
+        ``model`` is what :func:`looseleaf.attach` takes. ``batches`` are dicts of model inputs; for bidirectional
+        methods also a function that runs the model, given what ``attach`` returned: a denoising run is a loop.
         """
 
     def save(self, path: str | Path) -> None:
-        """Write what was learned; by default the weights of :attr:`modules`, as safetensors.
-
-        Raises:
-            ValueError: there is nothing to write.
-        """
+        """Write what was learned, by default the weights of :attr:`modules`, as safetensors; ValueError: nothing."""
         if not self.modules:
             raise ValueError(f"{type(self).__name__}.save: expected something learned, got no modules: attach it first")
         tensors = {f"{layer}.{name}": tensor for layer, module in self.modules.items()

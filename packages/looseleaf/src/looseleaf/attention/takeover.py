@@ -6,6 +6,7 @@ stay the module's own.
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -93,7 +94,8 @@ class _Mode(TorchFunctionMode):
         if lq == lk > self.tokens > 0:  # joint attention: the other sequence is among the queries, too
             self.is_cross = False
         phase: Phase = "prefill" if is_causal else "decode" if lq == 1 < lk and not self.is_cross else "bidirectional"
-        reason = None
+        reason, own = None, functools.partial(F.scaled_dot_product_attention, query, key, value, attn_mask, dropout_p,
+                                              is_causal, scale=scale, enable_gqa=enable_gqa)
         if dropout_p and "dropout" not in self.attached.backend.score_changes:
             reason = "dropout in training"
         elif query.dim() != 4 or key.dim() != 4 or query.is_nested:
@@ -103,9 +105,7 @@ class _Mode(TorchFunctionMode):
         _thread.computing = True  # the backend's own use of the function is not for the backend
         try:
             if reason is not None:
-                return self.attached.exactly(
-                    self.layer, phase, reason, query.device, lambda: F.scaled_dot_product_attention(
-                        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa))
+                return self.attached.exactly(self.layer, phase, reason, query.device, own)
             key, value = (x.expand(batch, -1, -1, -1) for x in (key, value))
             return self.attached.compute(from_sdpa(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, phase=phase, module=self.module,
@@ -159,7 +159,7 @@ class _Steps:
         if timestep is None or self.attached.step not in (None, self._counted):
             return  # the caller's loop counts by itself
         now = float(torch.as_tensor(timestep, dtype=torch.float64).flatten()[0])
-        if self._counted is None or self.attached.step is None or self._last is None or now > self._last:
+        if self._counted is None or self._last is None or self.attached.step is None or now > self._last:
             self._counted = 0  # timesteps fall while a picture is made: a rise begins a new one
             if self.fixed is None:
                 self.attached.steps = getattr(self.scheduler, "num_inference_steps", None)
