@@ -25,12 +25,9 @@ def cache_dir() -> Path:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path beside ``path`` to write to; what was written takes the place of ``path`` at the end of the block.
+    """A path beside ``path`` to write to, which takes its place at the end of the block; folders are made as needed.
 
-    An exception, a kill or a full disk leaves the former file as it was. Folders are made as needed.
-
-    Raises:
-        OSError: the file cannot be written.
+    An exception, a kill or a full disk leaves the former file as it was.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -94,8 +94,8 @@ def _content_of(value: Any) -> tuple[str, Iterable[Any]]:
         flat = value.detach().cpu().to_dense().contiguous().reshape(-1)
         return f"tensor {value.dtype} {tuple(value.shape)}", [flat.view(torch.uint8).numpy().tobytes()]
     if hasattr(value, "__array_interface__") and hasattr(value, "dtype"):
-        return f"array {value.dtype.str} {value.shape}", [
-            value.tolist() if value.dtype.hasobject else value.tobytes()]
+        content = value.tolist() if value.dtype.hasobject else value.tobytes()
+        return f"array {value.dtype.str} {value.shape}", [content]
     if hasattr(value, "tobytes") and hasattr(value, "mode"):
         return f"image {value.mode} {value.size}", [value.tobytes(), value.getpalette()]
     if dataclasses.is_dataclass(value):

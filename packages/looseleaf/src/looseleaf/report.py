@@ -184,10 +184,8 @@ class Report:
         """Add an image, or several side by side, and return them.
 
         Args:
-            title: of the image, or of all of them.
             array: numpy array or tensor (H, W), (H, W, 3) or (H, W, 4), of floats in [0, 1], bool or uint8; or a list
                 of them, of any sizes.
-            note: shown below.
             captions: one for each image of a list.
 
         Raises:
