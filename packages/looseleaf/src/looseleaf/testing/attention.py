@@ -76,8 +76,10 @@ class AttentionKit(Kit):
         """The outputs of one causal call, or of a run of bidirectional calls with the same tensors: (steps, ...)."""
         backend, given = self.make(), {"state": SimpleNamespace(), "layers": 2, "steps": self.total, **given}
         self.records = [{} for _ in self.steps]
-        return torch.stack([backend.compute(self.call(query, key, value, step=step, record=values.update, **given))
-                            for step, values in zip(self.steps, self.records)])
+        outs = [backend.compute(self.call(query, key, value, step=step, record=values.update, **given))
+                for step, values in zip(self.steps, self.records)]
+        assert {out.dtype for out in outs} == {query.dtype}, f"{outs[0].dtype} from a query of {query.dtype}"
+        return torch.stack(outs)
 
     def model(self, dropout: float = 0.0) -> Any:
         """A decoder, or for bidirectional methods an encoder, with attention dropout."""
@@ -120,8 +122,8 @@ class AttentionKit(Kit):
         q, k, v = self.qkv
         for dtype, size in ((torch.float32, 32), (torch.bfloat16, 32), (torch.float32, 16)):
             out = self.run(q.to(dtype), k.to(dtype), v[..., :size].to(dtype))
-            assert out.shape[1:] == (*q.shape[:3], size) and out.dtype == dtype, \
-                f"{tuple(out.shape[1:])} {out.dtype} from a query of {tuple(q.shape)} {dtype} and values of size {size}"
+            assert out.shape[1:] == (*q.shape[:3], size), \
+                f"{tuple(out.shape[1:])} from a query of {tuple(q.shape)} and values of size {size}"
             assert bool(torch.isfinite(out).all()), f"not finite for {dtype} and values of size {size}"
 
     def check_inputs_are_left_unchanged(self) -> None:

@@ -165,8 +165,8 @@ class PromptKit(Kit):
         assert watch.requests > 0, "the model is never asked"
         # by chance one draw may change nothing
         others = (self.use(self.watch(), task=_with_other_targets(self.task(), n)) for n in range(3))
-        assert any(other.fingerprint() != prompt.fingerprint() or other.info["fitness"] != prompt.info["fitness"]
-                   for other in others), \
+        assert any(other.fingerprint() != prompt.fingerprint() or
+                   other.info.get("fitness") != prompt.info.get("fitness") for other in others), \
             "other targets of the training examples give the same prompt and the same fitness: the task is ignored"
 
     def check_declares_the_model_it_accepts(self) -> None:
