@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -64,7 +64,8 @@ class Selection(ABC):
 
     def describe(self) -> dict[str, Any]:
         """The rule as plain data, for the metadata of masks."""
-        return {"rule": type(self).__name__, **{k: v for k, v in vars(self).items() if k != "dims" and k[0] != "_"}}
+        fields = asdict(self)  # type: ignore[call-overload]
+        return {"rule": type(self).__name__, **{k: v for k, v in fields.items() if k != "dims" and v != ()}}
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,11 @@ class _InRows(Selection):
         kept = {}
         for name, (source, target, length, count) in rows.items():
             lined = scores[name].detach().movedim(source, target)
-            keep = _keep_in_rows(lined.reshape(-1, length), count)
-            kept[name] = keep.view(lined.shape).movedim(target, source)
+            keep = torch.ones(lined.shape, dtype=torch.bool, device=lined.device)
+            chunks = (t.reshape(-1, length).split(max(1, CHUNK // max(1, length))) for t in (lined, keep))
+            for values, kept_here in zip(*chunks, strict=True):
+                kept_here.scatter_(1, values.sort(dim=1, stable=True).indices[:, :length - count], False)
+            kept[name] = keep.movedim(target, source)
         return Masks(kept, self.describe())
 
     @abstractmethod
@@ -241,10 +245,6 @@ class Structured(Selection):
     dim: Annotated[int, In(">= 0")] = 0
     tied: tuple[Tied, ...] = ()
 
-    def describe(self) -> dict[str, Any]:
-        tied = [{**vars(t), "members": dict(t.members)} for t in self.tied]
-        return {"rule": "Structured", "sparsity": self.sparsity, "dim": self.dim, **({"tied": tied} if tied else {})}
-
     def select(self, scores: Mapping[str, Tensor]) -> Masks:
         _check_scores(scores)
         kept = {name: torch.ones(score.shape, dtype=torch.bool, device=score.device) for name, score in scores.items()}
@@ -288,16 +288,6 @@ def _check_scores(scores: Mapping[str, Tensor]) -> None:
             kind = score.dtype if isinstance(score, Tensor) else type(score).__name__
             raise ValueError(f"the scores of {name!r}: expected a floating-point tensor, got {kind}")
         check_finite(name, score, "scores", allow_infinite=True)
-
-
-def _keep_in_rows(rows: Tensor, count: int) -> Tensor:
-    """Masks that keep exactly the ``count`` largest of each row of (R, M)."""
-    keep = torch.ones(rows.shape, dtype=torch.bool, device=rows.device)
-    step = max(1, CHUNK // max(1, rows.shape[1]))
-    for scores, kept in zip(rows.split(step), keep.split(step), strict=True):
-        lowest = scores.sort(dim=1, stable=True).indices[:, :rows.shape[1] - count]
-        kept.scatter_(1, lowest, False)
-    return keep
 
 
 def _keep_largest(scores: list[Tensor], count: int) -> list[Tensor]:
