@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy.optimize import linprog, minimize
 
+from looseleaf import capture
 from looseleaf.testing.common import assert_unchanged, mixed_modes, snapshot
 from looseleaf.testing.models import tiny_llama, tiny_text_llama, tiny_tokenizer
 from looseleaf_lineas import LinEAS, Steering, data, difference_in_means, lin_act, squared_w2
@@ -164,11 +165,38 @@ def test_baselines() -> None:
     name = "model.layers.0.input_layernorm"
     torch.testing.assert_close(x[name].mean(0) + shift.bias[name], y[name].mean(0))
     affine = lin_act(model, SOURCE, TARGET, tokenizer)
-    with affine.apply(model):
-        moved = pooled(model, "*layernorm", encode(tokenizer, SOURCE, torch.device("cpu")), True)
-    for n in moved:  # layer by layer: every layer's mean is brought to its goal, the layers before it steered
-        torch.testing.assert_close(moved[n].mean(0), y[n].mean(0), atol=1e-3, rtol=1e-3)
-        assert float(squared_w2(moved[n], y[n]).sum()) < float(squared_w2(x[n], y[n]).sum())
+    # the first map is the least-squares line through the sorted activations
+    a, b = x[name].sort(0).values.double(), y[name].sort(0).values.double()
+    slope, offset = zip(*(np.polyfit(a[:, k], b[:, k], 1) for k in range(a.shape[1])))
+    np.testing.assert_allclose(affine.omega[name], slope, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(affine.bias[name], offset, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(affine.low[name], x[name].amin(0))
+    torch.testing.assert_close(affine.high[name], x[name].amax(0))
+
+
+def test_lin_act_moves_activations_inside_the_source_range_alone(tmp_path: Path) -> None:
+    model, tokenizer = tiny_text_llama(), tiny_tokenizer()
+    affine = lin_act(model, SOURCE, TARGET, tokenizer)
+    name = "model.layers.0.input_layernorm"
+    batch = encode(tokenizer, SOURCE, torch.device("cpu"))
+    with torch.no_grad(), capture(model, name) as seen:
+        model(**batch)
+    with torch.no_grad(), affine.apply(model, 0.5), capture(model, name) as moved:
+        model(**batch)
+    z, changed = seen[name][0], moved[name][0]
+    inside = (z > affine.low[name]) & (z < affine.high[name])
+    assert 0 < inside.float().mean() < 1
+    assert torch.equal(changed[~inside], z[~inside])
+    wanted = 0.5 * z + 0.5 * (affine.omega[name] * z + affine.bias[name])
+    torch.testing.assert_close(changed[inside], wanted[inside])
+    affine.scaled(0.5).save(tmp_path / "map.safetensors")
+    with torch.no_grad(), Steering.load(tmp_path / "map.safetensors").apply(model), capture(model, name) as again:
+        model(**batch)
+    torch.testing.assert_close(again[name][0], changed)
+    for refused in (lambda: affine.merge(model, batch), lambda: Steering.mean([affine]), lambda: affine.then(affine),
+                    lambda: Steering(affine.omega, affine.bias).then(affine)):
+        with pytest.raises(ValueError, match="affine everywhere"):
+            refused()
 
 
 def test_padding_and_the_first_token_are_left_out() -> None:

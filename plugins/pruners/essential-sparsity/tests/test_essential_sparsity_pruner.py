@@ -29,6 +29,17 @@ def test_bad_values(fields: dict[str, Any], word: str) -> None:
     assert "expected" in str(caught.value) and "got" in str(caught.value)
 
 
+def test_the_pooler_is_left_out() -> None:
+    """As the authors do with BERT; it can be named."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                     intermediate_size=64, num_labels=2)
+    model = transformers.BertForSequenceClassification(config)
+    masks = MagnitudePruner(0.5).prune(model)
+    assert masks.total() == sum(w.numel() for n, w in model.named_parameters() if w.ndim == 2 and ".encoder." in n)
+    assert list(MagnitudePruner(0.5, targets=("bert.pooler",)).prune(model)) == ["bert.pooler.dense.weight"]
+
+
 def test_by_name() -> None:
     assert isinstance(get("essential-sparsity", sparsity=0.3), MagnitudePruner)
 

@@ -32,6 +32,8 @@ def words_tokenizer(vocabulary: str) -> Any:
 
 def text_of(tokenizer: Any, batch: dict[str, Any], row: int, key: str) -> str:
     mask = batch[key][row] != -100 if key == "labels" else batch[key][row].bool()
+    if key == "instruction_mask" and "white_space" in batch:
+        mask = mask & ~batch["white_space"][row]
     return "".join(tokenizer.convert_ids_to_tokens(batch["input_ids"][row][mask].tolist()))
 
 
@@ -60,12 +62,13 @@ def test_longer_templates_shift_the_span() -> None:
         assert text_of(tokenizer, batch, 0, "instruction_mask") == "countto3"
 
 
-def test_white_space_is_never_of_the_instruction() -> None:
+def test_white_space_is_of_the_instruction_and_marked() -> None:
     tokenizer = chatty()
     batch = encode(tokenizer, [("a b\n c", "d")])
-    texts = [t for t, m in zip(tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist()),
-                               batch["instruction_mask"][0].tolist()) if m]
-    assert texts == ["a", "b", "c"]
+    texts = tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())
+    inside = batch["instruction_mask"][0].tolist()
+    assert [t for t, m in zip(texts, inside) if m] == ["a", " ", "b", " ", " ", "c"]
+    assert [t for t, m, w in zip(texts, inside, batch["white_space"][0].tolist()) if m and not w] == ["a", "b", "c"]
 
 
 def test_a_template_that_trims() -> None:
@@ -101,11 +104,13 @@ def test_another_tokenizer_is_aligned_by_characters() -> None:
     own = batch["teacher"]
     norms = torch.zeros(own["input_ids"].shape)
     inside = own["instruction_mask"][0].nonzero().flatten()
-    norms[0, inside] = torch.tensor([1.0, 5.0, 2.0, 4.0, 3.0, 9.0, 0.5])  # r e d  b l u e
+    norms[0, inside] = torch.tensor([1.0, 5.0, 2.0, 7.0, 4.0, 3.0, 9.0, 0.5])  # r e d, a space, b l u e
     onto = align(norms, own["offsets"], batch["offsets"], batch["instruction_mask"])
     assert onto[0][batch["instruction_mask"][0]].tolist() == [5.0, 9.0] and float(onto.sum()) == 14.0
-    back = align(onto, batch["offsets"], own["offsets"], own["instruction_mask"])
-    assert back[0, inside].tolist() == [5.0] * 3 + [9.0] * 4
+    with pytest.raises(ValueError, match="cannot be aligned"):
+        align(onto, batch["offsets"], own["offsets"], own["instruction_mask"])
+    back = align(onto, batch["offsets"], own["offsets"], own["instruction_mask"], own["white_space"])
+    assert back[0, inside].tolist() == [5.0] * 3 + [0.0] + [9.0] * 4
 
 
 def test_what_cannot_be_aligned_is_an_error() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from looseleaf_leaf import PairCollator, confounding, counterfactuals, runs, training_pairs
+from looseleaf_leaf.sensitivity import min_max
 
 INF = math.inf
 
@@ -23,6 +24,18 @@ def select(rows: list[list[float]], **fields: Any) -> list[list[int]]:
         most = count if fields.get("tau") is not None else int(fields.get("q", 0.1) * count) + 1
         assert int(places.sum()) <= max(0, min(count - 1, most))
     return [row.nonzero().flatten().tolist() for row in gone]
+
+
+def test_white_space_counts_in_the_quantile_and_stays() -> None:
+    """Figures of a sample of ten tokens, two of them new lines, worked out as the authors' code does."""
+    student = torch.tensor([[.2, .3, 2.0, .6, .3, .5, .4, 1.8, .9, 1.0]])
+    teacher = torch.tensor([[.2, .4, .3, .9, .3, .8, .4, .2, .5, .3]])
+    space = torch.tensor([[n in (2, 7) for n in range(10)]])
+    everything = torch.ones_like(space)
+    scores = min_max(teacher, everything) - min_max(student, everything)
+    assert confounding(scores, q=0.1).nonzero()[:, 1].tolist() == [2, 7]
+    assert not confounding(scores, q=0.1, never=space).any()
+    assert confounding(scores, q=0.3, never=space).nonzero()[:, 1].tolist() == [9]
 
 
 @pytest.mark.parametrize("count", [2, 5, 10, 19, 20, 21, 40, 100])

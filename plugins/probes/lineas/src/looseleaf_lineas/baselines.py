@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from looseleaf import intervene
 from looseleaf.modes import evaluating
 from looseleaf_lineas.probe import body, encode, pooled, token_weights
-from looseleaf_lineas.steering import Steering
+from looseleaf_lineas.steering import BoundedSteering, Steering
 
 
 def difference_in_means(model: nn.Module, source: Sequence[str], target: Sequence[str], tokenizer: Any, *,
@@ -26,11 +26,13 @@ def difference_in_means(model: nn.Module, source: Sequence[str], target: Sequenc
 
 
 def lin_act(model: nn.Module, source: Sequence[str], target: Sequence[str], tokenizer: Any, *,
-            modules: str = "*layernorm", skip_first: bool = True) -> Steering:
+            modules: str = "*layernorm", skip_first: bool = True) -> BoundedSteering:
     """Lin-AcT: closed-form affine transport of every neuron, each layer seeing the layers before it steered.
 
-    With both sides sorted, ``omega`` is the slope of the least-squares line through the matched quantiles.
-    Needs equally many source and target sentences.
+    With both sides sorted, ``omega`` is the slope of the least-squares line through the matched quantiles. An
+    activation is moved only inside the range of the source's pooled activations (their 0th to 100th percentile, the
+    default of the authors' code). Needs equally many source and target sentences. [Rodriguez et al., 2025,
+    arXiv 2410.23054]
 
     Raises:
         ValueError: not equally many.
@@ -40,7 +42,7 @@ def lin_act(model: nn.Module, source: Sequence[str], target: Sequence[str], toke
     device = next(model.parameters()).device
     batch = encode(tokenizer, source, device)
     mean = token_weights(batch["attention_mask"], skip_first)
-    maps: dict[str, tuple[Tensor, Tensor]] = {}
+    maps: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
     with evaluating(model), torch.no_grad():
         goal = pooled(model, modules, encode(tokenizer, target, device), skip_first)
 
@@ -52,11 +54,13 @@ def lin_act(model: nn.Module, source: Sequence[str], target: Sequence[str], toke
                 spread = (x - middle_x).square().sum(0)
                 omega = ((x - middle_x) * (y - middle_y)).sum(0) / spread.clamp(min=1e-12)
                 omega = torch.where(spread > 1e-12, omega, torch.ones_like(omega))
-                maps[name] = (omega, middle_y - omega * middle_x)
-                return z * omega + maps[name][1]
+                maps[name] = (omega, middle_y - omega * middle_x, x[0], x[-1])
+                inside = (z > x[0]) & (z < x[-1])
+                return torch.where(inside, z * omega + maps[name][1], z).to(z.dtype)
 
             return function
 
         with intervene(model, {name: fit(name) for name in goal}):
             body(model)(**batch)
-    return Steering({n: m[0] for n, m in maps.items()}, {n: m[1] for n, m in maps.items()}, {"method": "Lin-AcT"})
+    omega, bias, low, high = ({name: parts[n] for name, parts in maps.items()} for n in range(4))
+    return BoundedSteering(omega, bias, low, high, {"method": "Lin-AcT"})

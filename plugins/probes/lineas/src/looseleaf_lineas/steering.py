@@ -96,6 +96,8 @@ class Steering:
         """Several behaviours at once: the mean of their displacements; a module that a part lacks stays put there."""
         if not parts:
             raise ValueError("parts: expected one steering or more, got none")
+        if any(isinstance(part, BoundedSteering) for part in parts):
+            raise ValueError(_NOT_AFFINE)
         names = list(dict.fromkeys(n for part in parts for n in part.omega))
         width = {n: part.omega[n].numel() for part in parts for n in part.omega}
         omega = {n: torch.stack([p.omega.get(n, torch.ones(width[n])) for p in parts]).mean(0) for n in names}
@@ -104,6 +106,8 @@ class Steering:
 
     def then(self, later: Steering) -> Steering:
         """Two behaviours in sequence: ``later`` after this one, in every module."""
+        if isinstance(later, BoundedSteering):
+            raise ValueError(_NOT_AFFINE)
         names = list(dict.fromkeys([*self.omega, *later.omega]))
         omega, bias = {}, {}
         for n in names:
@@ -150,18 +154,81 @@ class Steering:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a safetensors file, atomically."""
-        save_tensors(path, {f"{kind}.{n}": t for kind, maps in (("omega", self.omega), ("bias", self.bias))
-                            for n, t in maps.items()}, self.info, format=FORMAT)
+        save_tensors(path, {f"{kind}.{n}": t for kind, maps in self._tensors().items() for n, t in maps.items()},
+                     self.info, format=FORMAT)
 
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Steering:
+    def _tensors(self) -> dict[str, Mapping[str, Tensor]]:
+        return {"omega": self.omega, "bias": self.bias}
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Steering:
         """Read what :meth:`save` wrote; errors as :func:`looseleaf.files.load_tensors`."""
         tensors, info = load_tensors(path, format=FORMAT)
         maps: dict[str, dict[str, Tensor]] = {"omega": {}, "bias": {}}
         for name, tensor in tensors.items():
             kind, _, module = name.partition(".")
-            maps[kind][module] = tensor
-        return cls(maps["omega"], maps["bias"], info)
+            maps.setdefault(kind, {})[module] = tensor
+        if "low" in maps:
+            return BoundedSteering(maps["omega"], maps["bias"], maps["low"], maps["high"], info)
+        return Steering(maps["omega"], maps["bias"], info)
+
+
+class BoundedSteering(Steering):
+    """A steering that moves an activation only where it lies inside a range, each coordinate by itself.
+
+    Such is the map of Lin-AcT, fitted on activations of some range and not trusted beyond [Rodriguez et al., 2025,
+    arXiv 2410.23054; official code: the range of the source activations, ends excluded].
+
+    Attributes:
+        low, high: module name -> (d,) fp32.
+    """
+
+    def __init__(self, omega: Mapping[str, Tensor], bias: Mapping[str, Tensor], low: Mapping[str, Tensor],
+                 high: Mapping[str, Tensor], info: dict[str, Any] | None = None) -> None:
+        super().__init__(omega, bias, info)
+        if not set(low) == set(high) == set(omega):
+            raise ValueError(f"expected ranges of the same modules as omega, got {sorted(low)[:3]} and "
+                             f"{sorted(high)[:3]}")
+        self.low = {name: t.detach().float().cpu() for name, t in low.items()}
+        self.high = {name: t.detach().float().cpu() for name, t in high.items()}
+
+    def _map(self, name: str, strength: float) -> Callable[[Tensor], Tensor]:
+        affine = super()._map(name, strength)
+        low, high = self.low[name], self.high[name]
+
+        def function(z: Tensor) -> Tensor:
+            wide = z.to(torch.promote_types(z.dtype, torch.float32))
+            return torch.where((wide > low.to(wide)) & (wide < high.to(wide)), affine(z), z)
+
+        return function
+
+    def scaled(self, strength: float) -> BoundedSteering:
+        """The maps at a strength, as a steering of its own."""
+        plain = super().scaled(strength)
+        return BoundedSteering(plain.omega, plain.bias, self.low, self.high, plain.info)
+
+    def then(self, later: Steering) -> Steering:
+        """Not to be had: the maps are not affine.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(_NOT_AFFINE)
+
+    def merge(self, model: nn.Module, example: Mapping[str, Tensor], strength: float = 1.0) -> None:
+        """Not to be had: the maps are not affine.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(_NOT_AFFINE)
+
+    def _tensors(self) -> dict[str, Mapping[str, Tensor]]:
+        return {**super()._tensors(), "low": self.low, "high": self.high}
+
+
+_NOT_AFFINE = ("expected maps that are affine everywhere, got ones that end at the range of the source activations: "
+               "apply them with apply()")
 
 
 def _check_strength(strength: float) -> None:

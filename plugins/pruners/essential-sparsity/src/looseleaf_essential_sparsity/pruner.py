@@ -27,7 +27,7 @@ class MagnitudePruner(WeightPruner):
         scope: "global" compares all prunable weights together, "layer" removes the same fraction of each; an N:M
             pattern is always local.
         targets: patterns of the weights to prune, such as "model.layers.*.mlp"; None: every Linear and convolution of
-            the body (no embeddings, norms, biases, output head).
+            the body (no embeddings, norms, biases, output head), and no pooler, as the authors do with BERT.
         exclude: patterns of weights to leave out.
     """
 
@@ -72,6 +72,8 @@ class MagnitudePruner(WeightPruner):
         """
         scores = {}
         for name, weight in prunable_parameters(model, self.targets, self.exclude).items():
+            if self.targets is None and "pooler" in name.split("."):
+                continue
             check_finite(name, weight.detach(), "weights")
             scores[name] = weight.detach().abs()
         return scores

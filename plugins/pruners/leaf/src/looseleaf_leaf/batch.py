@@ -16,7 +16,7 @@ from looseleaf.errors import did_you_mean
 IGNORED = -100
 """Label of a token that is not predicted."""
 
-KEYS = ("input_ids", "attention_mask", "labels", "instruction_mask", "segments", "offsets", "teacher")
+KEYS = ("input_ids", "attention_mask", "labels", "instruction_mask", "white_space", "segments", "offsets", "teacher")
 """What a batch may hold:
 
 ==================== ============= ====================================================================================
@@ -25,6 +25,8 @@ KEYS = ("input_ids", "attention_mask", "labels", "instruction_mask", "segments",
 ``labels``           (B, L) int64  the response's token ids, -100 everywhere else
 ``instruction_mask`` (B, L) bool   tokens that may be removed; left out: every token before the response, also those of
                                    a template
+``white_space``      (B, L) bool   tokens of white space alone: those of the instruction count in minimum, maximum and
+                                   quantile, but are never removed [official code]; left out: none
 ``segments``         (B, L) int64  number of the part of the response that a token belongs to, from 1; 0 elsewhere
 ``offsets``          (B, L, 2)     characters of the instruction that a token covers: first, one beyond the last
 ``teacher``          mapping       the same samples in the teacher's tokens, where its tokenizer is another one: all of
@@ -85,6 +87,7 @@ def checked(batch: Mapping[str, Any], name: str = "the batch") -> dict[str, Any]
         full["instruction_mask"] = mask
     else:
         full["instruction_mask"] = before
+    full["white_space"] = full.get("white_space", torch.zeros_like(before)).bool()
     return full
 
 
@@ -120,7 +123,8 @@ def response_level(batch: Mapping[str, Any]) -> dict[str, Any]:
             earlier = full["response_mask"][row] & (segments[row] < part)
             rows.append({"input_ids": full["input_ids"][row], "attention_mask": keep.to(torch.int64),
                          "labels": full["labels"][row].where(current & full["response_mask"][row], IGNORED),
-                         "instruction_mask": full["instruction_mask"][row] | earlier})
+                         "instruction_mask": full["instruction_mask"][row] | earlier,
+                         "white_space": full["white_space"][row]})
     return {key: torch.stack([r[key] for r in rows]) for key in rows[0]}
 
 
@@ -140,8 +144,8 @@ def encode(tokenizer: Any, samples: Sequence[tuple[str, str | Sequence[str]]], *
            device: torch.device | str | None = None) -> dict[str, Any]:
     """Tokenize (instruction, response) pairs into a batch, padded on the right.
 
-    A token belongs to the instruction when its characters, white space at its ends aside, all lie in it; tokens of
-    white space alone do not, so they are never removed [official code]. Labels are the response's tokens and the
+    A token belongs to the instruction when its characters, white space at its ends aside, all lie in it. Tokens of
+    white space alone are marked: they are never removed [official code]. Labels are the response's tokens and the
     special token that ends the turn, if one follows.
 
     Args:
@@ -155,7 +159,7 @@ def encode(tokenizer: Any, samples: Sequence[tuple[str, str | Sequence[str]]], *
 
     Returns:
         The batch, see :data:`looseleaf_leaf.batch.KEYS`: ``input_ids``, ``attention_mask``, ``labels``,
-        ``instruction_mask``, ``offsets``, and ``segments`` where a response has parts.
+        ``instruction_mask``, ``white_space``, ``offsets``, and ``segments`` where a response has parts.
 
     Raises:
         ValueError: no samples, an empty text, a slow tokenizer, a template that is not one or that changes the texts.
@@ -231,27 +235,30 @@ def _encode(tokenizer: Any, samples: Sequence[tuple[str, str | Sequence[str]]], 
         # a chat template writes the special tokens itself
         encoded = tokenizer(text, add_special_tokens=template is not None, return_offsets_mapping=True, verbose=False)
         row: dict[str, list[Any]] = {"input_ids": list(encoded["input_ids"]), "labels": [], "instruction_mask": [],
-                                     "segments": [], "offsets": []}
+                                     "white_space": [], "segments": [], "offsets": []}
         borders = _borders(parts, answer, end)
         closed = False
         for token, (left, right) in zip(row["input_ids"], encoded["offset_mapping"], strict=True):
             piece = text[left:right]
             first = left + len(piece) - len(piece.lstrip())  # " Paris" begins at its letter
             last = right - (len(piece) - len(piece.rstrip())) if piece.strip() else right
-            inside = bool(piece.strip()) and start <= first and last <= stop
-            if not piece.strip():
+            blank = not piece.strip()
+            if blank:
                 first = left
+            inside = right > left and start <= first and last <= stop
             response = right > left and answer <= first < end
             if not response and not closed and left >= end:  # the first token after the response
                 closed, response = True, token in specials
             row["labels"].append(token if response else IGNORED)
             row["instruction_mask"].append(inside)
+            row["white_space"].append(blank and right > left)
             row["segments"].append(1 + sum(first >= b for b in borders) if response else 0)
             left, right = max(first, start) - start, min(last, stop) - start
             row["offsets"].append((left + trimmed, right + trimmed) if right > left else (0, 0))
-        if not any(row["instruction_mask"]) or all(label == IGNORED for label in row["labels"]):
+        words = any(i and not w for i, w in zip(row["instruction_mask"], row["white_space"], strict=True))
+        if not words or all(label == IGNORED for label in row["labels"]):
             raise ValueError(f"no token of the sample {instruction[:40]!r} lies within its "
-                             f"{'instruction' if not any(row['instruction_mask']) else 'response'}: separate the texts "
+                             f"{'response' if words else 'instruction'}: separate the texts "
                              "in the template by a space or a line")
         rows.append(row)
     batch = _padded(rows, tokenizer.pad_token_id)
@@ -269,7 +276,8 @@ def _borders(parts: list[str], start: int, end: int) -> list[int]:
 
 def _padded(rows: list[dict[str, list[Any]]], pad: int | None) -> dict[str, Any]:
     width = max(len(row["input_ids"]) for row in rows)
-    fill = {"input_ids": pad or 0, "labels": IGNORED, "instruction_mask": False, "segments": 0, "offsets": (0, 0)}
+    fill = {"input_ids": pad or 0, "labels": IGNORED, "instruction_mask": False, "white_space": False, "segments": 0,
+            "offsets": (0, 0)}
     lengths = [len(row["input_ids"]) for row in rows]
     out: dict[str, Any] = {key: torch.tensor([row[key] + [empty] * (width - n) for row, n in zip(rows, lengths)])
                            for key, empty in fill.items()}

@@ -121,13 +121,14 @@ class LeaF(TokenPruner):
             if "offsets" not in full or "offsets" not in there:
                 raise ValueError("teacher and student have different tokens and the batch has no offsets to align "
                                  "them: make it with encode(tokenizer, samples, teacher_tokenizer=...)")
-            of_teacher = align(input_gradient_norms(teacher, own, "teacher"), there["offsets"], full["offsets"], mask)
+            of_teacher = align(input_gradient_norms(teacher, own, "teacher"), there["offsets"], full["offsets"], mask,
+                               full["white_space"])
         of_student = input_gradient_norms(model, batch, "student")
         return min_max(of_teacher.to(mask.device), mask), min_max(of_student.to(mask.device), mask)
 
     def score(self, model: torch.nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """Teacher's minus student's sensitivity, (B, L), in [-1, 1], float32; +inf for what may not be removed
-        (template, response, white space, padding; with ``mistakes_only`` all other samples).
+        (template, response, padding; with ``mistakes_only`` all other samples).
 
         Args:
             model: the student.
@@ -156,7 +157,8 @@ class LeaF(TokenPruner):
         Raises:
             ValueError: as :meth:`sensitivities`.
         """
-        return {"input_ids": ~confounding(self.score(model, batch), q=self.q, cap=self.cap, tau=self.tau)}
+        return {"input_ids": ~confounding(self.score(model, batch), q=self.q, cap=self.cap, tau=self.tau,
+                                          never=checked(batch)["white_space"])}
 
     def counterfactuals(self, model: torch.nn.Module, batch: Mapping[str, Any]) -> Counterfactuals:
         """The samples of the batch without their confounding spans, for the student ``model``.
@@ -283,7 +285,7 @@ def show(pruner: LeaF, model: torch.nn.Module, batch: Mapping[str, Any], tokeniz
     of_teacher, of_student = pruner.sensitivities(model, batch)
     scores = pruner.score(model, batch)
     rule: dict[str, Any] = {"q": pruner.q, "cap": pruner.cap, "tau": pruner.tau}
-    keep, free = ~confounding(scores, **rule), full["instruction_mask"]
+    keep, free = ~confounding(scores, **rule, never=full["white_space"]), full["instruction_mask"]
     shown = min(rows, len(keep))
     report = Report("LeaF: what distracts the student", facts={
         "samples": len(keep), "shown": shown, "rule": rule,

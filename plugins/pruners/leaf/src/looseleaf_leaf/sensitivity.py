@@ -86,7 +86,7 @@ def at_least_float32(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def align(norms: Tensor, offsets: Tensor, onto: Tensor, mask: Tensor) -> Tensor:
+def align(norms: Tensor, offsets: Tensor, onto: Tensor, mask: Tensor, white_space: Tensor | None = None) -> Tensor:
     """For each token of the student the largest norm among the teacher's tokens that share a character with it.
 
     The largest, because a token matters to the teacher when any part of it does [this project's rule; in the paper both
@@ -98,9 +98,10 @@ def align(norms: Tensor, offsets: Tensor, onto: Tensor, mask: Tensor) -> Tensor:
             beyond the last; (0, 0): none.
         onto: (B, L, 2), the same of the student's tokens.
         mask: (B, L) bool, tokens that need a value; the others get zero.
+        white_space: (B, L) bool, tokens of ``mask`` that get zero where the teacher has no token; None: none.
 
     Raises:
-        ValueError: a token of ``mask`` shares no character with any of the teacher's tokens, or other rows.
+        ValueError: another token of ``mask`` shares no character with any of the teacher's tokens, or other rows.
     """
     if len(norms) != len(onto):
         raise ValueError(f"the teacher's encoding has {len(norms)} rows, the student's {len(onto)}: both must hold the "
@@ -113,17 +114,20 @@ def align(norms: Tensor, offsets: Tensor, onto: Tensor, mask: Tensor) -> Tensor:
         ends = torch.minimum(onto[row, :, None, 1], offsets[row, None, :, 1])
         shared = ends > starts
         lost = mask[row] & ~shared.any(1)
+        if white_space is not None:
+            lost &= ~white_space[row].to(lost.device)
         if bool(lost.any()):
             token = int(lost.nonzero()[0])
             raise ValueError(f"the tokenizers cannot be aligned: token {token} of row {row} (characters "
                              f"{onto[row, token].tolist()} of the instruction) shares no character with any of the "
                              "teacher's tokens; give encode the same texts for both")
         best = norms[row].expand_as(shared).masked_fill(~shared, -torch.inf).amax(1)
-        out[row] = torch.where(mask[row], best, out[row])
+        out[row] = torch.where(mask[row] & shared.any(1), best, out[row])
     return out
 
 
-def confounding(scores: Tensor, *, q: float = 0.10, cap: float = 0.5, tau: float | None = None) -> Tensor:
+def confounding(scores: Tensor, *, q: float = 0.10, cap: float = 0.5, tau: float | None = None,
+                never: Tensor | None = None) -> Tensor:
     """The tokens of each row whose difference of sensitivity, teacher minus student, is lowest; (B, L) bool.
 
     The differences of a row (its finite scores) are brought to [0, 1] by their minimum and maximum. Of n of them the
@@ -137,6 +141,8 @@ def confounding(scores: Tensor, *, q: float = 0.10, cap: float = 0.5, tau: float
         q: quantile of each row, in [0, 1).
         cap: largest threshold, in [0, 1].
         tau: fixed threshold on the scaled differences, in [0, 1), in the place of ``q`` and ``cap``; None: not used.
+        never: (B, L) bool, tokens that count in minimum, maximum and quantile but are not taken, such as white space
+            [official code]; None: none.
 
     Raises:
         ValueError: scores of another shape or type, or with NaN or -inf.
@@ -161,6 +167,8 @@ def confounding(scores: Tensor, *, q: float = 0.10, cap: float = 0.5, tau: float
     gone &= free
     low = scores.masked_fill(~free, torch.inf).amin(1)
     high = scores.masked_fill(~free, -torch.inf).amax(1)
+    if never is not None:
+        gone &= ~never.to(gone.device)
     return gone & ((gone.sum(1) < count) & (high > low))[:, None]
 
 
