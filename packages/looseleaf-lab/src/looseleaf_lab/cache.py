@@ -27,6 +27,10 @@ class FetchError(LooseleafError, OSError):
     """A package could not be fetched, or is not the one that was expected."""
 
 
+class MissingModelError(LooseleafError, ModuleNotFoundError):
+    """The package that a model ships in is not installed."""
+
+
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:
     """Make the folder ``target`` with ``build(temporary folder)``, once among all processes, atomically.
 
@@ -160,4 +164,4 @@ def unpack(file: Path, folder: Path) -> None:
             tar.extractall(folder, filter="data")
 
 
-__all__ = ["Archive", "FetchError", "build_once", "fetch", "sha256", "unpack", "unpacked"]
+__all__ = ["Archive", "FetchError", "MissingModelError", "build_once", "fetch", "sha256", "unpack", "unpacked"]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from looseleaf_lab.models import MissingModelError
+from looseleaf_lab.cache import MissingModelError
 
 
 @dataclass(frozen=True)

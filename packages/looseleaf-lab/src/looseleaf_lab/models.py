@@ -21,13 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from looseleaf.errors import LooseleafError, did_you_mean
+from looseleaf.errors import did_you_mean
 from looseleaf.files import cache_dir
-from looseleaf_lab.cache import Archive, FetchError, build_once, unpacked
-
-
-class MissingModelError(LooseleafError, ModuleNotFoundError):
-    """The package that a model ships in is not installed."""
+from looseleaf_lab.cache import Archive, FetchError, MissingModelError, build_once, unpacked
 
 
 @dataclass(frozen=True)

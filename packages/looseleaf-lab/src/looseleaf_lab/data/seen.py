@@ -257,7 +257,7 @@ register(
 register(
     DataSet(
         "clip-art",
-        "8,000 pieces of clip art on white, 64x64; folders are classes, file names (with the author's) captions",
+        "6,897 pieces of clip art on white, 64x64; folders are classes, file names (with the author's) captions",
         "public domain",
         {**_CAPTIONED, "file": "in the package"},
         _clip_art,
