@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from looseleaf.report import Claim, Report, Series
 from looseleaf.statistics import Interval
-from looseleaf_lab.study import Results, Study, StudyClaim, above, add_table, below, curve, every
+from looseleaf_lab.study import Results, Study, StudyClaim, above, add_table, below, curve, every, resampled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,11 +218,13 @@ def test_claims_whose_verdict_is_at_hand(quick: bool) -> None:
         yield results.claim("s", "source", "p", "r", True, "m", count="splits")
         yield results.claim("s", "source", "p", "r", False, "m", any_scale=True)
         yield StudyClaim("s", "source", "p", "r", unmeasured="not measured")
+        yield from results.unmeasured("source", "p", {"s": "a GPU"})
 
     report = Study("s", measure, claimed).report(Results([{}, {}], {}, [0, 1], None, quick))
     assert [c.verdict for c in report.claims] == [
-        "not shown at this scale" if quick else "holds", "does not hold", "not shown at this scale"]
-    assert [c.measured for c in report.claims] == ["m; 2 splits", "m", "not measured"]
+        "not shown at this scale" if quick else "holds", "does not hold", *["not shown at this scale"] * 2]
+    assert [c.measured for c in report.claims] == ["m; 2 splits", "m", "not measured", "not measured: needs a GPU"]
+    assert report.claims[-1].rule == "none set"
 
 
 def test_rows_name_their_columns() -> None:
@@ -232,6 +235,13 @@ def test_rows_name_their_columns() -> None:
     assert table.rows == [[1, 1, 0, 2, 0, -1, 1], [2, 2, 1, 3, 0, -1, 1]] and report.tables == [table]
     with pytest.raises(ValueError, match=r"'t': expected the columns \['a'\] in each row, got \['b'\]"):
         add_table(report, "t", [{"a": 1}, {"b": 1}])
+
+
+def test_a_statistic_of_pairs_is_resampled_by_pairs() -> None:
+    above, under = np.array([2.0, 4.0, 6.0]), np.array([1.0, 2.0, 3.0])
+    assert resampled(3, lambda i: above[i].sum(-1) / under[i].sum(-1), samples=50) == (2.0, 2.0, 2.0)
+    mean = resampled(3, lambda i: above[i].mean(-1))
+    assert mean == Results([{"x": x} for x in above], {}, [0, 1, 2], None, False).interval("x")
 
 
 def test_curves() -> None:

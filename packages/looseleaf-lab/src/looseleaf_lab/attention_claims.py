@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from looseleaf import AttentionBackend, AttentionCall, Figure, Report, attach
-from looseleaf.statistics import Interval, bootstrap
+from looseleaf.statistics import Interval
 from looseleaf_lab.attention import KeepAttention
 from looseleaf_lab.metrics import perplexity
-from looseleaf_lab.study import Decision, Results, StudyClaim
+from looseleaf_lab.study import Decision, Results, add_table, resampled
 from looseleaf_lab.timing import interleave
 
 Row = dict[str, Any]
@@ -65,14 +65,13 @@ def show_perplexity(report: Report, results: Results, name: str, last: int, wind
         windows: length of the windows -> path to what was measured on them.
         more: further columns -> what the backend recorded.
     """
-    more = more or {}
-    table = report.table(f"Perplexity on the last {last} tokens of each window", [
-        "context", "dense", name, "ratio", "low", "high", "density", "density low", "density high", *more],
-        note="intervals: 95 % bootstrap over windows, paired")
+    add_table(report, f"Perplexity on the last {last} tokens of each window", (
+        {"context": length, "dense": math.exp(results.mean(*path, "exact")),
+         name: math.exp(results.mean(*path, "sparse")), "ratio": perplexity_ratio(results, *path),
+         "density": results.interval(*path, "density"),
+         **{column: results.mean(*path, recorded) for column, recorded in (more or {}).items()}}
+        for length, path in windows.items()), "intervals: 95 % bootstrap over windows, paired")
     for length, path in windows.items():
-        table.add(length, *(math.exp(results.interval(*path, how).value) for how in ("exact", "sparse")),
-                  *perplexity_ratio(results, *path), *results.interval(*path, "density"),
-                  *(results.interval(*path, recorded).value for recorded in more.values()))
         for same in zip(*results.values(*path, "figures"), strict=True):
             image = torch.tensor([f["image"] for f in same], dtype=torch.float64).mean(0).tolist()
             title = f"{same[0]['title']}, {length} tokens"
@@ -137,30 +136,9 @@ def faster_everywhere(results: Results) -> Decision:
 
 def ratio_of_sums(values: Sequence[float], reference: Sequence[float]) -> Interval:
     """Sum of ``values`` over the sum of ``reference``, paired, with its 95 % bootstrap interval."""
-    pairs = np.array([values, reference])
-
-    def statistic(rows: np.ndarray) -> np.ndarray:
-        above, below = pairs[:, rows.astype(int)].sum(-1)
-        quotient: np.ndarray = above / below
-        return quotient
-
-    return bootstrap(range(len(values)), statistic=statistic)
+    above, below = np.array(values), np.array(reference)
+    return resampled(len(values), lambda i: above[i].sum(-1) / below[i].sum(-1))
 
 
-def claim(results: Results, statement: str, source: str, paper: str, rule: str, holds: bool | None, measured: str, *,
-          any_scale: bool = False) -> StudyClaim:
-    """A claim whose verdict is at hand; not shown by a quick run unless ``any_scale`` decides it.
-
-    Args:
-        results: of the study.
-        statement, source, paper, rule: see :class:`looseleaf_lab.study.StudyClaim`.
-        holds: whether it does; None: not shown.
-        measured: in words.
-        any_scale: the quick run decides it as well.
-    """
-    verdict = None if results.quick and not any_scale else holds
-    return StudyClaim(statement, source, paper, rule, lambda _: (verdict, measured))
-
-
-__all__ = ["claim", "faster_everywhere", "kept_activations", "layer_times", "perplexity_beside_exact",
+__all__ = ["faster_everywhere", "kept_activations", "layer_times", "perplexity_beside_exact",
            "perplexity_ratio", "ratio_of_sums", "show_perplexity", "show_times"]

@@ -108,6 +108,16 @@ class Results:
                             paper=paper, measured=measured + (f"; {len(self.seeds)} {count}" if count else ""),
                             rule=rule)
 
+    def unmeasured(self, source: str, paper: str, needs: Mapping[str, str], rule: str = "none set") -> Iterator[Claim]:
+        """Claims that are not measured.
+
+        Args:
+            source, paper, rule: of all of them, see :class:`looseleaf.Claim`.
+            needs: statement -> what measuring it needs.
+        """
+        for statement, need in needs.items():
+            yield self.claim(statement, source, paper, rule, None, f"not measured: needs {need}")
+
 
 @dataclasses.dataclass(frozen=True)
 class StudyClaim:
@@ -284,6 +294,17 @@ def every(*verdicts: bool | None) -> bool | None:
     return False if False in verdicts else None if None in verdicts else True
 
 
+def resampled(count: int, statistic: Callable[[np.ndarray], np.ndarray], *, samples: int = 2000) -> Interval:
+    """A statistic of several numbers of each unit, with its 95 % bootstrap interval over units.
+
+    Args:
+        count: of the units.
+        statistic: maps the numbers of the units drawn, (samples, count) integers from 0 on, to (samples,) float.
+        samples: number of resamples.
+    """
+    return bootstrap(range(count), samples=samples, statistic=lambda units: statistic(units.astype(int)))
+
+
 def add_table(report: Report, title: str, rows: Iterable[Mapping[str, Cell | Interval]], note: str = "") -> Table:
     """Add a table whose rows name their own columns.
 
@@ -360,4 +381,5 @@ def _quiet_worker(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-__all__ = ["LostProcessError", "Results", "Study", "StudyClaim", "above", "add_table", "below", "curve", "every"]
+__all__ = ["LostProcessError", "Results", "Study", "StudyClaim", "above", "add_table", "below", "curve", "every",
+           "resampled"]

@@ -6,17 +6,18 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from looseleaf import AttentionBackend, AttentionCall, Report, Series, attach
+from looseleaf import AttentionBackend, AttentionCall, Claim, Report, attach
 from looseleaf.statistics import Interval, bootstrap
 from looseleaf_kernels import Layout
 from looseleaf_lab import attention_claims as shared
 from looseleaf_lab import data, metrics, models
-from looseleaf_lab.study import Results, Study, StudyClaim
+from looseleaf_lab.study import Results, Study, add_table, curve
 from looseleaf_minference import search
 from looseleaf_minference.backend import MInference
 from looseleaf_minference.patterns import NAMES, Keys, Pattern, a_shape_blocks
@@ -27,8 +28,9 @@ KEY_SEED = 10
 """Of the first set of pass keys: those before were looked at while the default candidates were chosen."""
 CELLS = 64
 """Most cells along a side of a drawn pattern."""
-WAYS = {"all patterns, keys and values": CANDIDATES, "vertical-slash, keys and values": VERTICAL_SLASH,
-        "vertical-slash, documentation": VERTICAL_SLASH}
+CALIBRATIONS = {
+    "all patterns, keys and values": CANDIDATES, "vertical-slash, keys and values": VERTICAL_SLASH,
+    "vertical-slash, documentation": VERTICAL_SLASH}
 """Candidates and text of a calibration for pass keys. The authors calibrate on keys and values, and publish
 vertical-slash heads only; documentation is what the keys are hidden in."""
 
@@ -53,14 +55,14 @@ class Scale:
 
 @functools.lru_cache(maxsize=1)
 def ready(scale: Scale) -> tuple[Any, Any, dict[str, MInference]]:
-    """Model, tokenizer, and by name the calibrated backends: ``""`` for whole windows, and those of :data:`WAYS`."""
+    """Model, tokenizer, and the calibrated backends: ``""`` for whole windows, and those of :data:`CALIBRATIONS`."""
     model, tokenizer = models.load("smollm2")
-    plugins = {"": MInference(), **{way: MInference() for way in WAYS}}
-    for way, plugin in plugins.items():
-        text = search.key_value_ids(tokenizer, scale.prompt) if "values" in way else data.prose_ids(
-            tokenizer, scale.prompt if way else scale.context, "calibration")
-        plugin.calibrate(model, {"input_ids": text}, candidates=WAYS.get(way, VERTICAL_SLASH), density=DENSITY,
-                         progress=False)
+    plugins = {name: MInference() for name in ("", *CALIBRATIONS)}
+    for name, plugin in plugins.items():
+        text = search.key_value_ids(tokenizer, scale.prompt) if "values" in name else data.prose_ids(
+            tokenizer, scale.prompt if name else scale.context, "calibration")
+        plugin.calibrate(model, {"input_ids": text}, candidates=CALIBRATIONS.get(name, VERTICAL_SLASH),
+                         density=DENSITY, progress=False)
     return model, tokenizer, plugins
 
 
@@ -91,7 +93,7 @@ def pass_keys(seed: int, scale: Scale) -> dict[str, Any]:
         with attach(model, backend) as attached:
             correct = ask()
             densities = [r["density"] for r in attached.records if "density" in r]
-        return correct, sum(densities) / len(densities)
+        return correct, fmean(densities)
 
     @functools.cache
     def a_shape(window: int) -> list[float]:
@@ -99,10 +101,10 @@ def pass_keys(seed: int, scale: Scale) -> dict[str, Any]:
                                         for heads in plugins[""].assignment or []]))[0]
 
     out: dict[str, Any] = {"exact": ask()}
-    for way in WAYS:
-        correct, density = found(plugins[way])
+    for name in CALIBRATIONS:
+        correct, density = found(plugins[name])
         window, same = equal_a_shape(scale.prompt, density)
-        out[way] = {"sparse": correct, "a_shape": a_shape(window), "density": density, "same": same, "window": window}
+        out[name] = {"sparse": correct, "a_shape": a_shape(window), "density": density, "same": same, "window": window}
     return out
 
 
@@ -121,7 +123,7 @@ def equal_a_shape(length: int, density: float, block: int = 64) -> tuple[int, fl
 def once(scale: Any) -> dict[str, Any]:
     """What the searches chose, seconds of single layers, and a configuration of a published model's shape."""
     model, tokenizer, plugins = ready(scale)
-    first = next(iter(WAYS))
+    first = next(iter(CALIBRATIONS))
     by_last = search.calibrate(
         plugins[first].selector, model, {"input_ids": search.key_value_ids(tokenizer, scale.prompt)}, CANDIDATES,
         density=DENSITY, last=MInference.last_q, progress=False)
@@ -130,8 +132,8 @@ def once(scale: Any) -> dict[str, Any]:
     query, key, value = kept[layer]
     with torch.inference_mode():
         drawn = panels(plugins[""], AttentionCall(query, key, value, query.shape[-1] ** -0.5, layer=layer))
-    return {"assignments": {way: [[[p.name, p.first, p.second, p.score] for p in heads]
-                                  for heads in plugin.assignment or []] for way, plugin in plugins.items()},
+    return {"assignments": {name: [[[p.name, p.first, p.second, p.score] for p in heads]
+                                   for heads in plugin.assignment or []] for name, plugin in plugins.items()},
             "winners": {queries: [p.name for heads in assignment or [] for p in heads] for queries, assignment in (
                 ("all", plugins[first].assignment), (f"last {MInference.last_q}", by_last))},
             "drawn": drawn, "layer": layer, **published(scale.head_dim),
@@ -170,78 +172,76 @@ def published(head_dim: int) -> dict[str, Any]:
             "ran": [r["density"] for r in attached.records if "density" in r]}
 
 
-def _keys(results: Results, way: str, outside: bool = True) -> list[tuple[float, float, float]]:
+def _keys(results: Results, name: str, outside: bool = True) -> list[tuple[float, float, float]]:
     """Whether exact attention, MInference and A-shape found each key; of those ``outside`` only what A-shape's window
     does not reach and exact attention finds."""
     scale, out = results.scale, []
     for keys in (row["keys"] for row in results.rows if "keys" in row):
-        for i, found in enumerate(zip(keys["exact"], keys[way]["sparse"], keys[way]["a_shape"], strict=True)):
+        for i, found in enumerate(zip(keys["exact"], keys[name]["sparse"], keys[name]["a_shape"], strict=True)):
             place = (i + 0.5) / scale.trials * scale.prompt
             # The question at the end sees the window rounded out to blocks; a key is outside if it ends before that.
-            far = SINK + 64 < place < scale.prompt - keys[way]["window"] - 192
+            far = SINK + 64 < place < scale.prompt - keys[name]["window"] - 192
             if not outside or (far and found[0]):
                 out.append(found)
     return out
 
 
-def _means(results: Results, way: str) -> list[float]:
+def _densities(results: Results, name: str) -> list[float]:
     """Density of MInference and of A-shape, means over the sets of keys."""
-    of = [row["keys"][way] for row in results.rows if "keys" in row]
-    return [sum(keys[name] for keys in of) / len(of) for name in ("density", "same")]
+    return [fmean(row["keys"][name][what] for row in results.rows if "keys" in row) for what in ("density", "same")]
 
 
-def _claims(results: Results) -> list[StudyClaim]:
-    claim, scale, once = functools.partial(shared.claim, results), results.scale, results.once
+def claims(results: Results) -> Iterator[Claim]:
+    """The claims of the paper and of this project, two for each calibration."""
+    claim, scale, once = results.claim, results.scale, results.once
     ratio, density = shared.perplexity_ratio(results, "quality"), results.interval("quality", "density")
-    hits = [name == right for row in results.values("chosen") for name, right in zip(row, KNOWN_HEADS, strict=True)]
-    ran = ", ".join(f"{d:.3f}" for d in once["ran"])
-    return [
-        claim("Calibrated on one text, the quality on another is that of full attention",
-              "paper, tables of RULER, InfiniteBench and PG-19; here: perplexity", "on par or slightly better",
-              "perplexity on the last 512 tokens at most 2 % above dense at 4096 tokens", ratio.value <= 1.02,
-              f"ratio {ratio:.4f} at density {density.value:.3f}, {scale.context} tokens, {len(results.seeds)} "
-              "windows"),
-        claim("The patterns are sparse", "this project's rule", "-", "computed scores below 0.60 of those of all "
-              "causal blocks at 4096 tokens", density.value < 0.6, f"density {density:.3f} at {scale.context} tokens"),
-        *(each for way in WAYS for each in _retrieval(results, way)),
-        claim("The search gives each head the pattern that it has", "paper, section 3.2; here: heads made to have one",
-              "-", "all heads of all seeds", all(hits), f"{sum(hits)} of {len(hits)} heads at {scale.known} tokens and "
-              f"cost {KNOWN_DENSITY}", any_scale=True),
-        claim("Attention is faster than full attention", "paper, figure of kernel latency; here: CPU",
-              "about 1.8x at 100k tokens on a GPU [memory]",
-              "median ratio above 1 at 8192 tokens for every layer timed", *shared.faster_everywhere(results)),
-        claim("A configuration of the authors' format and a published model's shape loads and runs",
-              "this project's rule", "-", "32 x 32 heads read, two layers run sparsely with finite logits",
-              once["read"] == 32 and len(once["ran"]) == 2 and once["finite"], f"{once['read']} layers read; 2 layers "
-              f"of 32 heads of {scale.head_dim} ran at densities {ran} at 1536 tokens", any_scale=True),
-        claim("One million tokens are prefilled ten times faster by an 8B model on an A100", "paper, figure of latency",
-              "30 minutes to 3 minutes", "ratio of at least 5", None, "not measured: needs a GPU and an 8B model"),
-        claim("On a GPU, attention is faster by 1.8x, 4.1x, 6.8x and 10x at 100k, 300k, 500k and 1M tokens",
-              "paper, figure of kernel latency", "as stated [memory]", "ratio above 1 to SDPA's flash kernel at 100k "
-              "tokens", None, "not measured: needs a GPU"),
-        claim("On RULER, InfiniteBench and needle tests quality is that of full attention", "paper, tables",
-              "on par or slightly better", "averages within one point of full attention", None,
-              "not measured: needs an 8B model and 128k tokens")]
+    yield claim("Calibrated on one text, the quality on another is that of full attention",
+                "paper, tables of RULER, InfiniteBench and PG-19; here: perplexity", "on par or slightly better",
+                "perplexity on the last 512 tokens at most 2 % above dense at 4096 tokens", ratio.value <= 1.02,
+                f"ratio {ratio:.4f} at density {density.value:.3f}, {scale.context} tokens, {len(results.seeds)} "
+                "windows")
+    yield claim("The patterns are sparse", "this project's rule", "-", "computed scores below 0.60 of those of all "
+                "causal blocks at 4096 tokens", density.value < 0.6,
+                f"density {density:.3f} at {scale.context} tokens")
+    for name in CALIBRATIONS:
+        keys, (ours, same) = _keys(results, name), _densities(results, name)
+        enough, count = len(keys) >= ENOUGH_KEYS, len(keys)
+        gap = bootstrap([sparse - fixed for _, sparse, fixed in keys]) if keys else Interval(*[math.nan] * 3)
+        fraction = sum(fixed for _, _, fixed in keys) / count if keys else math.nan
+        yield claim(f"Keys outside the window are found more often than by A-shape of equal density, {name}",
+                    "paper, ablation of the patterns", "the mixture wins", "paired difference above 0 with its 95 % "
+                    f"interval, over keys outside that dense attention finds; {ENOUGH_KEYS} keys or more",
+                    gap.low > 0 if enough else None,
+                    f"{gap:+.2f} of {count} keys, density {ours:.3f} against {same:.3f}", any_scale=True)
+        yield claim(f"A-shape alone fails at retrieval, at the density of {name}", "paper, ablation of the patterns",
+                    "fails", f"at most 20 % of them; {ENOUGH_KEYS} keys or more", fraction <= 0.2 if enough else None,
+                    f"A-shape finds {fraction:.2f} of {count} keys outside its window that dense attention finds",
+                    any_scale=True)
+    right = [name == known for row in results.values("chosen") for name, known in zip(row, KNOWN_HEADS, strict=True)]
+    yield claim("The search gives each head the pattern that it has", "paper, section 3.2; here: heads made to have "
+                "one", "-", "all heads of all seeds", all(right), f"{sum(right)} of {len(right)} heads at "
+                f"{scale.known} tokens and cost {KNOWN_DENSITY}", any_scale=True)
+    yield claim("Attention is faster than full attention", "paper, figure of kernel latency; here: CPU",
+                "about 1.8x at 100k tokens on a GPU [memory]",
+                "median ratio above 1 at 8192 tokens for every layer timed", *shared.faster_everywhere(results))
+    yield claim("A configuration of the authors' format and a published model's shape loads and runs",
+                "this project's rule", "-", "32 x 32 heads read, two layers run sparsely with finite logits",
+                once["read"] == 32 and len(once["ran"]) == 2 and once["finite"], f"{once['read']} layers read; 2 "
+                f"layers of 32 heads of {scale.head_dim} ran at densities {', '.join(f'{d:.3f}' for d in once['ran'])} "
+                "at 1536 tokens", any_scale=True)
+    yield claim("One million tokens are prefilled ten times faster by an 8B model on an A100", "paper, figure of "
+                "latency", "30 minutes to 3 minutes", "ratio of at least 5", None,
+                "not measured: needs a GPU and an 8B model")
+    yield claim("On a GPU, attention is faster by 1.8x, 4.1x, 6.8x and 10x at 100k, 300k, 500k and 1M tokens",
+                "paper, figure of kernel latency", "as stated [memory]", "ratio above 1 to SDPA's flash kernel at 100k "
+                "tokens", None, "not measured: needs a GPU")
+    yield claim("On RULER, InfiniteBench and needle tests quality is that of full attention", "paper, tables",
+                "on par or slightly better", "averages within one point of full attention", None,
+                "not measured: needs an 8B model and 128k tokens")
 
 
-def _retrieval(results: Results, way: str) -> Iterator[StudyClaim]:
-    """The two claims for one calibration."""
-    claim, keys = functools.partial(shared.claim, results, any_scale=True), _keys(results, way)
-    enough, count = len(keys) >= ENOUGH_KEYS, len(keys)
-    gap = bootstrap([sparse - fixed for _, sparse, fixed in keys]) if keys else Interval(*[math.nan] * 3)
-    fraction = sum(fixed for _, _, fixed in keys) / count if keys else math.nan
-    density, same = _means(results, way)
-    yield claim(f"Keys outside the window are found more often than by A-shape of equal density, {way}",
-                "paper, ablation of the patterns", "the mixture wins", "paired difference above 0 with its 95 % "
-                f"interval, over keys outside that dense attention finds; {ENOUGH_KEYS} keys or more",
-                gap.low > 0 if enough else None,
-                f"{gap:+.2f} of {count} keys, density {density:.3f} against {same:.3f}")
-    yield claim(f"A-shape alone fails at retrieval, at the density of {way}", "paper, ablation of the patterns",
-                "fails", f"at most 20 % of them; {ENOUGH_KEYS} keys or more", fraction <= 0.2 if enough else None,
-                f"A-shape finds {fraction:.2f} of {count} keys outside its window that dense attention finds")
-
-
-def _show(report: Report, results: Results) -> None:
+def show(report: Report, results: Results) -> None:
+    """Assignments of patterns, perplexity, pass keys, heads whose pattern is known, maps and times."""
     scale, once = results.scale, results.once
     _show_assignment(report, once["assignments"][""], f"{scale.context} tokens")
     shared.show_perplexity(report, results, "MInference", scale.last, {scale.context: ("quality",)})
@@ -249,21 +249,23 @@ def _show(report: Report, results: Results) -> None:
         "candidates, calibrated on", "keys", "of", "dense", "MInference", "A-shape", "density", "A-shape density",
         "A-shape window"],
         note="outside: beyond the first tokens, further from the question than the window, found by dense attention")
-    for way in WAYS:
-        _show_assignment(report, once["assignments"][way], f"{scale.prompt} tokens, {way}")
-        windows = sorted({row["keys"][way]["window"] for row in results.rows if "keys" in row})
-        for name, keys in (("all", _keys(results, way, outside=False)), ("outside", _keys(results, way))):
-            table.add(way, name, len(keys), *(sum(found[i] for found in keys) for i in range(3)),
-                      *_means(results, way), windows[0] if len(windows) == 1 else ", ".join(map(str, windows)))
-    report.table(f"Best pattern of each head in the search, by the queries that count, {scale.prompt} tokens", [
-        "queries", *(f"{name} heads" for name in NAMES)],
-        [[queries, *(won.count(name) for name in NAMES)] for queries, won in once["winners"].items()],
-        note="keys and values, the same candidates at the same cost; the last queries are those that write the answer")
-    table = report.table("Heads whose pattern is known", ["head", "heads", "found", *KNOWN_HEADS],
-                         note="last three columns: mean relative error of the best candidate of each pattern")
-    for h, name in enumerate(KNOWN_HEADS):
-        chosen = results.values("chosen", h)
-        table.add(name, len(chosen), chosen.count(name), *(results.interval("errors", h, n).value for n in range(3)))
+    for name in CALIBRATIONS:
+        _show_assignment(report, once["assignments"][name], f"{scale.prompt} tokens, {name}")
+        windows = sorted({row["keys"][name]["window"] for row in results.rows if "keys" in row})
+        for which in ("all", "outside"):
+            keys = _keys(results, name, outside=which == "outside")
+            table.add(name, which, len(keys), *(sum(found[i] for found in keys) for i in range(3)),
+                      *_densities(results, name), windows[0] if len(windows) == 1 else ", ".join(map(str, windows)))
+    add_table(report, f"Best pattern of each head in the search, by the queries that count, {scale.prompt} tokens", (
+        {"queries": queries, **{f"{name} heads": won.count(name) for name in NAMES}}
+        for queries, won in once["winners"].items()),
+        "keys and values, the same candidates at the same cost; the last queries are those that write the answer")
+    chosen = {name: results.values("chosen", h) for h, name in enumerate(KNOWN_HEADS)}
+    add_table(report, "Heads whose pattern is known", (
+        {"head": name, "heads": len(chosen[name]), "found": chosen[name].count(name),
+         **{other: results.mean("errors", h, n) for n, other in enumerate(KNOWN_HEADS)}}
+        for h, name in enumerate(KNOWN_HEADS)),
+        "last three columns: mean relative error of the best candidate of each pattern")
     cells = len(next(iter(once["drawn"].values())))
     report.figure(f"What each head of layer {once['layer']} attends to, {scale.context} tokens", panels=once["drawn"],
                   note=f"rows: queries, columns: keys, in cells of {scale.context // cells} tokens; the fraction of a "
@@ -273,18 +275,17 @@ def _show(report: Report, results: Results) -> None:
 
 def _show_assignment(report: Report, assignment: Sequence[Sequence[Sequence[Any]]], what: str) -> None:
     """Patterns that a search chose, rows of name, first, second and score by layer and head."""
-    table = report.table(f"Patterns found on {what}", ["pattern", "heads", "first", "second", "relative error"],
-                         note="sizes and errors are means over the heads")
-    figure = report.figure(f"Fraction of the heads by pattern, {what}", x_label="layer", y_label="fraction of heads")
-    layers = [float(i) for i in range(len(assignment))]
-    for name in NAMES:
-        if rows := [row for heads in assignment for row in heads if row[0] == name]:
-            table.add(name, len(rows), *(sum(row[i] for row in rows) / len(rows) for i in (1, 2, 3)))
-            figure.series.append(Series(name, layers, [
-                sum(row[0] == name for row in heads) / len(heads) for heads in assignment]))
+    rows = {name: [row for heads in assignment for row in heads if row[0] == name] for name in NAMES}
+    add_table(report, f"Patterns found on {what}", (
+        {"pattern": name, "heads": len(of), "first": fmean(row[1] for row in of),
+         "second": fmean(row[2] for row in of), "relative error": fmean(row[3] for row in of)}
+        for name, of in rows.items() if of), "sizes and errors are means over the heads")
+    report.figure(f"Fraction of the heads by pattern, {what}", x_label="layer", y_label="fraction of heads", series=[
+        curve(name, range(len(assignment)), [fmean(row[0] == name for row in heads) for heads in assignment])
+        for name, of in rows.items() if of])
 
 
-study = Study("MInference on SmolLM2-135M-Instruct", measure, _claims, show=_show, once=once, full=Scale(),
+study = Study("MInference on SmolLM2-135M-Instruct", measure, claims, show=show, once=once, full=Scale(),
               quick=Scale(context=1536, layers=(5,), repeats=1, rounds=3, head_dim=16), quick_seeds=1,
               facts=lambda results: {
                   "model": "SmolLM2-135M-Instruct, float32", "context": results.scale.context,

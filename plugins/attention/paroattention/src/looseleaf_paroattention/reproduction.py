@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator
+from statistics import fmean
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from looseleaf import AttentionCall, Report, Series, attach
+from looseleaf import AttentionCall, Claim, Report, attach
 from looseleaf.statistics import Interval, bootstrap
-from looseleaf_lab import attention_claims as shared
 from looseleaf_lab import video
 from looseleaf_lab.attention import SideBySide
-from looseleaf_lab.study import Results, Study, StudyClaim
+from looseleaf_lab.attention_claims import ratio_of_sums
+from looseleaf_lab.study import Results, Study, add_table, curve
 from looseleaf_lab.timing import interleave
 from looseleaf_paroattention import calibration
 from looseleaf_paroattention.backend import PAROAttention
@@ -28,8 +30,9 @@ DENSITIES, DENSITY, MOST = (0.2, 0.3, 0.5), 0.3, 0.99
 BLOCK, SMALL_BLOCK = 64, 16
 """A block of 64 tokens is a whole plane of this model's grid, so that the order inside of planes does not count."""
 AS_IS = PERMUTATIONS[0]
-WAYS = {"reordered": "", "as they come": "with the tokens as they come", "window": "by a window of equal density"}
-"""Ways to choose blocks, and how a claim names them."""
+BASELINES = {"as they come": "with the tokens as they come", "window": "by a window of equal density"}
+"""Other ways to choose blocks, and how a claim names them."""
+METHODS = ("reordered", *BASELINES)
 BITS = {(8, 16): "INT8 QK, float PV", (8, 8): "INT8 QK, INT8 PV", (8, 4): "INT8 QK, INT4 PV", (16, 16): "float"}
 
 
@@ -58,11 +61,9 @@ def ready(scale: Scale) -> tuple[Any, PAROAttention, dict[int, dict[int, LayerSt
     model = video.trained(scale.training, progress=False)
     base = PAROAttention(grid=video.grid(model), text_tokens=video.WORDS, qk_bits=16, pv_bits=16, density=DENSITY)
 
-    def run(_: Any) -> Tensor:
-        return sample(model, scale.calibration_videos, 1000, scale.error_steps)
-
-    return model, base, {block: calibration.observe(model, run, base.token_grid, block=block, steps=scale.error_steps,
-                                        progress=False) for block in (BLOCK, SMALL_BLOCK)}
+    return model, base, {block: calibration.observe(
+        model, lambda _: sample(model, scale.calibration_videos, 1000, scale.error_steps), base.token_grid, block=block,
+        steps=scale.error_steps, progress=False) for block in (BLOCK, SMALL_BLOCK)}
 
 
 def sample(model: Any, count: int, seed: int, steps: int) -> Tensor:
@@ -70,13 +71,13 @@ def sample(model: Any, count: int, seed: int, steps: int) -> Tensor:
     return video.sample(model, video.moving_digits(count, seed, "test").captions, seed, steps=steps, progress=False)
 
 
-def planned(scale: Scale, way: str, density: float = DENSITY, block: int = BLOCK, **fields: Any) -> PAROAttention:
+def planned(scale: Scale, method: str, density: float = DENSITY, block: int = BLOCK, **fields: Any) -> PAROAttention:
     """A backend with a plan: in the order of each head, as the tokens come, or a window of equal density."""
     _, base, statistics = ready(scale)
     plugin = dataclasses.replace(base, density=density, block=block, **fields,
-                                 permutations="auto" if way == "reordered" else AS_IS)
+                                 permutations="auto" if method == "reordered" else AS_IS)
     plugin.fit(statistics[block])
-    if way == "window" and plugin.plan is not None:
+    if method == "window" and plugin.plan is not None:
         for number, layer in plugin.plan.layers.items():
             layer.masks = window_masks(layer.masks, statistics[block][number].mean_mass(AS_IS))
     return plugin
@@ -99,20 +100,20 @@ def window_masks(masks: Tensor, mass: Tensor) -> Tensor:
 def measure(seed: int, scale: Any) -> dict[str, Any]:
     """One set of planted heads, and the errors of each layer's attention on exact inputs for one set of videos."""
     model, _, _ = ready(scale)
-    backends = {f"{way}, density {density}": planned(scale, way, density) for density in DENSITIES for way in WAYS}
-    for qk, pv in ((8, 16), (8, 8), (8, 4)):
-        for way in ("reordered", "as they come"):
-            backends[f"{way}, {BITS[qk, pv]}"] = planned(scale, way, 1.0, qk_bits=qk, pv_bits=pv)
+    backends = {f"{name}, density {density}": planned(scale, name, density)
+                for density in DENSITIES for name in METHODS}
+    backends |= {f"{name}, {BITS[8, pv]}": planned(scale, name, 1.0, qk_bits=8, pv_bits=pv)
+                 for pv in (16, 8, 4) for name in ("reordered", "as they come")}
     backends[f"reordered, density {DENSITY}, {BITS[8, 8]}"] = planned(scale, "reordered", qk_bits=8, pv_bits=8)
-    backends |= {f"{way}, density {DENSITY}, blocks of {SMALL_BLOCK}": planned(scale, way, block=SMALL_BLOCK)
-                 for way in WAYS}
+    backends |= {f"{name}, density {DENSITY}, blocks of {SMALL_BLOCK}": planned(scale, name, block=SMALL_BLOCK)
+                 for name in METHODS}
     beside = SideBySide(backends)
     with torch.no_grad(), attach(model, beside, steps=scale.error_steps):
         sample(model, scale.error_videos, seed, scale.error_steps)
     if beside.failed:
         raise RuntimeError(f"expected every backend to run, got {beside.failed}")
     return {"planted": known_heads(seed, scale), **{
-        what: {name: _mean([call[what] for call in calls]) for name, calls in beside.found.items()}
+        what: {name: fmean(call[what] for call in calls) for name, calls in beside.found.items()}
         for what in ("error", "density")}}
 
 
@@ -124,27 +125,27 @@ def known_heads(seed: int, scale: Scale) -> dict[str, Any]:
     observer = calibration.Observer(plugin.token_grid, block, plugin.eps)
     exact = observer.attend(call)
     layer = observer.layers[0]
-    right, heads, integers = {}, {}, {}
+    out: dict[str, Any] = {"right": {}, "heads": {}, "integers": {}}
     for alpha in (0.0, 0.5, 1.0):
         weighted = dataclasses.replace(plugin, alpha=alpha)
         weighted.fit(observer.layers)
         assert weighted.plan is not None
-        right[str(alpha)] = [a == b for a, b in zip(weighted.plan.layers[0].permutations, PERMUTATIONS, strict=True)]
+        out["right"][alpha] = [a == b for a, b in zip(weighted.plan.layers[0].permutations, PERMUTATIONS, strict=True)]
     for h, name in enumerate(PERMUTATIONS):
         plain, own = (float(density_for(layer.mass[0, layer.names.index(order), h], MOST)) for order in (AS_IS, name))
         expected = [float(density_for(calibration.expected_mass(name, order, grid, block), MOST))
                     for order in (AS_IS, name)]
-        heads[name] = {"density": own, "expected": expected[0] / expected[1], "measured": plain / own}
+        out["heads"][name] = {"density": own, "expected": expected[0] / expected[1], "measured": plain / own}
     for bits in (8, 4):
         errors = [float((dataclasses.replace(plugin, pv_bits=bits, permutations=names).attend(call) - exact).norm()
                         / exact.norm()) for names in ({0: PERMUTATIONS}, AS_IS)]
-        integers[str(bits)] = errors[0] / errors[1]
-    return {"right": right, "heads": heads, "integers": integers}
+        out["integers"][bits] = errors[0] / errors[1]
+    return out
 
 
 def once(scale: Any) -> dict[str, Any]:
-    """Orders and blocks of the video model, videos by each way of attention, and seconds of a layer."""
-    return {"orders": orders(scale), "kept": {str(block): kept(scale, block) for block in (BLOCK, SMALL_BLOCK)},
+    """Orders and blocks of the video model, videos by each method, and seconds of a layer."""
+    return {"orders": orders(scale), "kept": {block: kept(scale, block) for block in (BLOCK, SMALL_BLOCK)},
             "videos": videos(scale), "seconds": seconds(scale)}
 
 
@@ -156,12 +157,11 @@ def orders(scale: Scale) -> dict[str, Any]:
     falls: list[float] = []
     best: dict[str, Any] = {"gain": 0.0}
     for number, layer in plan.layers.items():
-        row: list[Any] = [number, ", ".join(layer.permutations)]
-        for metric in (layer.sparsity, layer.incoherence):
-            own = [metric[name][h] for h, name in enumerate(layer.permutations)]
-            row += [_mean(own), _mean(metric[AS_IS])]
-        rows.append(row)
-        falls += [a / b for a, b in zip(own, metric[AS_IS], strict=True)]  # of the incoherence, the second metric
+        empty, incoherence = ([metric[name][h] for h, name in enumerate(layer.permutations)]
+                              for metric in (layer.sparsity, layer.incoherence))
+        rows.append([number, ", ".join(layer.permutations), fmean(empty), fmean(layer.sparsity[AS_IS]),
+                     fmean(incoherence), fmean(layer.incoherence[AS_IS])])
+        falls += [a / b for a, b in zip(incoherence, layer.incoherence[AS_IS], strict=True)]
         for h, name in enumerate(layer.permutations):
             maps = {order: statistics[number].mean_mass(order)[0, h] for order in (AS_IS, name)}
             needed = density_for(torch.stack([maps[AS_IS], maps[name]]), 0.9)
@@ -170,7 +170,7 @@ def orders(scale: Scale) -> dict[str, Any]:
                         "maps": [[order, maps[order].tolist()] for order in (AS_IS, name)]}
     names = [name for layer in plan.layers.values() for name in layer.permutations]
     return {"rows": rows, "best": best, "changed": sum(name != AS_IS for name in names), "heads": len(names),
-            "incoherence": _mean(falls)}
+            "incoherence": fmean(falls)}
 
 
 def kept(scale: Scale, block: int) -> list[list[float]]:
@@ -182,16 +182,16 @@ def kept(scale: Scale, block: int) -> list[list[float]]:
         mass = torch.stack([statistics[number].mean_mass(name)[0] for name in names])
         held = (mass * block_masks(mass, density=DENSITY)).sum((2, 3)) / mass.shape[-1]
         chosen = [float(held[names.index(name), h]) for h, name in enumerate(layer.permutations)]
-        rows.append([number, _mean(chosen), float(held[names.index(AS_IS)].mean()), float(held.amax(0).mean())])
+        rows.append([number, fmean(chosen), float(held[names.index(AS_IS)].mean()), float(held.amax(0).mean())])
     return rows
 
 
 def videos(scale: Scale) -> dict[str, Any]:
-    """Videos from the same noise, by exact attention and by each way: distances to exact, Fréchet distances to real."""
+    """Videos from the same noise, by exact attention and by each method: how far from exact, and from real ones."""
     model, _, _ = ready(scale)
     real = video.moving_digits(4 * scale.videos, 77, "test").frames
     exact = sample(model, scale.videos, 500, scale.sampler)
-    backends = {way: planned(scale, way) for way in WAYS}
+    backends = {name: planned(scale, name) for name in METHODS}
     backends |= {f"reordered, {BITS[8, pv]}": planned(scale, "reordered", qk_bits=8, pv_bits=pv) for pv in (8, 4)}
     distances, frechet = {}, {"exact": video.frechet_distance(exact, real)}
     for name, backend in backends.items():
@@ -206,7 +206,7 @@ def videos(scale: Scale) -> dict[str, Any]:
 def seconds(scale: Scale) -> dict[str, Any]:
     """One layer's attention against torch's, reordering included; the time does not depend on the numbers."""
     heads, grid = scale.speed_heads, scale.speed_grid
-    tokens = grid[0] * grid[1] * grid[2]
+    tokens = math.prod(grid)
     g = torch.Generator().manual_seed(0)
     query, key, value = torch.randn(3, 1, heads, tokens, scale.speed_head_dim, generator=g)
     call = AttentionCall(query, key, value, scale.speed_head_dim ** -0.5, False, phase="bidirectional")
@@ -225,90 +225,86 @@ def seconds(scale: Scale) -> dict[str, Any]:
                                                                   (query, back))]
     with torch.inference_mode():
         timing = interleave(functions, rounds=scale.rounds)
-    return {name: [timing.median(name), *(timing.ratio(name, "exact") if name != "exact" else (1.0, 1.0, 1.0))]
-            for name in functions}
+    return {name: [timing.median(name), *timing.ratio(name, "exact")] for name in functions}
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _claims(results: Results) -> list[StudyClaim]:
-    claim, videos = functools.partial(shared.claim, results), results.once["videos"]["distances"]
-    errors = {name: results.values("error", name) for name in results.rows[0]["error"]}
-    hits = [hit for row in results.values("planted", "right", str(PAROAttention.alpha)) for hit in row]
+def claims(results: Results) -> Iterator[Claim]:
+    """The claims of the paper and of this project."""
+    claim, videos = results.claim, results.once["videos"]["distances"]
+    hits = results.joined("planted", "right", str(PAROAttention.alpha))
     heads = [head for row in results.values("planted", "heads") for head in row.values()]
     factors = [head["measured"] / head["expected"] for head in heads]
     int8, int4 = (results.interval("error", f"reordered, {BITS[8, pv]}") for pv in (8, 4))
-    times = {name: Interval(*row[1:]) for name, row in results.once["seconds"].items()}
-    overhead = results.once["seconds"]["reordering"][0] / results.once["seconds"][f"{DENSITY}, {BITS[16, 16]}"][0]
+    times = results.once["seconds"]
+    overhead = times["reordering"][0] / times[f"{DENSITY}, {BITS[16, 16]}"][0]
     half, here = "at most half, with its 95 % interval", "here: a small video model"
-    claims = [
-        claim("Calibration finds the order of each head that has one", "paper, token reordering; here: heads made to "
-              "have one", "-", "all heads of all seeds, alpha 0.5", all(hits), f"{sum(hits)} of {len(hits)} heads",
-              any_scale=True),
-        claim("In its order a head needs as many fewer blocks as the geometry of its pattern says",
-              "this project's rule", "-", "within 25 % of the expected factor for each head of each seed",
-              all(0.75 <= factor <= 1.25 for factor in factors), f"measured over expected factor {min(factors):.2f} to "
-              f"{max(factors):.2f}; the largest factor is {max(head['measured'] for head in heads):.1f}",
-              any_scale=True),
-        claim("Eight bits for Q, K, P and V cost little", "paper, quantised attention", "lossless metrics",
-              "below 2e-2 with its 95 % interval, all blocks computed", int8.high < 2e-2,
-              f"relative error {int8:.4f}; with 4 bits for P and V {int4:.4f}"),
-        claim("Reordering costs next to nothing", "paper, overheads", "below 1 %, fused into other kernels",
-              "below 1 %", overhead < 0.01, f"{overhead:.1%} of the attention at density {DENSITY}, not fused")]
-    for way, against in WAYS.items():
-        if against:
-            one, two = (errors[f"{each}, density {DENSITY}"] for each in ("reordered", way))
-            error, distance = shared.ratio_of_sums(one, two), shared.ratio_of_sums(videos["reordered"], videos[way])
-            claims += [
-                claim(f"At density {DENSITY} the error of the attention is much lower reordered than {against}",
-                      f"paper, sparse attention; {here}", "qualitative", half, error.high <= 0.5,
-                      f"ratio of errors {error:.3f}: {_mean(one):.3f} against {_mean(two):.3f}"),
-                claim(f"At density {DENSITY} videos stay much nearer to those of exact attention reordered than "
-                      f"{against}", f"paper, tables of CogVideoX and Flux; {here}", "lossless metrics", half,
-                      distance.high <= 0.5, f"ratio of squared distances {distance:.3f} over {results.scale.videos} "
-                      "videos")]
+    yield claim("Calibration finds the order of each head that has one", "paper, token reordering; here: heads made to "
+                "have one", "-", "all heads of all seeds, alpha 0.5", all(hits), f"{sum(hits)} of {len(hits)} heads",
+                any_scale=True)
+    yield claim("In its order a head needs as many fewer blocks as the geometry of its pattern says",
+                "this project's rule", "-", "within 25 % of the expected factor for each head of each seed",
+                all(0.75 <= factor <= 1.25 for factor in factors), f"measured over expected factor {min(factors):.2f} "
+                f"to {max(factors):.2f}; the largest factor is {max(head['measured'] for head in heads):.1f}",
+                any_scale=True)
+    yield claim("Eight bits for Q, K, P and V cost little", "paper, quantised attention", "lossless metrics",
+                "below 2e-2 with its 95 % interval, all blocks computed", int8.high < 2e-2,
+                f"relative error {int8:.4f}; with 4 bits for P and V {int4:.4f}")
+    yield claim("Reordering costs next to nothing", "paper, overheads", "below 1 %, fused into other kernels",
+                "below 1 %", overhead < 0.01, f"{overhead:.1%} of the attention at density {DENSITY}, not fused")
+    for name, against in BASELINES.items():
+        one, two = (results.values("error", f"{each}, density {DENSITY}") for each in ("reordered", name))
+        error, distance = ratio_of_sums(one, two), ratio_of_sums(videos["reordered"], videos[name])
+        yield claim(f"At density {DENSITY} the error of the attention is much lower reordered than {against}",
+                    f"paper, sparse attention; {here}", "qualitative", half, error.high <= 0.5,
+                    f"ratio of errors {error:.3f}: {fmean(one):.3f} against {fmean(two):.3f}")
+        yield claim(f"At density {DENSITY} videos stay much nearer to those of exact attention reordered than "
+                    f"{against}", f"paper, tables of CogVideoX and Flux; {here}", "lossless metrics", half,
+                    distance.high <= 0.5,
+                    f"ratio of squared distances {distance:.3f} over {results.scale.videos} videos")
     for pv in (8, 4):
-        ratio = shared.ratio_of_sums(*(errors[f"{way}, {BITS[8, pv]}"] for way in ("reordered", "as they come")))
-        claims.append(claim(
-            f"Reordering makes the error of the integers smaller, {BITS[8, pv]}", "paper, quantised attention",
-            "qualitative", "below 1 with its 95 % interval, all blocks computed", ratio.high < 1,
-            f"ratio of errors {ratio:.3f}"))
+        ratio = ratio_of_sums(*(results.values("error", f"{name}, {BITS[8, pv]}") for name in METHODS[:2]))
+        yield claim(f"Reordering makes the error of the integers smaller, {BITS[8, pv]}", "paper, quantised attention",
+                    "qualitative", "below 1 with its 95 % interval, all blocks computed", ratio.high < 1,
+                    f"ratio of errors {ratio:.3f}")
     for bits in (BITS[16, 16], BITS[8, 8]):
-        ratios = {density: times[f"{density}, {bits}"] for density in DENSITIES}
-        claims.append(claim(
-            f"Attention is faster by near 1/density, {bits}", "paper, kernel benchmark; here: CPU",
-            "close to 1/density at 0.2 to 0.5", "median of paired ratios at least half of 1/density at each density, "
-            "float32 against torch's kernel", all(ratio.value >= 0.5 / d for d, ratio in ratios.items()),
-            ", ".join(f"{r.value:.2f}x ({r.low:.2f} to {r.high:.2f}) at {d}" for d, r in ratios.items())))
-    return claims + [claim(*words, None, "not measured: needs a GPU and those models") for words in (
-        ("Metrics of CogVideoX and Flux are lossless at 20 to 30 % density and INT8 or INT4", "abstract",
-         "nearly identical to full precision", "metrics within the noise of exact attention"),
-        ("Images and videos are made faster end to end", "abstract", "1.9x to 2.7x", "ratio above 1.5 on a GPU"),
-        ("At equal quality it is faster than SpargeAttn and SparseVideoGen", "paper, kernel benchmark", "as stated",
-         "ratio above 1 on a GPU"))]
+        ratios = {density: Interval(*times[f"{density}, {bits}"][1:]) for density in DENSITIES}
+        yield claim(f"Attention is faster by near 1/density, {bits}", "paper, kernel benchmark; here: CPU",
+                    "close to 1/density at 0.2 to 0.5", "median of paired ratios at least half of 1/density at each "
+                    "density, float32 against torch's kernel", all(r.value >= 0.5 / d for d, r in ratios.items()),
+                    ", ".join(f"{r.value:.2f}x ({r.low:.2f} to {r.high:.2f}) at {d}" for d, r in ratios.items()))
+    for words in (
+            ("Metrics of CogVideoX and Flux are lossless at 20 to 30 % density and INT8 or INT4", "abstract",
+             "nearly identical to full precision", "metrics within the noise of exact attention"),
+            ("Images and videos are made faster end to end", "abstract", "1.9x to 2.7x", "ratio above 1.5 on a GPU"),
+            ("At equal quality it is faster than SpargeAttn and SparseVideoGen", "paper, kernel benchmark", "as stated",
+             "ratio above 1 on a GPU")):
+        yield claim(*words, None, "not measured: needs a GPU and those models")
 
 
-def _show(report: Report, results: Results) -> None:
-    scale, once = results.scale, results.once
-    measured = ("density", "expected", "measured")
-    report.table("Planted heads", ["head", "density for 99 %", "factor expected", "factor measured"], [
-        [name, *(results.interval("planted", "heads", name, what).value for what in measured)]
-        for name in PERMUTATIONS],
-        note="factor: fraction of the blocks that hold 99 % of the attention, as the tokens come over in the head's "
-             "order; means over the seeds")
-    right = {alpha: results.values("planted", "right", alpha) for alpha in results.rows[0]["planted"]["right"]}
-    report.table("Orders found for planted heads", ["alpha", "heads", "right"], [
-        [float(alpha), sum(map(len, hits)), sum(map(sum, hits))] for alpha, hits in right.items()],
-        note="alpha 0: by empty blocks alone; 1: by uniform blocks alone")
-    report.table("Integers on planted heads", ["bits of P and V", "error ratio"], [
-        [bits, results.interval("planted", "integers", bits).value] for bits in (8, 4)],
-        note="relative error of the output in each head's order over that of the tokens as they come, all blocks "
-             "computed")
+def show(report: Report, results: Results) -> None:
+    """Planted heads, orders, block maps, errors, videos and times."""
+    scale, once, densities = results.scale, results.once, results.rows[-1]["density"]
+    report.facts |= {
+        "model": f"CogVideoX transformer, 4 layers of 4 heads of 16, trained for {scale.training} steps of 2 videos",
+        "tokens": f"8 x 8 x 8 and 3 of text, blocks of {BLOCK}", "threads": torch.get_num_threads(),
+        "heads reordered": f"{once['orders']['changed']} of {once['orders']['heads']}",
+        "incoherence, reordered over as they come": f"{once['orders']['incoherence']:.3f} (mean over heads)"}
+    add_table(report, "Planted heads", (
+        {"head": name, "density for 99 %": results.mean("planted", "heads", name, "density"),
+         "factor expected": results.mean("planted", "heads", name, "expected"),
+         "factor measured": results.mean("planted", "heads", name, "measured")} for name in PERMUTATIONS),
+        "factor: fraction of the blocks that hold 99 % of the attention, as the tokens come over in the head's order; "
+        "means over the seeds")
+    right = {alpha: results.joined("planted", "right", alpha) for alpha in results.rows[0]["planted"]["right"]}
+    add_table(report, "Orders found for planted heads", (
+        {"alpha": float(alpha), "heads": len(hits), "right": sum(hits)} for alpha, hits in right.items()),
+        "alpha 0: by empty blocks alone; 1: by uniform blocks alone")
+    add_table(report, "Integers on planted heads", (
+        {"bits of P and V": bits, "error ratio": results.mean("planted", "integers", bits)} for bits in (8, 4)),
+        "relative error of the output in each head's order over that of the tokens as they come, all blocks computed")
     report.table("Orders found in the video model", [
-        "layer", "orders of the heads", "empty blocks", "as they come", "incoherence", "as they come "],
-        once["orders"]["rows"])
+        "layer", "orders of the heads", "empty blocks", "empty blocks as they come", "incoherence",
+        "incoherence as they come"], once["orders"]["rows"])
     best = once["orders"]["best"]
     for order, mass in best["maps"]:
         report.figure(f"Block map of layer {best['layer']}, head {best['head']}, in the order {order}",
@@ -319,47 +315,33 @@ def _show(report: Report, results: Results) -> None:
             "layer", "reordered", "as they come", "best order"], rows,
             note="fraction of the calibration's attention that the heaviest blocks hold, means over heads; best: the "
                  "order of each head that holds most")
-    densities = results.rows[-1]["density"]
-    report.table("Relative error of the attention output", ["variant", "density", "error", "low", "high"],
-                 [[name, density, *results.interval("error", name)] for name, density in densities.items()],
-                 note=f"mean over layers and {scale.error_steps} denoising steps, inputs of exact attention; 95 % "
-                      f"bootstrap intervals over {len(results.seeds)} sets of {scale.error_videos} videos; floats, "
-                      f"blocks of {BLOCK} unless named")
-    figure = report.figure("Error of the attention output by density", x_label="density", y_label="relative error",
-                           y_log=True)
-    for way in WAYS:
-        names = [f"{way}, density {density}" for density in DENSITIES]
-        values, low, high = map(list, zip(*(results.interval("error", name) for name in names), strict=True))
-        figure.series.append(Series(way, [densities[name] for name in names], values, low, high))
-    table = report.table(f"{scale.videos} videos at density {DENSITY}", [
+    add_table(report, "Relative error of the attention output", (
+        {"variant": name, "density": density, "error": results.interval("error", name)}
+        for name, density in densities.items()),
+        f"mean over layers and {scale.error_steps} denoising steps, inputs of exact attention; 95 % bootstrap "
+        f"intervals over {len(results.seeds)} sets of {scale.error_videos} videos; floats, blocks of {BLOCK} unless "
+        "named")
+    names = {method: [f"{method}, density {density}" for density in DENSITIES] for method in METHODS}
+    report.figure("Error of the attention output by density", x_label="density", y_label="relative error", y_log=True,
+                  series=[curve(method, map(densities.get, of), [results.interval("error", name) for name in of])
+                          for method, of in names.items()])
+    mean = {name: bootstrap(values) for name, values in once["videos"]["distances"].items()}
+    psnr = {name: 10 * torch.tensor(4 / max(distance.value, 1e-12)).log10().item() for name, distance in mean.items()}
+    mean["exact"] = Interval(0.0, 0.0, 0.0)
+    report.table(f"{scale.videos} videos at density {DENSITY}", [
         "attention", "distance to exact", "low", "high", "PSNR, dB", "Fréchet distance to real"],
-        note=f"{scale.sampler} steps from the same noise; distance: mean squared difference of pixels in [-1, 1] to "
-             "the video that exact attention makes, 95 % bootstrap over videos; Fréchet distance in 16 principal "
-             f"components to {4 * scale.videos} real videos")
-    for name, frechet in once["videos"]["frechet"].items():
-        distances = once["videos"]["distances"].get(name)
-        if distances is None:
-            table.add(name, *([0.0] * 3 if name == "exact" else [None] * 3), None, frechet)
-            continue
-        mean = bootstrap(distances)
-        table.add(name, *mean, 10 * torch.tensor(4 / max(mean.value, 1e-12)).log10().item(), frechet)
-    tokens = scale.speed_grid[0] * scale.speed_grid[1] * scale.speed_grid[2]
-    report.table(f"Seconds of one layer's attention, {tokens} tokens, {scale.speed_heads} heads of "
-                 f"{scale.speed_head_dim}", ["variant", "seconds", "faster than exact", "low", "high"],
-                 [[name, *times] for name, times in once["seconds"].items()],
-                 note="reordering of queries, keys, values and outputs included; medians of interleaved rounds; random "
-                      "blocks")
+        [[name, *mean.get(name, [None] * 3), psnr.get(name), frechet]
+         for name, frechet in once["videos"]["frechet"].items()],
+        f"{scale.sampler} steps from the same noise; distance: mean squared difference of pixels in [-1, 1] to the "
+        "video that exact attention makes, 95 % bootstrap over videos; Fréchet distance in 16 principal components to "
+        f"{4 * scale.videos} real videos")
+    add_table(report, f"Seconds of one layer's attention, {math.prod(scale.speed_grid)} tokens, {scale.speed_heads} "
+              f"heads of {scale.speed_head_dim}", (
+        {"variant": name, "seconds": seconds, "faster than exact": Interval(*ratio)}
+        for name, (seconds, *ratio) in once["seconds"].items()),
+        "reordering of queries, keys, values and outputs included; medians of interleaved rounds; random blocks")
 
 
-def _facts(results: Results) -> dict[str, Any]:
-    found = results.once["orders"]
-    return {"model": f"CogVideoX transformer, 4 layers of 4 heads of 16, trained for {results.scale.training} steps of "
-                     "2 videos",
-            "tokens": f"8 x 8 x 8 and 3 of text, blocks of {BLOCK}", "threads": torch.get_num_threads(),
-            "heads reordered": f"{found['changed']} of {found['heads']}",
-            "incoherence, reordered over as they come": f"{found['incoherence']:.3f} (mean over heads)"}
-
-
-study = Study("PAROAttention on planted heads and on a small video model", measure, _claims, show=_show, once=once,
-              facts=_facts, full=Scale(), quick_seeds=1,
+study = Study("PAROAttention on planted heads and on a small video model", measure, claims, show=show, once=once,
+              full=Scale(), quick_seeds=1,
               quick=Scale(training=60, sampler=5, videos=32, speed_grid=(8, 16, 16), rounds=2))
