@@ -194,16 +194,13 @@ def parts_of(results: Results) -> list[tuple[Part, Results]]:
     return [(part, replace(results, rows=own, seeds=results.seeds[:len(own)])) for part, own in rows if own]
 
 
-def facts(results: Results) -> dict[str, Any]:
-    """Versions, and how many seeds SmolLM2 had."""
-    import transformers
-
-    return {"seeds of SmolLM2": sum(LANGUAGE.models in row for row in results.rows), "threads": torch.get_num_threads(),
-            "transformers": transformers.__version__}
-
-
 def show(report: Report, results: Results) -> None:
     """How three samples look, and all figures over seeds."""
+    import transformers
+
+    report.facts |= {
+        "seeds of SmolLM2": sum(LANGUAGE.models in row for row in results.rows), "threads": torch.get_num_threads(),
+        "transformers": transformers.__version__}
     for row in results.rows:
         if "look" in row:
             report.extend(Report.from_dict(row["look"]), "seed 0, ")
@@ -287,4 +284,4 @@ def claims_of(part: Part, own: Results) -> Iterator[Claim]:
 
 
 study = Study("leaf: the paper's claims", measure, claims, show, full=(TINY, LANGUAGE),
-              quick=(replace(TINY, tests=300),), facts=facts)
+              quick=(replace(TINY, tests=300),))
