@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import random
 import signal
@@ -12,13 +13,14 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from looseleaf import Budget
 from looseleaf_promptquine import PromptQuine, TAPruning
-from looseleaf_promptquine.pieces import Pieces, length, without
+from looseleaf_promptquine.prompt_tokens import PromptTokens, length, without
 from looseleaf_promptquine.search import Search, accuracy, reward
 from looseleaf_text import CalibratedPrompt, ChatPrompt, LanguageModel, TextPrompt, TextTask
 from looseleaf_text.testing import ASKED, ToyLanguageModel, toy_task
@@ -33,36 +35,75 @@ def run(optimizer: Any, model: LanguageModel | None = None, task: TextTask | Non
 # -- fitness ------------------------------------------------------------------------------------------------------
 
 def test_reward_by_hand() -> None:
-    log_probs = [[-1.0, -2.0], [-1.0, -1.5], [-2.0, -1.0]]
+    log_probs = [[math.log(p) for p in row] for row in ([0.6, 0.2], [0.5, 0.3], [0.1, 0.3])]
     golds = [0, 1, 1]
-    # class 0: +1.0 * 200; class 1: mean of -0.5 * 180 and +1.0 * 200
-    assert reward(log_probs, golds) == pytest.approx((200 + (-90 + 200) / 2) / 2)
+    # among the labels 0.75 to 0.25, 0.625 to 0.375, 0.25 to 0.75; class 0: 0.5 * 200; class 1: mean of -0.25 * 180 and
+    # 0.5 * 200
+    assert reward(log_probs, golds) == pytest.approx((100 + (-45 + 100) / 2) / 2)
     assert accuracy(log_probs, golds) == pytest.approx(2 / 3)
-    assert reward([[-1.0, -3.0, -2.0]], [0]) == pytest.approx(200.0)  # against the best of the others
+    three = [math.log(p) for p in (0.5, 0.1, 0.4)]
+    assert reward([three], [0]) == pytest.approx(20.0)  # against the best of the others
     assert accuracy([[-1.0, -1.0]], [1]) == 0.0  # a tie goes to the first label, as in Task.evaluate
 
 
-# -- pieces -------------------------------------------------------------------------------------------------------
+def test_one_confident_mistake_weighs_no_more_than_a_probability_can() -> None:
+    """The authors' reward on 16 examples: 15 right by 0.5 nats and one surely wrong; then all right by 0.2."""
+    surely = [[-0.474, -0.974]] * 15 + [[-12.0, -0.00001]]
+    barely = [[-0.6, -0.8]] * 16
+    assert reward(surely, [0] * 16) == pytest.approx(34.67, abs=0.05)
+    assert reward(barely, [0] * 16) == pytest.approx(19.93, abs=0.05)
 
-def test_slots_are_protected_and_pieces_join() -> None:
+
+class PruningOfForty:
+    """What ``_evolve`` needs of a search, for prompts of 40 tokens whose fitness is a function of their number."""
+
+    def __init__(self, fitness_of: Any) -> None:
+        self.fitness_of, self.rng, self.visited = fitness_of, random.Random(0), dict[str, None]()
+        self.prompt_tokens = SimpleNamespace(full="1" * 40, text=lambda mask: mask)
+
+    def evaluate(self, masks: Any) -> None:
+        self.visited.update(dict.fromkeys(masks))
+
+    def was_visited(self, mask: str) -> bool:
+        return mask in self.visited
+
+    def fitness(self, mask: str) -> float:
+        return float(self.fitness_of(mask.count("1")))
+
+    def successive_halving(self, masks: Any, stages: int) -> Any:
+        return masks
+
+
+@pytest.mark.parametrize("mode", ["GGA", "SSGA"])
+@pytest.mark.parametrize("fitness_of", [lambda n: n, lambda n: 0], ids=["every-pruning-hurts", "none-matters"])
+def test_the_population_shrinks_even_where_pruning_does_not_help(mode: Any, fitness_of: Any) -> None:
+    search, generations = PruningOfForty(fitness_of), list[list[float]]()
+    PromptQuine(mode=mode, max_prompts=600)._evolve(search, generations)  # type: ignore[arg-type]
+    assert generations[0][1] == 40 and generations[-1][1] < 30
+    assert [mean for _, mean, *_ in generations] == sorted((mean for _, mean, *_ in generations), reverse=True)
+
+
+# -- tokens -------------------------------------------------------------------------------------------------------
+
+def test_slots_are_protected_and_tokens_join() -> None:
     template = 'Say {"a": 1} of {first} and {second}\nLabel:'
-    pieces = Pieces.of(template, {"first", "second"}, ToyLanguageModel().token_texts)
-    assert pieces.text(pieces.full) == template
-    bare = pieces.text("0" * len(pieces.full))
+    prompt_tokens = PromptTokens.of(template, {"first", "second"}, ToyLanguageModel().token_texts)
+    assert prompt_tokens.text(prompt_tokens.full) == template
+    bare = prompt_tokens.text("0" * len(prompt_tokens.full))
     assert bare.replace("{first}", "").replace("{second}", "").strip() == "" and "{first}" in bare
     rng = random.Random(0)
     for _ in range(50):
-        mask = "".join(rng.choice("01") for _ in pieces.full)
-        text = pieces.text(mask)
+        mask = "".join(rng.choice("01") for _ in prompt_tokens.full)
+        text = prompt_tokens.text(mask)
         assert "{first}" in text and "{second}" in text
-        kept = [pieces.texts[p] for p, bit in zip(pieces.prunable, mask, strict=True) if bit == "1"]
+        kept = [prompt_tokens.texts[p] for p, bit in zip(prompt_tokens.prunable, mask, strict=True) if bit == "1"]
         at = 0
         for piece in kept:  # in order
             at = text.index(piece, at) + len(piece)
     with pytest.raises(ValueError, match="no slot"):
-        Pieces.of("nothing", {"text"}, ToyLanguageModel().token_texts)
+        PromptTokens.of("nothing", {"text"}, ToyLanguageModel().token_texts)
     with pytest.raises(ValueError, match="nothing to prune"):
-        Pieces.of("{text}", {"text"}, ToyLanguageModel().token_texts)
+        PromptTokens.of("{text}", {"text"}, ToyLanguageModel().token_texts)
 
 
 def test_without() -> None:
@@ -208,14 +249,14 @@ def test_calibration_is_stored_and_respected() -> None:
 
 def test_halving_saves_calls_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     considered: list[int] = []
-    plain = Search.halve
+    plain = Search.successive_halving
 
     def watch(self: Any, masks: list[str], stages: int) -> list[str]:
         out = plain(self, masks, stages)
         considered.append(len(masks))
         return out
 
-    monkeypatch.setattr(Search, "halve", watch)
+    monkeypatch.setattr(Search, "successive_halving", watch)
     task = toy_task(size=32, generation=True)
     few, many = ToyLanguageModel(), ToyLanguageModel()
     halved = PromptQuine(**SMALL, halving_stages=3)
@@ -312,7 +353,7 @@ def test_on_a_local_model() -> None:
                    most=None, seed=2, progress=False)
     again.evaluate([prompt.info["mask"]])
     assert again.fitness(prompt.info["mask"]) == pytest.approx(prompt.info["fitness"], rel=1e-3)
-    assert again.pieces.text(prompt.info["mask"]) == prompt.text
+    assert again.prompt_tokens.text(prompt.info["mask"]) == prompt.text
     assert model.forwarded < model.tokens
 
 

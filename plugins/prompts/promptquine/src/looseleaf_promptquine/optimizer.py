@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 from looseleaf import Budget, BudgetExhausted, Paper, Prompt
 from looseleaf.budget import reason
 from looseleaf.plugin import In
-from looseleaf_promptquine.pieces import length, without
+from looseleaf_promptquine.prompt_tokens import length, without
 from looseleaf_promptquine.search import Search
 from looseleaf_text import LanguageModel, TextOptimizer, TextPrompt, TextTask
 
@@ -39,14 +39,16 @@ class PromptQuine(TextOptimizer):
 
     Args:
         population_size: prompts in the population; >= 1.
-        reproduction_size: offspring per generation (GGA); >= 1.
+        reproduction_size: offspring per generation; >= 1.
         max_prompts: the search ends after this many different prompts; >= 1.
         min_prompt_length: the search ends when the population keeps this many tokens on average, slots not
             counted; >= 0.
-        mode: "GGA": the best offspring replace their parents all at once; "SSGA": one offspring at a time
-            replaces the worst of the population.
+        mode: "GGA": parents are of the population, and all offspring of a generation are evaluated in one batch;
+            "SSGA" (algorithm 4): each offspring may be a parent of the next ones at once. In both the best of the
+            offspring alone are the next population, so that parents age out and prompts shrink.
         mutation_sizes: how many tokens an offspring may lose, chosen with equal chances; each from 1.
-        tournament: fraction of the population that competes to be a parent, in (0, 1]; at least one does.
+        tournament: fraction of the population that is drawn, with replacement, to compete to be a parent, in (0, 1]; at
+            least one does.
         rerank_top: fraction of the prompts seen that is ranked again, in [0, 1]; 0 returns the fittest.
         initialize_duplicate: begin with copies of the start; False begins with random prunings of 5 to 20 %.
         reward_driven: fitness is the piecewise reward on label margins; False takes plain accuracy, as the
@@ -105,7 +107,7 @@ class PromptQuine(TextOptimizer):
         return search.finish(stopped, {"generations": generations})
 
     def _evolve(self, search: Search, generations: list[list[float]]) -> None:
-        rng, full = search.rng, search.pieces.full
+        rng, full = search.rng, search.prompt_tokens.full
         search.evaluate([full])
         population = [full] * self.population_size
         if not self.initialize_duplicate:
@@ -118,35 +120,41 @@ class PromptQuine(TextOptimizer):
             mean = sum(map(length, population)) / len(population)
             if len(search.visited) >= self.max_prompts or mean <= self.min_prompt_length or stale >= STALE:
                 return
-            wanted = self.reproduction_size if self.mode == "GGA" else 1
-            room = self.max_prompts - len(search.visited)
-            offspring = self._offspring(rng, search, population, wanted)
-            # A prompt met before costs nothing; only new ones are counted against max_prompts.
-            offspring = _first_new(offspring, search, room)
+            offspring = self._generation(search, population)
             stale = 0 if offspring else stale + 1
-            if self.mode == "GGA":
-                offspring = search.halve(offspring, self.halving_stages)
+            fresh = sorted(offspring, key=search.fitness, reverse=True)[:self.population_size]
+            # Parents age out; they stay only where there are too few offspring to take their place.
+            kept = sorted(population, key=search.fitness, reverse=True)
+            population = [*fresh, *kept[:self.population_size - len(fresh)]]
+
+    def _generation(self, search: Search, population: list[str]) -> list[str]:
+        """The evaluated offspring of one generation."""
+        # A prompt met before costs nothing; only new ones are counted against max_prompts.
+        if self.mode == "GGA":
+            offspring = self._offspring(search.rng, search, population, self.reproduction_size)
+            offspring = search.successive_halving(_first_new(offspring, search, self.max_prompts - len(search.visited)),
+                                     self.halving_stages)
             search.evaluate(offspring)
-            if self.mode == "GGA":
-                fresh = sorted(offspring, key=search.fitness, reverse=True)[:self.population_size]
-                # Parents age out; they stay only where there are too few offspring to take their place.
-                kept = sorted(population, key=search.fitness, reverse=True)
-                population = [*fresh, *kept[:self.population_size - len(fresh)]]
-            elif offspring:
-                worst = min(range(len(population)), key=lambda n: (search.fitness(population[n]), n))
-                population[worst] = offspring[0]
+            return offspring
+        grown = list(population)
+        for _ in range(self.reproduction_size):
+            child = self._offspring(search.rng, search, grown, 1)
+            child = _first_new(child, search, self.max_prompts - len(search.visited))
+            search.evaluate(child)
+            grown += child
+        return grown[len(population):]
 
     def _offspring(self, rng: random.Random, search: Search, population: list[str], wanted: int) -> list[str]:
         """Mutants of tournament winners, without those whose text the population has already."""
-        texts = {search.pieces.text(m) for m in population}
+        texts = {search.prompt_tokens.text(m) for m in population}
         out: list[str] = []
         competitors = max(1, int(self.tournament * len(population)))
         for _ in range(wanted):
-            parent = max(rng.sample(population, competitors), key=search.fitness)
+            parent = max(rng.choices(population, k=competitors), key=search.fitness)
             size = rng.choice(self.mutation_sizes)
             kept = [n for n, bit in enumerate(parent) if bit == "1"]
             child = without(parent, rng.sample(kept, min(size, len(kept))))
-            text = search.pieces.text(child)
+            text = search.prompt_tokens.text(child)
             if text not in texts:
                 texts.add(text)
                 out.append(child)
@@ -157,8 +165,6 @@ class PromptQuine(TextOptimizer):
         return without(full, rng.sample(range(len(full)), max(1, round(rate * len(full)))))
 
     def _note(self, search: Search, population: list[str], generations: list[list[float]]) -> None:
-        if self.mode == "SSGA" and generations and len(search.visited) - generations[-1][0] < self.population_size:
-            return  # one line per generation's worth of offspring
         values = [search.fitness(m) for m in population]
         best = max(search.fitness(m) for m in search.visited)
         generations.append([len(search.visited), sum(map(length, population)) / len(population), max(values),

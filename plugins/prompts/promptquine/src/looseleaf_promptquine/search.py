@@ -12,7 +12,7 @@ from looseleaf import Budget, BudgetExhausted, Example, Prompt, PromptOptimizer
 from looseleaf.budget import reason
 from looseleaf.progress import bar
 from looseleaf.prompts.optimizer import Search as StoredSearch
-from looseleaf_promptquine.pieces import Pieces, length
+from looseleaf_promptquine.prompt_tokens import PromptTokens, length
 from looseleaf_text import CalibratedPrompt, LanguageModel, TextPrompt, TextTask
 from looseleaf_text.calibration import content_free, offsets, subtract
 from looseleaf_text.slots import fill
@@ -98,7 +98,7 @@ class Search:
         self.fit, self.held, demonstrations = self._divide(seed, num_shots, shots if start is None else 0)
         self.start = start or TextPrompt.for_task(task, exemplars=demonstrations)
         names = set(self.fit[0].inputs)
-        self.pieces = Pieces.of(self.start.as_template(names), names, model.token_texts)
+        self.prompt_tokens = PromptTokens.of(self.start.as_template(names), names, model.token_texts)
         state = self.stored.state
         self.seen: dict[str, list[float]] = state.setdefault("seen", {})
         self.reranked: dict[str, list[float]] = state.setdefault("reranked", {})
@@ -167,7 +167,7 @@ class Search:
             return sum(max(0, examples - len(self.partial.get(m, []))) for m in masks)
         return len(masks) * (examples + self.calibrate)
 
-    def halve(self, masks: list[str], stages: int) -> list[str]:
+    def successive_halving(self, masks: list[str], stages: int) -> list[str]:
         """Successive halving for generation tasks: the masks worth scoring on all fitness examples.
 
         In each stage but the last the masks are scored on twice as many examples as in the one before, and the
@@ -193,7 +193,7 @@ class Search:
     def _generated(self, masks: Sequence[str], size: int) -> list[list[float]]:
         """Scores of each mask on the first ``size`` fitness examples, asking only for those not known."""
         jobs = [(m, n) for m in masks for n in range(len(self.partial.get(m, [])), size)]
-        scores = self._answers([self.pieces.text(m) for m, _ in jobs], [self.fit[n] for _, n in jobs])
+        scores = self._answers([self.prompt_tokens.text(m) for m, _ in jobs], [self.fit[n] for _, n in jobs])
         for (mask, _), score in zip(jobs, scores, strict=True):
             self.partial.setdefault(mask, []).append(score)
         return [self.partial[m][:size] for m in masks]
@@ -212,14 +212,15 @@ class Search:
             if examples is self.fit:
                 rows = self._generated(masks, count)
             else:
-                flat = self._answers([self.pieces.text(m) for m in masks for _ in examples], examples * len(masks))
+                texts = [self.prompt_tokens.text(m) for m in masks for _ in examples]
+                flat = self._answers(texts, examples * len(masks))
                 rows = [flat[n * count:(n + 1) * count] for n in range(len(masks))]
             means = [sum(row) / count for row in rows]
             return [[m, m] for m in means]
         names = list(self.task.labels)
         golds = [names.index(str(e.target)) for e in examples]
         empty = content_free(examples[0].inputs, [CONTENT_FREE]) if self.calibrate else []
-        texts = [fill(self.pieces.text(m), e.inputs) for m in masks for e in [*examples, *empty]]
+        texts = [fill(self.prompt_tokens.text(m), e.inputs) for m in masks for e in [*examples, *empty]]
         log_probs = self.model.score(texts, [list(self.task.labels.values())] * len(texts))
         out = []
         for n in range(len(masks)):
@@ -270,7 +271,7 @@ class Search:
         The best has the highest held-out accuracy [official code]; of equals, the highest held-out fitness.
         """
         ranked = sorted(self.visited, key=lambda m: (-self.fitness(m), length(m), m))
-        best = ranked[0] if ranked else self.pieces.full
+        best = ranked[0] if ranked else self.prompt_tokens.full
         candidates = ranked[:self._rerank_count(len(ranked))]
         if candidates:
             todo = [m for m in candidates if m not in self.reranked]
@@ -286,7 +287,7 @@ class Search:
             if done:
                 best = min(done, key=lambda m: (-self.reranked[m][1], -self.reranked[m][0], -self.fitness(m), length(m),
                                                 m))
-        full = self.pieces.full
+        full = self.prompt_tokens.full
         values = self.seen.get(best)
         info: dict[str, Any] = {
             "fitness": values[0] if values else 0.0, "accuracy": values[1] if values else None,
@@ -295,7 +296,8 @@ class Search:
             "heldout_accuracy": self.reranked[best][1] if best in self.reranked else None,
             "start_fitness": self.seen[full][0] if full in self.seen else None,
             "start_accuracy": self.seen[full][1] if full in self.seen else None,
-            "tokens": length(best), "start_tokens": len(full), "start_text": self.pieces.text(full), "mask": best,
+            "tokens": length(best), "start_tokens": len(full), "start_text": self.prompt_tokens.text(full),
+            "mask": best,
             # What a search is judged by is what its user stores: the text, tokenized anew by whoever reads it.
             "evaluated_on": "text", "examples": {"fitness": len(self.fit), "heldout": len(self.held)},
             "explored": [[length(m), self.seen[m][0], self.seen[m][1]] for m in self.visited],
@@ -304,5 +306,5 @@ class Search:
         }
         self.save()
         self.bar.close()
-        prompt = TextPrompt.for_task(self.task, self.pieces.text(best), info=info)
+        prompt = TextPrompt.for_task(self.task, self.prompt_tokens.text(best), info=info)
         return CalibratedPrompt(prompt, values[2:], info=info) if self.calibrate and values else prompt

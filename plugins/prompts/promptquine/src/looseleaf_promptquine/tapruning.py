@@ -10,7 +10,7 @@ from looseleaf import Budget, BudgetExhausted, Paper, Prompt
 from looseleaf.budget import reason
 from looseleaf.plugin import In
 from looseleaf_promptquine.optimizer import PAPER
-from looseleaf_promptquine.pieces import length, without
+from looseleaf_promptquine.prompt_tokens import length, without
 from looseleaf_promptquine.search import Search
 from looseleaf_text import LanguageModel, TextOptimizer, TextPrompt, TextTask
 
@@ -59,7 +59,7 @@ class TAPruning(TextOptimizer):
         return search.finish(stopped, {"passes": passes})
 
     def _climb(self, search: Search, passes: list[list[float]]) -> None:
-        current = search.pieces.full
+        current = search.prompt_tokens.full
         search.evaluate([current])
         best = search.fitness(current)
         while True:

@@ -10,21 +10,21 @@ _SLOT = re.compile(r"(\{[A-Za-z_]\w*\})")
 
 
 @dataclasses.dataclass(frozen=True)
-class Pieces:
+class PromptTokens:
     """The tokens of a prompt with slots.
 
-    A mask is a text of ``0`` and ``1``, one for each prunable piece: short to store and easy to compare.
+    A mask is a text of ``0`` and ``1``, one for each prunable token: short to store and easy to compare.
 
     Attributes:
-        texts: the pieces, in order; they join to the prompt.
-        prunable: places of the pieces a mask speaks of; slots are never among them.
+        texts: tokens and slots, in order; they join to the prompt.
+        prunable: places of the tokens a mask speaks of; slots are never among them.
     """
 
     texts: tuple[str, ...]
     prunable: tuple[int, ...]
 
     @classmethod
-    def of(cls, template: str, names: set[str], token_texts: Callable[[str], list[str]]) -> Pieces:
+    def of(cls, template: str, names: set[str], token_texts: Callable[[str], list[str]]) -> PromptTokens:
         """Cut ``template`` into slots of ``names``, which are protected, and tokens, which are not.
 
         Args:
@@ -57,7 +57,7 @@ class Pieces:
         return "1" * len(self.prunable)
 
     def text(self, mask: str) -> str:
-        """The prompt with the pieces of ``mask`` left out."""
+        """The prompt with what ``mask`` leaves out."""
         dropped = {place for place, bit in zip(self.prunable, mask, strict=True) if bit == "0"}
         return "".join(t for n, t in enumerate(self.texts) if n not in dropped)
 
