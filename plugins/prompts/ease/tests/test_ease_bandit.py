@@ -26,7 +26,7 @@ def test_gradients_equal_a_loop() -> None:
 
 def test_the_bound_by_hand() -> None:
     bandit, _, new = made(nu=0.04, lam=0.3)
-    bandit.pull(bandit.gradients(new[:1])[0])
+    bandit.update(bandit.gradients(new[:1])[0])
     bounds, gradients = bandit.bounds(new[:3])
     for n in range(3):
         sigma_squared = sum(0.3 * float(g) ** 2 / float(u) for g, u in zip(gradients[n], bandit.confidence,
@@ -41,13 +41,13 @@ def test_without_exploration_it_is_greedy() -> None:
     assert torch.equal(bandit.bounds(new)[0], bandit.predict(new))
 
 
-def test_much_exploration_follows_uncertainty_and_a_pull_lowers_it() -> None:
+def test_much_exploration_follows_uncertainty_and_an_update_lowers_it() -> None:
     bandit, _, new = made(nu=1e6)
     chosen, gradient = bandit.select(new)
     widths = bandit.bounds(new)[0] - bandit.predict(new)
     assert chosen == int(widths.argmax())
     before = bandit.confidence.clone()
-    bandit.pull(gradient)
+    bandit.update(gradient)
     assert torch.equal(bandit.confidence, before + gradient * gradient)
     after = bandit.bounds(new)[0] - bandit.predict(new)
     assert after[chosen] < widths[chosen] and (after <= widths + 1e-4 * widths).all()

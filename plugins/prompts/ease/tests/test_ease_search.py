@@ -130,9 +130,9 @@ def test_the_filter_looks_at_the_nearest_and_can_be_left_out(monkeypatch: pytest
     assert len(seen) == 14 and [len(b) for b in model.embedded] == [6, *[8] * 14]  # no single exemplars
 
 
-def test_confidence_grows_once_per_pull(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_confidence_grows_once_per_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     pulled: list[torch.Tensor] = []
-    plain = NeuralUCB.pull
+    plain = NeuralUCB.update
 
     def watch(self: NeuralUCB, gradient: torch.Tensor) -> None:
         before = self.confidence.clone()
@@ -140,7 +140,7 @@ def test_confidence_grows_once_per_pull(monkeypatch: pytest.MonkeyPatch) -> None
         assert torch.equal(self.confidence, before + gradient * gradient)
         pulled.append(gradient)
 
-    monkeypatch.setattr(NeuralUCB, "pull", watch)
+    monkeypatch.setattr(NeuralUCB, "update", watch)
     run(small(target=2.0))
     assert len(pulled) == 20 - 6  # not for the random arms
 

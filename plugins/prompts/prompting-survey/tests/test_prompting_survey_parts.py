@@ -23,10 +23,10 @@ from looseleaf_prompting_survey import (
     distil,
     fit_ensemble,
     generate_together,
-    mine,
+    mine_templates,
     paraphrase,
     search,
-    share,
+    shared_prompts,
     spans,
     typology,
 )
@@ -281,7 +281,7 @@ def test_rules_add_up_what_they_join() -> None:
 
 
 def test_shared_prompts_begin_alike() -> None:
-    made = share(Template("You read [X].\n"), {"a": Template("A:[Z]"), "b": Template("B:[Z]")})
+    made = shared_prompts(Template("You read [X].\n"), {"a": Template("A:[Z]"), "b": Template("B:[Z]")})
     assert {k: t.text for k, t in made.items()} == {"a": "You read [X].\nA:[Z]", "b": "You read [X].\nB:[Z]"}
 
 
@@ -318,12 +318,12 @@ def test_the_pool_shows_the_example_and_names_the_answers() -> None:
 def test_mining_by_hand() -> None:
     corpus = ["Paris is the capital of France.", "Rome is the capital of Italy.", "France, whose capital is Paris",
               "France Paris", "Parish is the capital of France", "France { [X] Paris"]
-    found = mine(corpus, [("France", "Paris"), ("Italy", "Rome")])
+    found = mine_templates(corpus, [("France", "Paris"), ("Italy", "Rome")])
     assert found[0].text == "[Z] is the capital of [X]"
     assert {t.text for t in found[1:]} == {"[X], whose capital is [Z]", r"[X] { \[X] [Z]"}
-    assert mine(corpus, [("France", "Paris")], longest=2) == [Template(r"[X] { \[X] [Z]")]
+    assert mine_templates(corpus, [("France", "Paris")], longest=2) == [Template(r"[X] { \[X] [Z]")]
     with pytest.raises(ValueError, match="expected one pair of two texts or more"):
-        mine(corpus, [])
+        mine_templates(corpus, [])
 
 
 def test_paraphrases_keep_the_slots() -> None:

@@ -11,9 +11,9 @@ import torch
 from looseleaf import Report
 from looseleaf.testing.models import tiny_tokenizer
 from looseleaf_token_prepending.quality import (
-    Judged,
+    EmbeddingComparison,
     Sentences,
-    Split,
+    SentenceSplit,
     square,
     stratified_pairs,
     weighted_spearman,
@@ -30,11 +30,12 @@ def some(seed: int = 0, count: int = 40) -> tuple[Sentences, np.ndarray]:
     return teacher, np.stack([square(vectors + k * rng.normal(size=vectors.shape)) for k in (1.0, 0.2)])
 
 
-def judged() -> Judged:
+def comparison() -> EmbeddingComparison:
     sets, like = {}, {}
     for n, name in enumerate(("one", "two")):
         sets[name], like[name] = some(n)
-    return Judged(sets, [1, 2], {"noisy": like}, [{k: Split.draw(s, seed) for k, s in sets.items()} for seed in (0, 1)])
+    return EmbeddingComparison(sets, [1, 2], {"noisy": like}, [
+        {k: SentenceSplit.draw(s, seed) for k, s in sets.items()} for seed in (0, 1)])
 
 
 def test_pairs_spread_over_the_grades() -> None:
@@ -54,13 +55,13 @@ def test_pairs_spread_over_the_grades() -> None:
 
 def test_choosing_and_measuring_share_no_sentence() -> None:
     sentences, _ = some()
-    one, again, other = Split.draw(sentences, 3), Split.draw(sentences, 3), Split.draw(sentences, 4)
+    one, again, other = (SentenceSplit.draw(sentences, seed) for seed in (3, 3, 4))
     assert set(one.test_pairs.ravel()) <= set(one.test) and not set(one.dev_pairs.ravel()) & set(one.test)
     assert np.array_equal(one.test_pairs, again.test_pairs) and not np.array_equal(one.test, other.test)
 
 
 def test_resampling_repeats_pairs() -> None:
-    made = judged()
+    made = comparison()
     split = made.splits[0]
     count, statistic = made.resampled(split, ("noisy", 0), ("noisy", 1))
     rng = np.random.default_rng(0)
@@ -83,11 +84,11 @@ def test_resampling_repeats_pairs() -> None:
 
 
 def test_the_better_is_chosen_and_has_more_hits() -> None:
-    made = judged()
+    made = comparison()
     assert made.chosen("noisy") == [("noisy", 1)] * 2
-    near, far = (made.hits(("noisy", k), made.splits[0], teacher=True) for k in (1, 0))
+    near, far = (made.neighbour_matches(("noisy", k), made.splits[0], teacher=True) for k in (1, 0))
     assert near.shape == (52,) and near.mean() > far.mean()
-    assert set(made.hits(("noisy", 1), made.splits[0], teacher=False)) <= {0.0, 1.0}
+    assert set(made.neighbour_matches(("noisy", 1), made.splits[0], teacher=False)) <= {0.0, 1.0}
 
 
 class Letters:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from looseleaf.modes import with_gradients
+
 HIDDEN_LAYERS = 3
 LEARNING_RATE = 1e-3
 CHUNK = 128
@@ -67,11 +69,11 @@ class NeuralUCB:
         deviation = embeddings.std(0) if len(embeddings) > 1 else torch.zeros_like(self._mean)
         # What never varied says nothing yet; dividing by it would make all of a new arm's difference endless.
         self._deviation = torch.where(deviation > 1e-8, deviation, torch.ones_like(deviation))
-        inputs = self._standardise(embeddings)
-        made = [p.clone().requires_grad_() for p in self._initial]
-        adam = torch.optim.Adam(made, lr=LEARNING_RATE, weight_decay=self.lam / len(embeddings))
         loss = torch.zeros(())
-        with torch.enable_grad():
+        with with_gradients():
+            inputs = self._standardise(embeddings)
+            made = [p.clone().requires_grad_() for p in self._initial]
+            adam = torch.optim.Adam(made, lr=LEARNING_RATE, weight_decay=self.lam / len(embeddings))
             for _ in range(self.train_steps):
                 adam.zero_grad()
                 loss = functional.mse_loss(_forward(tuple(made), inputs), scores)
@@ -92,6 +94,7 @@ class NeuralUCB:
             self.parameters, self._standardise(embeddings.float()))
         return torch.cat([g.flatten(1) for g in found], 1)
 
+    @with_gradients()
     def gradients_one_by_one(self, embeddings: Tensor) -> Tensor:
         """The plain way to :meth:`gradients`: one backward pass for each arm."""
         rows = []
@@ -112,8 +115,8 @@ class NeuralUCB:
         best = int(bounds.argmax())
         return best, gradients[best]
 
-    def pull(self, gradient: Tensor) -> None:
-        """Note that an arm was pulled: its gradient's directions are less uncertain from now on."""
+    def update(self, gradient: Tensor) -> None:
+        """Note that an arm was chosen: its gradient's directions are less uncertain from now on."""
         self.confidence = self.confidence + gradient * gradient
 
     def _standardise(self, embeddings: Tensor) -> Tensor:

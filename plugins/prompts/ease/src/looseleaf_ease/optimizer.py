@@ -180,7 +180,7 @@ class EASE(TextOptimizer):
             embedded = search.encode(candidates)
             chosen, gradient = bandit.select(torch.from_numpy(embedded))
             search.evaluate(candidates[chosen], embedded[chosen])
-            bandit.pull(gradient)
+            bandit.update(gradient)
             search.confidence = bandit.confidence
             search.save()
 

@@ -8,13 +8,13 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
-from looseleaf import Report, Series
+from looseleaf import Claim, Report
 from looseleaf.statistics import Interval, bootstrap
 from looseleaf_ease.bandit import NeuralUCB
 from looseleaf_ease.encoder import sentence_encoder
@@ -23,7 +23,7 @@ from looseleaf_ease.search import draw, generator, sets_of
 from looseleaf_ease.transport import closest
 from looseleaf_lab import data, models
 from looseleaf_lab.metrics import spearman
-from looseleaf_lab.study import Decision, Results, Study, StudyClaim
+from looseleaf_lab.study import Results, Study, above, add_table, curve
 from looseleaf_text import LanguageModel, LocalModel, TextTask
 
 SOURCE = "What counts as working here, fixed before measuring"
@@ -60,7 +60,7 @@ def task_of(name: str, seed: int, test: int = 150) -> TextTask:
 
 @functools.cache
 def _tools() -> tuple[LanguageModel, Callable[[list[str]], Any], str]:
-    dtype = "bfloat16" if models.bfloat16_is_fast() else "float32"
+    dtype = models.fast_dtype()
     return LocalModel(*models.load("smollm2", dtype=dtype)), sentence_encoder("minilm", dtype), dtype
 
 
@@ -73,9 +73,8 @@ def measure(seed: int, scale: Scale) -> dict[str, Any]:
 
 def measure_task(task: TextTask, model: LanguageModel, encoder: Callable[[list[str]], Any], seed: int,
                  evaluations: int, test: int) -> dict[str, Any]:
-    """EASE and Best-of-N with equally many evaluations on the same validation examples.
-
-    Best-of-N is the same search with nothing but random arms; its first are those EASE begins with.
+    """EASE and Best-of-N (nothing but random arms, the first of them EASE's) with equally many evaluations on the same
+    validation examples.
 
     Returns:
         ``found``: method -> scores of its best prompt on validation and test; ``curves``, ``scores``: method -> best
@@ -152,18 +151,6 @@ def round_parts(task: TextTask, model: LanguageModel, encoder: Callable[[list[st
     return min(parts, key=lambda row: sum(row[:3]))
 
 
-def facts(results: Results) -> dict[str, Any]:
-    """Model, sizes and the mean score of random arms."""
-    random_arms = {name: [score for scores in results.values(name, "scores", "Best-of-N") for score in scores]
-                   for name in results.scale.evaluations}
-    return {"model": "SmolLM2-135M-Instruct", "encoder": "all-MiniLM-L6-v2", "pool": POOL,
-            "validation examples": VALIDATION, "test examples": results.scale.test,
-            **{k: v for k, v in EASE().hyperparameters().items() if k in ("k", "nu", "lam", "domain", "train_steps")},
-            "keep": KEEP, "dtype": results.once["dtype"], "threads": results.once["threads"],
-            **{f"{name}: mean validation score of random arms": round(float(np.mean(scores)), 3)
-               for name, scores in random_arms.items()}}
-
-
 def gap(results: Results, name: str, scored: str) -> Interval:
     """How much better EASE's prompt is than that of Best-of-N, paired by seed."""
     return results.interval(name, "found", "EASE", scored, minus=(name, "found", "Best-of-N", scored))
@@ -176,102 +163,83 @@ def ranges(results: Results, name: str) -> Interval:
 
 def show(report: Report, results: Results) -> None:
     """What each search found, how the two compare, what the network knows, and what a round costs."""
-    table = report.table("Best prompt of each search", [
-        "task", "method", "evaluations", "validation", "low", "high", "test", "low ", "high ", "seconds"],
-        note="means over seeds and 95 % bootstrap intervals; both methods have the same validation examples")
-    for name in results.scale.evaluations:
-        for method in METHODS:
-            scores = results.values(name, "scores", method)
-            table.add(name, method, float(np.mean([len(s) for s in scores])),
-                      *(x for scored in SCORED for x in results.interval(name, "found", method, scored)),
-                      float(np.mean(results.values(name, "seconds", method))))
-            report.arrays[f"{name}, {method}: validation scores in the order tried"] = scores
+    report.facts |= {
+        "model": "SmolLM2-135M-Instruct", "encoder": "all-MiniLM-L6-v2", "pool": POOL,
+        "validation examples": VALIDATION, "test examples": results.scale.test,
+        **{k: v for k, v in EASE().hyperparameters().items() if k in ("k", "nu", "lam", "domain", "train_steps")},
+        "keep": KEEP, "dtype": results.once["dtype"], "threads": results.once["threads"],
+        **{f"{name}: mean validation score of random arms":
+           round(float(np.mean(results.joined(name, "scores", "Best-of-N"))), 3)
+           for name in results.scale.evaluations}}
+    tasks = list(results.scale.evaluations)
+    add_table(report, "Best prompt of each search", (
+        {"task": name, "method": method,
+         "evaluations": float(np.mean([len(s) for s in results.values(name, "scores", method)])),
+         **{scored: results.interval(name, "found", method, scored) for scored in SCORED},
+         "seconds": results.mean(name, "seconds", method)} for name in tasks for method in METHODS),
+        "means over seeds and 95 % bootstrap intervals; both methods have the same validation examples")
+    for name in tasks:
         # A search that reached the target stopped early: its best score stays what it was.
         curves = {method: results.values(name, "curves", method) for method in METHODS}
-        longest = max(len(curve) for found in curves.values() for curve in found)
-        figure = report.figure(f"Best score so far, {name}", x_label="evaluations", y_label="validation score")
-        for method, found in curves.items():
-            full = [[*c, *[c[-1]] * (longest - len(c))] for c in found]
-            mean, low, high = map(list, zip(*(bootstrap([c[n] for c in full]) for n in range(longest)), strict=True))
-            figure.series.append(Series(method, [n + 1.0 for n in range(longest)], mean, low, high, style="line"))
+        longest = max(len(scores) for of in curves.values() for scores in of)
+        full = {method: [[*scores, *[scores[-1]] * (longest - len(scores))] for scores in of]
+                for method, of in curves.items()}
+        report.figure(f"Best score so far, {name}", x_label="evaluations", y_label="validation score", series=[
+            curve(method, range(1, longest + 1), map(bootstrap, zip(*of, strict=True)), "line")
+            for method, of in full.items()])
+        report.arrays.update({f"{name}, {method}: validation scores in the order tried":
+                              results.values(name, "scores", method) for method in METHODS})
+        report.arrays[f"{name}: scores over orders of one set"] = results.values(name, "orders")
         report.examples.append((f"{name}, seed 0: the prompt EASE found, with the first test example",
                                 results.rows[0][name]["prompt"]))
-        report.arrays[f"{name}: scores over orders of one set"] = results.values(name, "orders")
-    report.table("EASE against Best-of-N", ["task", "scored on", "difference", "low", "high"],
-                 [[name, scored, *gap(results, name, scored)]
-                  for name in results.scale.evaluations for scored in SCORED],
-                 note="paired by seed, 95 % bootstrap")
-    report.table("Order, and what the network knows", [
-        "task", "range over orders", "low", "high", "rank correlation", "low ", "high "],
-        [[name, *ranges(results, name), *results.interval(name, "correlation")] for name in results.scale.evaluations],
-        note=f"range: highest less lowest validation score of {ORDERS} random orders of one random set; correlation: "
-             "of predictions with scores of arms never seen, network trained on all arms of the search")
+    add_table(report, "EASE against Best-of-N", (
+        {"task": name, "scored on": scored, "difference": gap(results, name, scored)}
+        for name in tasks for scored in SCORED), "paired by seed, 95 % bootstrap")
+    add_table(report, "Order, and what the network knows", (
+        {"task": name, "range over orders": ranges(results, name),
+         "rank correlation": results.interval(name, "correlation")} for name in tasks),
+        f"range: highest less lowest validation score of {ORDERS} random orders of one random set; correlation: of "
+        "predictions with scores of arms never seen, network trained on all arms of the search")
     names = ("drawing and optimal transport", "embedding", "bounds", "training")
-    report.table("One round", ["part", "seconds"], [[n, s] for n, s in zip(names, results.once["parts"], strict=True)],
+    report.table("One round", ["part", "seconds"], zip(names, results.once["parts"], strict=True),
                  note=f"domain {EASE.domain}, {KEEP} arms embedded; fastest of five, on {min(2, os.cpu_count() or 1)} "
                       "threads")
 
 
-def _measured(interval: Interval, results: Results) -> str:
-    return f"{interval.value:.3f} ({interval.low:.3f} to {interval.high:.3f}); {len(results.seeds)} seeds"
-
-
-def at_least_as_good(results: Results) -> Decision:
-    """Whether EASE is not worse than Best-of-N anywhere."""
-    gaps = {(name, scored): gap(results, name, scored) for name in results.scale.evaluations for scored in SCORED}
-    return None if results.quick else all(g.value >= 0 for g in gaps.values()), "; ".join(
-        f"{name}, {scored}: {g:+.3f}" for (name, scored), g in gaps.items()) + f"; {len(results.seeds)} seeds"
-
-
-def beats(scored: str, results: Results) -> Decision:
-    """Whether EASE is better where the labels mean nothing by themselves."""
-    found = gap(results, REMAPPED, scored)
-    return None if results.quick else True if found.low > 0 else False if found.high <= 0 else None, (
-        f"{found:+.3f}; {len(results.seeds)} seeds, {results.scale.evaluations[REMAPPED]} evaluations each")
-
-
-def order_matters(results: Results) -> Decision:
-    """Whether the order of one set decides."""
-    found = ranges(results, REMAPPED)
-    return None if results.quick else found.value >= SPREAD, (
-        f"range {found.value:.3f} ({found.low:.3f} to {found.high:.3f}) over {ORDERS} orders; "
-        f"{len(results.seeds)} seeds")
-
-
-def ranks_unseen(results: Results) -> Decision:
-    """Whether the network knows something."""
-    found = results.interval(REMAPPED, "correlation")
-    return None if results.quick else found.value > CORRELATION, f"rank correlation {_measured(found, results)}"
-
-
-def fast(results: Results) -> Decision:
-    """Whether a round is quick."""
+def claims(results: Results) -> Iterator[Claim]:
+    """The claims of the paper and of this project."""
+    claim, evaluations = functools.partial(results.claim, count="seeds"), results.scale.evaluations
+    gaps = {(name, scored): gap(results, name, scored) for name in evaluations for scored in SCORED}
+    yield claim("At equal evaluations EASE's best prompt is at least as good as that of Best-of-N",
+                f"paper, table of the instruction-induction tasks; {SOURCE} (1)", "better on most tasks [paper]",
+                "mean paired difference 0 or more on validation and test, on both tasks",
+                all(g.value >= 0 for g in gaps.values()),
+                "; ".join(f"{name}, {scored}: {g:+.3f}" for (name, scored), g in gaps.items()))
+    for scored in SCORED:
+        better = gaps[REMAPPED, scored]
+        yield results.claim(
+            f"With re-mapped labels EASE beats Best-of-N at equal evaluations, on {scored} examples",
+            f"paper, novel tasks; {SOURCE} (1)", "the gain grows on tasks the model cannot know [paper]",
+            "holds where the interval of the paired difference lies above 0, does not hold where it lies at or below "
+            "0; not shown otherwise", above(better, touching=False),
+            f"{better:+.3f}; {len(results.seeds)} seeds, {evaluations[REMAPPED]} evaluations each")
+    spread, correlation = ranges(results, REMAPPED), results.interval(REMAPPED, "correlation")
+    yield claim("The order of one and the same exemplars matters", f"paper, motivation; {SOURCE} (2)",
+                "order has a great impact [abstract]", "mean range 0.1 or more, which is two of twenty examples",
+                spread.value >= SPREAD, f"range {spread:.3f} over {ORDERS} orders")
+    yield claim("After 80 evaluations the network ranks prompts it has not seen", f"{SOURCE} (2)",
+                "not a figure of the paper", "mean rank correlation above 0.3", correlation.value > CORRELATION,
+                f"rank correlation {correlation:.3f}")
     parts = results.once["parts"]
-    return None if results.quick else sum(parts[:3]) < SECONDS, (
-        f"{sum(parts[:3]):.2f} s, of which embedding {parts[1]:.2f} s; training the network takes another "
-        f"{parts[3]:.2f} s")
+    yield results.claim("Selecting an arm takes less than a second", f"{SOURCE} (3)", "not a figure of the paper",
+                        "drawing 10,000 arms, optimal transport, embedding and bounds together below 1 s",
+                        sum(parts[:3]) < SECONDS, f"{sum(parts[:3]):.2f} s, of which embedding {parts[1]:.2f} s; "
+                        f"training the network takes another {parts[3]:.2f} s")
+    yield from results.unmeasured("paper, abstract and tables", "figures not copied here", {
+        "EASE is best on most of the instruction-induction tasks against ten other methods at 165 evaluations":
+            "gpt-3.5, 165 evaluations and the methods other than Best-of-N",
+        "Choosing the instruction jointly improves further": "a model that can follow and write instructions"})
 
 
-CLAIMS = [
-    StudyClaim("At equal evaluations EASE's best prompt is at least as good as that of Best-of-N",
-               f"paper, table of the instruction-induction tasks; {SOURCE} (1)", "better on most tasks [paper]",
-               "mean paired difference 0 or more on validation and test, on both tasks", at_least_as_good),
-    *(StudyClaim(f"With re-mapped labels EASE beats Best-of-N at equal evaluations, on {scored} examples",
-                 f"paper, novel tasks; {SOURCE} (1)", "the gain grows on tasks the model cannot know [paper]",
-                 "holds where the interval of the paired difference lies above 0, does not hold where it lies at or "
-                 "below 0; not shown otherwise", functools.partial(beats, scored)) for scored in SCORED),
-    StudyClaim("The order of one and the same exemplars matters", f"paper, motivation; {SOURCE} (2)",
-               "order has a great impact [abstract]", "mean range 0.1 or more, which is two of twenty examples",
-               order_matters),
-    StudyClaim("After 80 evaluations the network ranks prompts it has not seen", f"{SOURCE} (2)",
-               "not a figure of the paper", "mean rank correlation above 0.3", ranks_unseen),
-    StudyClaim("Selecting an arm takes less than a second", f"{SOURCE} (3)", "not a figure of the paper",
-               "drawing 10,000 arms, optimal transport, embedding and bounds together below 1 s", fast),
-    *(StudyClaim(statement, "paper, abstract and tables", "figures not copied here", "none set",
-                 unmeasured=f"not measured: needs {need}") for statement, need in (
-        ("EASE is best on most of the instruction-induction tasks against ten other methods at 165 evaluations",
-         "gpt-3.5, 165 evaluations and the methods other than Best-of-N"),
-        ("Choosing the instruction jointly improves further", "a model that can follow and write instructions")))]
-
-study = Study("EASE: exemplars, their order and nothing else", measure, CLAIMS, show, once=time_round, full=Scale(),
-              quick=Scale({REMAPPED: 16, PLAIN: 16}, 30), facts=facts, quick_seeds=1)
+study = Study("EASE: exemplars, their order and nothing else", measure, claims, show, once=time_round, full=Scale(),
+              quick=Scale({REMAPPED: 16, PLAIN: 16}, 30), quick_seeds=1)

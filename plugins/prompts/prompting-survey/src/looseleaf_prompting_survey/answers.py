@@ -25,7 +25,7 @@ Part = dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
-class Answered:
+class AnswerPrediction:
     """The answer to one example.
 
     Attributes:
@@ -41,7 +41,7 @@ class Answered:
 
 def search(template: Template, examples: Sequence[Example], model: LanguageModel,
            space: Verbalizer | Sequence[str] | None = None, *, how: Literal["argmax", "sample"] = "argmax",
-           seed: int = 0, max_tokens: int = 16, stop: Sequence[str] = ("\n",)) -> list[Answered]:
+           seed: int = 0, max_tokens: int = 16, stop: Sequence[str] = ("\n",)) -> list[AnswerPrediction]:
     """Fill the answer slot of a template for each example (survey, section 2.2.2); one call each.
 
     Args:
@@ -66,7 +66,7 @@ def search(template: Template, examples: Sequence[Example], model: LanguageModel
         prompt = template.to_prompt()
         texts = model.generate([prompt.render(e) for e in examples], max_tokens, list(stop) or None,
                                0.0 if how == "argmax" else 1.0, seed)
-        return [Answered(text, None, None) for text in texts]
+        return [AnswerPrediction(text, None, None) for text in texts]
     if isinstance(space, str):
         raise ValueError(f"space: expected a list of texts or a Verbalizer, got the text {space!r}")
     mapping = space if isinstance(space, Verbalizer) else Verbalizer.of({z: z for z in space})
@@ -76,7 +76,7 @@ def search(template: Template, examples: Sequence[Example], model: LanguageModel
         place = (max(range(len(row)), key=row.__getitem__) if how == "argmax"
                  else rng.choices(range(len(row)), [math.exp(v) for v in row])[0])
         label = mapping.label_of(answers[place]) if mapping is space else None
-        out.append(Answered(answers[place], label, dict(zip(answers, row, strict=True))))
+        out.append(AnswerPrediction(answers[place], label, dict(zip(answers, row, strict=True))))
     return out
 
 
@@ -174,7 +174,7 @@ class PromptComposer:
         return dict(sorted(sums.items(), key=lambda pair: -pair[1]))
 
 
-def share(common: Template, own: Mapping[str, Template]) -> dict[str, Template]:
+def shared_prompts(common: Template, own: Mapping[str, Template]) -> dict[str, Template]:
     """Prompt sharing: templates of several tasks that begin with the same sub-prompt (survey, section 5.5).
 
     Args:

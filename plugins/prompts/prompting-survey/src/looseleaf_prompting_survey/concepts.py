@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 
 from looseleaf import Example
 from looseleaf.errors import did_you_mean
-from looseleaf_prompting_survey.answers import PromptComposer, PromptDecomposer, search, share, spans
+from looseleaf_prompting_survey.answers import PromptComposer, PromptDecomposer, search, shared_prompts, spans
 from looseleaf_prompting_survey.augment import PromptAugmenter
 from looseleaf_prompting_survey.ensemble import distil, fit_ensemble
-from looseleaf_prompting_survey.templates import mine, paraphrase
+from looseleaf_prompting_survey.templates import mine_templates, paraphrase
 from looseleaf_prompting_survey.training import STRATEGIES, tune
 from looseleaf_text import (
     CalibratedPrompt,
@@ -84,7 +84,7 @@ def prefix_prompt(model: LanguageModel) -> str:
 def prompt_mining(model: LanguageModel) -> str:
     """Templates mined between inputs and answers in a text."""
     corpus = ["Paris is the capital of France.", "Rome is the capital of Italy.", "France, whose capital is Paris."]
-    return "\n".join(t.text for t in mine(corpus, [("France", "Paris"), ("Italy", "Rome")]))
+    return "\n".join(t.text for t in mine_templates(corpus, [("France", "Paris"), ("Italy", "Rome")]))
 
 
 def prompt_paraphrasing(model: LanguageModel) -> str:
@@ -131,7 +131,7 @@ def decomposition(model: LanguageModel) -> str:
 
 def sharing(model: LanguageModel) -> str:
     """Two tasks whose prompts begin alike."""
-    templates = share(Template("You read reviews of films.\n[X]\n"), {
+    templates = shared_prompts(Template("You read reviews of films.\n[X]\n"), {
         "sentiment": Template("Feeling:[Z]"), "length": Template("Length of the review:[Z]")})
     return "\n--\n".join(f"{task}: {template.text!r}" for task, template in templates.items())
 

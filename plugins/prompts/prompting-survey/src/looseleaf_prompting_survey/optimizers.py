@@ -195,7 +195,7 @@ class TemplateSearch(TemplateOptimizer):
 
     Every template is scored by the task's metric on ``task.dev`` (``task.train`` where there is none), ties by the
     mean log-probability of the right label. In each round the ``beam`` best are paraphrased by the model itself and
-    the paraphrases join the pool. Mined templates (:func:`mine`) go into ``templates``.
+    the paraphrases join the pool. Mined templates (:func:`mine_templates`) go into ``templates``.
 
     Args:
         templates: with ``[X]`` or ``{field}`` and ``[Z]``; none: the task's own and seven others written by hand.

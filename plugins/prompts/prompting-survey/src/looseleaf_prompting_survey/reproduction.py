@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
-from looseleaf import Report, Series
+from looseleaf import Claim, Report
 from looseleaf.statistics import bootstrap, paired
 from looseleaf.testing.models import seeded
 from looseleaf_lab import data, models
-from looseleaf_lab.study import Decision, Results, Study, StudyClaim
+from looseleaf_lab.study import Results, Study, add_table, curve, resampled
 from looseleaf_prompting_survey import concepts
 from looseleaf_prompting_survey.augment import PromptAugmenter
 from looseleaf_prompting_survey.ensemble import accuracy_weights, likelihood_weights, score_rows, target_places
@@ -26,6 +27,7 @@ TASKS = {"sentiment": {"train": 24, "dev": 32, "test": 60}, "question-topics": {
 SHOTS, SOURCE = 4, "this project's rule, fixed before measuring"
 METHODS = ("manual template", "mean single template", "uniform ensemble", "majority vote", "ensemble by accuracy",
            "ensemble by likelihood", "demonstrations")
+VARIANTS = ("plain", "calibrated")
 CLOZE = ["answer search", "answer mapping", "cloze prompt", "ensembling", "calibration"]  # on the masked model
 
 
@@ -38,8 +40,7 @@ class Scale:
 
 @functools.cache
 def _model() -> LocalModel:
-    # bfloat16 where the processor multiplies it by itself and is several times as fast; elsewhere it would be slower
-    return LocalModel(*models.load("smollm2", dtype=torch.bfloat16 if models.bfloat16_is_fast() else torch.float32))
+    return LocalModel(*models.load("smollm2", dtype=models.fast_dtype()))
 
 
 def measure(seed: int, scale: Scale) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def compare(task: TextTask, model: LanguageModel, seed: int) -> dict[str, Any]:
     test = [task.class_scores(p.on(model), task.test) for p in prompts]
     leaning = [offsets(task.class_scores(p.on(model), empty)) for p in prompts]
     out: dict[str, Any] = {"singles": []}
-    for way in ("plain", "calibrated"):
+    for way in VARIANTS:
         on_dev, (*members, shown) = ([subtract(rows, o) if way == "calibrated" else rows
                                       for rows, o in zip(part, leaning, strict=False)] for part in (dev, test))
         single = [score_rows(task, rows, task.test) for rows in members]
@@ -108,64 +109,52 @@ def _runs(results: Results, *tasks: str) -> list[dict[str, Any]]:
     return [row[task] for task in tasks or results.rows[0] for row in results.rows]
 
 
-def facts(results: Results) -> dict[str, Any]:
-    """Model, templates and runs."""
-    runs = _runs(results)
-    return {"model": "SmolLM2-135M-Instruct", **{k: results.once[k] for k in ("dtype", "threads")},
-            "templates": len(runs[0]["singles"][0]), "demonstrations": SHOTS, "runs": len(runs)}
-
-
 def show(report: Report, results: Results) -> None:
     """Accuracies of methods and templates, their spread, the weights, and the concepts' examples."""
-    table = report.table("Test accuracy: mean over runs and 95 % bootstrap interval",
-                         ["task", "method", "plain", "low", "high", "calibrated", "low ", "high "])
-    spread = report.table("Spread over templates", ["task", "seed", "variance plain", "variance calibrated"])
-    for name, tasks in [*((task, [task]) for task in results.rows[0]), ("all", [])]:
-        runs = _runs(results, *tasks)
-        for method in METHODS:
-            table.add(name, method, *(number for way in ("plain", "calibrated")
-                                      for number in bootstrap([r[way][method] for r in runs])))
-        lines = [np.mean([r["singles"][k] for r in runs], axis=0).tolist() for k in (0, 1)]
+    runs = _runs(results)
+    report.facts |= {"model": "SmolLM2-135M-Instruct", **{k: results.once[k] for k in ("dtype", "threads")},
+                     "templates": len(runs[0]["singles"][0]), "demonstrations": SHOTS, "runs": len(runs)}
+    tasks = list(results.rows[0])
+    of = {**{name: _runs(results, name) for name in tasks}, "all": _runs(results)}
+    add_table(report, "Test accuracy: mean over runs and 95 % bootstrap interval", (
+        {"task": name, "method": method, **{way: bootstrap([r[way][method] for r in runs]) for way in VARIANTS}}
+        for name, runs in of.items() for method in METHODS))
+    add_table(report, "Spread over templates", (
+        {"task": name, "seed": seed, **{f"variance {way}": float(np.var(single))
+                                        for way, single in zip(VARIANTS, run["singles"], strict=True)}}
+        for name in tasks for seed, run in zip(results.seeds, of[name], strict=True)))
+    for name, runs in of.items():
+        lines = np.mean([r["singles"] for r in runs], axis=0)
         report.figure(f"Accuracy of each template, {name}", x_label="template", y_label="test accuracy", series=[
-            Series(way, [float(n) for n in range(len(line))], line)
-            for way, line in zip(("plain", "calibrated"), lines, strict=True)])
-        for seed, run in zip(results.seeds, runs, strict=True) if tasks else ():
-            spread.add(name, seed, *(float(np.var(single)) for single in run["singles"]))
-            report.arrays[f"weights {name} {seed}"] = run["weights"]
+            curve(way, range(len(line)), line) for way, line in zip(VARIANTS, lines, strict=True)])
+    report.arrays |= {f"weights {name} {seed}": run["weights"]
+                      for name in tasks for seed, run in zip(results.seeds, of[name], strict=True)}
     report.examples += map(tuple, results.once["examples"])
 
 
-def at_least_the_mean(method: str, results: Results) -> Decision:
-    """Whether an ensemble is at least as good as the mean of its templates."""
+def claims(results: Results) -> Iterator[Claim]:
+    """The survey's claims, and those of the work it names."""
     runs = _runs(results)
-    gap = paired([r["plain"][method] for r in runs], [r["plain"]["mean single template"] for r in runs])
-    return None if results.quick else gap.value >= 0, f"{gap:+.3f} test accuracy over {len(runs)} runs"
-
-
-def together(results: Results) -> Decision:
-    """Whether calibrated templates differ less from each other than plain ones."""
-    runs = _runs(results)
+    for kind, method in (("weighted", "ensemble by likelihood"), ("uniform", "uniform ensemble")):
+        gap = paired([r["plain"][method] for r in runs], [r["plain"]["mean single template"] for r in runs])
+        yield results.claim(f"A {kind} ensemble is at least as good as the mean of its templates",
+                            f"survey, section 5.1; {SOURCE}", "-", "mean paired difference over runs is 0 or more",
+                            gap.value >= 0, f"{gap:+.3f} test accuracy over {len(runs)} runs")
     before, after = (np.array([np.var(r["singles"][k]) for r in runs]) for k in (0, 1))
-    interval = bootstrap(range(len(runs)), statistic=lambda drawn: (  # of places, so that both come from one run
-        after[drawn.astype(int)].mean(-1) / np.maximum(before[drawn.astype(int)].mean(-1), 1e-12)))
-    return None if results.quick else interval.value < 1, (
-        f"variance of test accuracy over templates {interval:.2f} times that without calibration; {len(runs)} runs")
+    ratio = resampled(len(runs), lambda i: after[i].mean(-1) / np.maximum(before[i].mean(-1), 1e-12))
+    yield results.claim("Calibration brings the accuracies of different templates together",
+                        f"Zhao et al. 2021, section 5; {SOURCE}", "-",
+                        "mean variance with calibration, over that without, is below 1", ratio.value < 1,
+                        f"variance of test accuracy over templates {ratio:.2f} times that without calibration; "
+                        f"{len(runs)} runs")
+    for statement, paper, needs in (
+            ("An ensemble of mined and paraphrased prompts finds far more facts than single manual ones",
+             "LAMA from 31.1 % to 39.6 % (Jiang et al. 2020) [memory]", "BERT-large and the LAMA facts"),
+            ("The larger the model, the nearer prompt tuning comes to tuning the whole model",
+             "equal at some 10 billion parameters (Lester et al. 2021) [memory]", "models of billions of parameters")):
+        yield results.claim(statement, "survey, sections 3 and 5, of the work named", paper, "none set", None,
+                            f"not measured: needs {needs}")
 
 
-CLAIMS = [
-    *(StudyClaim(f"A {kind} ensemble is at least as good as the mean of its templates",
-                 f"survey, section 5.1; {SOURCE}", "-", "mean paired difference over runs is 0 or more",
-                 functools.partial(at_least_the_mean, method))
-      for kind, method in (("weighted", "ensemble by likelihood"), ("uniform", "uniform ensemble"))),
-    StudyClaim("Calibration brings the accuracies of different templates together",
-               f"Zhao et al. 2021, section 5; {SOURCE}", "-",
-               "mean variance with calibration, over that without, is below 1", together),
-    *(StudyClaim(statement, "survey, sections 3 and 5, of the work named", paper, "none set",
-                 unmeasured=f"not measured: needs {need}") for statement, paper, need in (
-        ("An ensemble of mined and paraphrased prompts finds far more facts than single manual ones",
-         "LAMA from 31.1 % to 39.6 % (Jiang et al. 2020) [memory]", "BERT-large and the LAMA facts"),
-        ("The larger the model, the nearer prompt tuning comes to tuning the whole model",
-         "equal at some 10 billion parameters (Lester et al. 2021) [memory]", "models of billions of parameters")))]
-
-study = Study("Prompting in parts: ensembles, demonstrations, calibration", measure, CLAIMS, show, once=examples,
-              full=Scale(), quick=Scale(divisor=3), facts=facts, quick_seeds=1)
+study = Study("Prompting in parts: ensembles, demonstrations, calibration", measure, claims, show, once=examples,
+              full=Scale(), quick=Scale(divisor=3), quick_seeds=1)

@@ -83,7 +83,8 @@ def paraphrase(template: Template, model: LanguageModel, count: int, *, seed: in
     return list(templates.values())
 
 
-def mine(corpus: Iterable[str], pairs: Sequence[tuple[str, str]], most: int = 10, longest: int = 8) -> list[Template]:
+def mine_templates(corpus: Iterable[str], pairs: Sequence[tuple[str, str]], most: int = 10, longest: int = 8
+                   ) -> list[Template]:
     """Prompt mining: the words that stand between an input and its answer in a corpus (Jiang et al. 2020).
 
     Args:
@@ -99,7 +100,7 @@ def mine(corpus: Iterable[str], pairs: Sequence[tuple[str, str]], most: int = 10
         ValueError: no pairs, an empty text in one, or numbers below 1.
     """
     if not pairs or any(not x.strip() or not z.strip() for x, z in pairs) or most < 1 or longest < 1:
-        raise ValueError("mine: expected one pair of two texts or more, most >= 1 and longest >= 1, got "
+        raise ValueError("mine_templates: expected one pair of two texts or more, most >= 1 and longest >= 1, got "
                          f"{list(pairs)[:3]}, most={most!r}, longest={longest!r}")
     count: Counter[str] = Counter()
     for text in corpus:

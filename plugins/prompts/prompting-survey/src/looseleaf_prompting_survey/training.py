@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from looseleaf import Budget, Example, Paper, Prompt
 from looseleaf.errors import did_you_mean
 from looseleaf.files import load_tensors, save_tensors
-from looseleaf.modes import evaluating, frozen
+from looseleaf.modes import evaluating, frozen, with_gradients
 from looseleaf.plugin import In
 from looseleaf.prompts.optimizer import Search
 from looseleaf.resume import StateError
@@ -124,7 +124,7 @@ def tune(strategy: str, model: LocalModel, task: TextTask, prompt: TextPrompt | 
         nn.init.zeros_(head.bias)
     trained = movable(chosen, network, soft) + (list(head.parameters()) if head is not None else [])
     losses = []
-    with evaluating(network), frozen(network):
+    with with_gradients(), evaluating(network), frozen(network):
         if chosen.model_moves:
             network.requires_grad_(True)
         optimizer = torch.optim.Adam(trained, lr=lr)
@@ -327,10 +327,11 @@ class _Training:
 
     def step(self, ids: Tensor, mask: Tensor, targets: Tensor) -> float:
         """One step of Adam; gives the loss before it."""
-        loss = self.model(input_ids=ids, attention_mask=mask, labels=targets).loss
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        with with_gradients():
+            loss = self.model(input_ids=ids, attention_mask=mask, labels=targets).loss
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
         return float(loss.detach())
 
     def soft(self) -> Tensor:

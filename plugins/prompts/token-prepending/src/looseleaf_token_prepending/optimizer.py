@@ -130,15 +130,15 @@ class TokenPrepending(TextOptimizer):
         data = Development.of([*task.train, *task.dev])
         begin = self.prompt if start is None else _as_template(start)
         search = Search(self, task, model, budget=budget, start=start, seed=seed, state_dir=state_dir)
-        work = (Layers if isinstance(model, LocalModel) else Texts)(self, model, search.budget, data, seed)
+        space = (LayerSpace if isinstance(model, LocalModel) else TextSpace)(self, model, search.budget, data, seed)
         runs: dict[str, dict[str, Any]] = search.state.setdefault("runs", {})
         seen: list[Run] = []
         with search, bar("TokenPrepending", None, progress) as progress_bar:
             try:
-                for prompt, end in work.candidates(begin, seen):
+                for prompt, end in space.candidates(begin, seen):
                     key = f"{end}:{prompt}"
                     if key not in runs:
-                        qualities = work.qualities(prompt, end)
+                        qualities = space.qualities(prompt, end)
                         runs[key] = {"qualities": qualities, "calls": search.budget.used["calls"]}
                         search.save()
                     seen.append(Run(prompt, end, {int(k): v for k, v in runs[key]["qualities"].items()},
@@ -148,7 +148,7 @@ class TokenPrepending(TextOptimizer):
                 raise UnsupportedModelError(f"{type(model).__name__} ({model.name}) has no embeddings to choose a "
                                             "prompt by: give a LocalModel, or a server with /embeddings") from error
         best = max(seen, key=lambda run: run.fitness, default=None)
-        settings = work.settings(begin if best is None else best.prompt, best)
+        settings = space.settings(begin if best is None else best.prompt, best)
         history: list[list[float]] = []
         for run in seen:
             history.append([run.calls, max(run.fitness, history[-1][1] if history else run.fitness)])
@@ -238,7 +238,7 @@ class Run:
         return self.qualities[self.leave]
 
 
-class Work:
+class SearchSpace:
     """How candidates are measured on a kind of model."""
 
     def __init__(self, plugin: TokenPrepending, model: Any, budget: Budget, data: Development, seed: int) -> None:
@@ -257,7 +257,7 @@ class Work:
         raise NotImplementedError
 
 
-class Texts(Work):
+class TextSpace(SearchSpace):
     """Any language model with embeddings: only the text around can be chosen."""
 
     def candidates(self, begin: str, seen: list[Run]) -> Iterator[tuple[str, int]]:
@@ -274,7 +274,7 @@ class Texts(Work):
                         tidy=self.plugin.tidy and prompt != "{text}")
 
 
-class Layers(Work):
+class LayerSpace(SearchSpace):
     """A local model: prompt and layers can be chosen."""
 
     def candidates(self, begin: str, seen: list[Run]) -> Iterator[tuple[str, int]]:

@@ -197,7 +197,7 @@ class Sentences:
 
 
 @dataclasses.dataclass
-class Split:
+class SentenceSplit:
     """Which sentences of a set are for choosing and which for measuring.
 
     Attributes:
@@ -210,7 +210,7 @@ class Split:
     test_pairs: np.ndarray
 
     @classmethod
-    def draw(cls, some: Sentences, seed: int) -> Split:
+    def draw(cls, some: Sentences, seed: int) -> SentenceSplit:
         """Sentences and pairs drawn by ``seed``."""
         rng = np.random.default_rng(seed)
         order = rng.permutation(len(some.texts))
@@ -248,7 +248,7 @@ Choice = tuple[str, int]
 
 
 @dataclasses.dataclass
-class Judged:
+class EmbeddingComparison:
     """Several ways of embedding the same sentences.
 
     Attributes:
@@ -261,9 +261,9 @@ class Judged:
     sets: dict[str, Sentences]
     exits: list[int]
     ways: dict[str, Likeness]
-    splits: list[dict[str, Split]]
+    splits: list[dict[str, SentenceSplit]]
 
-    def correlation(self, choice: Choice, split: dict[str, Split], dev: bool = False) -> float:
+    def correlation(self, choice: Choice, split: dict[str, SentenceSplit], dev: bool = False) -> float:
         """Spearman's correlation with the teacher on test (or dev) pairs, mean over the sets of ``split``."""
         return float(np.mean([self._correlation(choice, name, part.dev_pairs if dev else part.test_pairs)
                               for name, part in split.items()]))
@@ -279,7 +279,7 @@ class Judged:
         every = [(way, leave) for way in ways for leave in range(max(0, len(self.exits) // 2 - 1), len(self.exits))]
         return [max(every, key=lambda c: self.correlation(c, split, dev=True)) for split in self.splits]
 
-    def resampled(self, split: dict[str, Split], one: Choice,
+    def resampled(self, split: dict[str, SentenceSplit], one: Choice,
                   other: Choice | None = None) -> tuple[int, Callable[[np.ndarray], np.ndarray]]:
         """How many test sentences there are, and the correlation of ``one`` (less ``other``'s) when they are redrawn.
 
@@ -305,7 +305,7 @@ class Judged:
 
         return len(owners), statistic
 
-    def hits(self, choice: Choice, split: dict[str, Split], teacher: bool) -> np.ndarray:
+    def neighbour_matches(self, choice: Choice, split: dict[str, SentenceSplit], teacher: bool) -> np.ndarray:
         """For each test sentence 1.0 where its nearest neighbour among them has its topic, or is the teacher's.
 
         Args:

@@ -1,4 +1,4 @@
-"""The paper's claims at small real scale: SmolLM2-135M on real sentences, judged by the MiniLM sentence encoder.
+"""The paper's claims at small real scale: SmolLM2-135M on real sentences, comparison by the MiniLM sentence encoder.
 
 Every sentence is run once for each way of embedding it, for all layers at a time. A seed is a split into development
 and test sentences and a draw of pairs: layers are chosen on the one and measured on the other.
@@ -7,17 +7,16 @@ and test sentences and a draw of pairs: layers are chosen on the one and measure
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from looseleaf import Report, Series
+from looseleaf import Claim, Report
 from looseleaf.statistics import Interval, bootstrap
 from looseleaf_lab import data, models
-from looseleaf_lab.study import Decision, Results, Study, StudyClaim
+from looseleaf_lab.study import Results, Study, add_table, curve
 from looseleaf_lab.timing import interleave
 from looseleaf_token_prepending.encoder import SentenceEncoder, last_token, mean_pooling, prompt_eol
 from looseleaf_token_prepending.optimizer import TokenPrepending, default_ends, default_exit
@@ -25,10 +24,10 @@ from looseleaf_token_prepending.quality import (
     DEV_PAIRS,
     TEST_PAIRS,
     Choice,
-    Judged,
+    EmbeddingComparison,
     Likeness,
     Sentences,
-    Split,
+    SentenceSplit,
     square,
 )
 
@@ -50,25 +49,14 @@ class Scale:
     brief: bool = False
 
 
-def teacher_embeddings(model: Any, tokenizer: Any, texts: Sequence[str]) -> np.ndarray:
-    """(n, hidden): the mean over the tokens of each text, as all-MiniLM-L6-v2 is meant to be used."""
-    out = []
-    with torch.inference_mode():
-        for at in range(0, len(texts), 32):
-            batch = tokenizer(list(texts[at:at + 32]), padding=True, truncation=True, return_tensors="pt")
-            hidden = model(**batch).last_hidden_state
-            weight = batch["attention_mask"][..., None].to(hidden.dtype)
-            out.append(((hidden * weight).sum(1) / weight.sum(1)).numpy())
-    return np.concatenate(out)
-
-
 def sentences(teacher: tuple[Any, Any], brief: bool) -> dict[str, Sentences]:
     """The sets, each topic equally often, with the teacher's cosines."""
     out = {}
     for name, (task, size) in SETS.items():
         found = data.classification_task(task, seed=0, train=4, dev=4, test=size // 5 if brief else size).test
         texts = [str(e.inputs["text"]) for e in found]
-        out[name] = Sentences(texts, [str(e.target) for e in found], square(teacher_embeddings(*teacher, texts)))
+        vectors = models.sentence_embeddings(teacher, texts).numpy()
+        out[name] = Sentences(texts, [str(e.target) for e in found], square(vectors))
     return out
 
 
@@ -91,7 +79,7 @@ def ways(model: Any, tokenizer: Any, brief: bool = False) -> dict[str, Callable[
 
 
 @functools.cache
-def embeddings(scale: Scale) -> Judged:
+def embeddings(scale: Scale) -> EmbeddingComparison:
     """All ways over all sentences; the splits are added by :func:`measure`."""
     model, tokenizer = models.load("smollm2")
     sets = sentences(models.load("minilm"), scale.brief)
@@ -100,7 +88,7 @@ def embeddings(scale: Scale) -> Judged:
     for way, maker in ways(model, tokenizer, scale.brief).items():
         found[way] = {name: np.stack([square(s) for s in maker().states(some.texts, exits, progress=False).numpy()]
                                      ).astype(np.float32) for name, some in sets.items()}
-    return Judged(sets, exits, found, [])
+    return EmbeddingComparison(sets, exits, found, [])
 
 
 def measure(seed: int, scale: Scale) -> dict[str, Any]:
@@ -108,32 +96,32 @@ def measure(seed: int, scale: Scale) -> dict[str, Any]:
     return measure_split(embeddings(scale), seed)
 
 
-def measure_split(judged: Judged, seed: int) -> dict[str, Any]:
+def measure_split(comparison: EmbeddingComparison, seed: int) -> dict[str, Any]:
     """Every row of the tables, the layers chosen, the curves, and differences, as [value, low, high] over sentences."""
-    split = {name: Split.draw(some, seed) for name, some in judged.sets.items()}
-    judged = Judged(judged.sets, judged.exits, judged.ways, [split])
-    last, ends = len(judged.exits) - 1, end_layers(judged)
-    default = judged.exits.index(default_exit(judged.exits[-1]))
-    [ours], [early] = judged.chosen(*(f"prompteol {end}" for end in ends)), judged.chosen("prompteol")
+    split = {name: SentenceSplit.draw(some, seed) for name, some in comparison.sets.items()}
+    comparison = EmbeddingComparison(comparison.sets, comparison.exits, comparison.ways, [split])
+    last, ends = len(comparison.exits) - 1, end_layers(comparison)
+    default = comparison.exits.index(default_exit(comparison.exits[-1]))
+    [ours], [early] = comparison.chosen(*(f"prompteol {end}" for end in ends)), comparison.chosen("prompteol")
     rows: dict[str, Choice] = {
-        LAST: ("last token", last), MEAN: ("mean", last), "mean, exit chosen": judged.chosen("mean")[0],
+        LAST: ("last token", last), MEAN: ("mean", last), "mean, exit chosen": comparison.chosen("mean")[0],
         BASE: ("prompteol", last), EARLY: early,
-        "PromptEOL and placeholder alone, exit chosen": judged.chosen("placeholder")[0],
+        "PromptEOL and placeholder alone, exit chosen": comparison.chosen("placeholder")[0],
         "PromptEOL + TP, defaults": (f"prompteol {ends[0]}", default), OURS: ours}
     for prompt, name in PROMPTS.items():
-        if prompt != "prompteol" and prompt in judged.ways:
-            rows |= {f"{name}, last layer": (prompt, last), f"{name}, exit chosen": judged.chosen(prompt)[0],
-                     f"{name} + TP, exit chosen": judged.chosen(f"{prompt} {ends[0]}")[0]}
-    if "other placeholder" in judged.ways:
+        if prompt != "prompteol" and prompt in comparison.ways:
+            rows |= {f"{name}, last layer": (prompt, last), f"{name}, exit chosen": comparison.chosen(prompt)[0],
+                     f"{name} + TP, exit chosen": comparison.chosen(f"{prompt} {ends[0]}")[0]}
+    if "other placeholder" in comparison.ways:
         rows["PromptEOL + TP, defaults, another placeholder"] = ("other placeholder", default)
 
     def correlation(one: Choice, other: Choice | None = None, of: Iterable[str] = split) -> Interval:
-        count, statistic = judged.resampled({name: split[name] for name in of}, one, other)
+        count, statistic = comparison.resampled({name: split[name] for name in of}, one, other)
         return bootstrap(range(count), seed, samples=1000, statistic=statistic)
 
     def neighbours(one: Choice, other: Choice | None, teacher: bool) -> Interval:
-        values = judged.hits(one, split, teacher)
-        return bootstrap(values if other is None else values - judged.hits(other, split, teacher), seed)
+        matches = comparison.neighbour_matches(one, split, teacher)
+        return bootstrap(matches - (0 if other is None else comparison.neighbour_matches(other, split, teacher)), seed)
 
     def full(one: Choice, other: Choice | None = None) -> dict[str, Any]:
         return {"spearman": correlation(one, other), "topic": neighbours(one, other, False),
@@ -141,22 +129,22 @@ def measure_split(judged: Judged, seed: int) -> dict[str, Any]:
 
     gains = {name: correlation(rows[OURS if prompt == "prompteol" else f"{name} + TP, exit chosen"],
                                rows[f"{name}, last layer"])
-             for prompt, name in PROMPTS.items() if prompt in judged.ways}
-    curves = {"prompteol": 0, "placeholder": 0, "mean": 0, **{f"prompteol {end}": 0 for end in ends}}
-    return {"rows": {name: {**full(choice), "sets": {s: correlation(choice, of=[s]).value for s in judged.sets}}
+             for prompt, name in PROMPTS.items() if prompt in comparison.ways}
+    return {"rows": {name: {**full(choice), "sets": {s: correlation(choice, of=[s]).value for s in comparison.sets}}
                      for name, choice in rows.items()},
             "ours minus": {name: full(ours, rows[name]) for name in (BASE, EARLY, MEAN, LAST)},
-            "early minus last": correlation(early, rows[BASE]), "gains": gains, "ends": ends, "exits": judged.exits,
-            "sizes": {name: len(some.texts) for name, some in judged.sets.items()},
-            "layers": [int(ours[0].split()[1]), judged.exits[ours[1]], judged.exits[early[1]]],
+            "early minus last": correlation(early, rows[BASE]), "gains": gains, "ends": ends, "exits": comparison.exits,
+            "sizes": {name: len(some.texts) for name, some in comparison.sets.items()},
+            "layers": [int(ours[0].split()[1]), comparison.exits[ours[1]], comparison.exits[early[1]]],
             # what is prepended in the early layers is the last token's state there: does it know the sentence?
             "early": [correlation(("prompteol", n)) for n in range(max(ends) - 1)],
-            "curves": {way: [judged.correlation((way, k), split) for k in range(len(judged.exits))] for way in curves}}
+            "curves": {way: [comparison.correlation((way, k), split) for k in range(len(comparison.exits))]
+                       for way in ("prompteol", "placeholder", "mean", *(f"prompteol {end}" for end in ends))}}
 
 
-def end_layers(judged: Judged) -> list[int]:
+def end_layers(comparison: EmbeddingComparison) -> list[int]:
     """The end layers that Token Prepending over PromptEOL was run with."""
-    return [int(way.split()[1]) for way in judged.ways if way.startswith("prompteol ")]
+    return [int(way.split()[1]) for way in comparison.ways if way.startswith("prompteol ")]
 
 
 def timing(scale: Scale) -> dict[str, Any]:
@@ -183,86 +171,73 @@ def mean(results: Results, *path: str | int) -> Interval:
     return Interval(*np.mean(results.values(*path), axis=0).tolist())
 
 
-def facts(results: Results) -> dict[str, Any]:
-    """Models, sentences and pairs."""
-    return {"model": "SmolLM2-135M-Instruct, float32", "teacher": "all-MiniLM-L6-v2",
-            "sentences": ", ".join(f"{n} {name}" for name, n in results.rows[0]["sizes"].items()),
-            "pairs of each set and split": f"at most {TEST_PAIRS} for the test and {DEV_PAIRS} for choosing"}
-
-
 def show(report: Report, results: Results) -> None:
     """Correlations, nearest neighbours, layers chosen, what is prepended, curves and time."""
-    first = results.rows[0]
-    table = report.table("Spearman's correlation with the teacher, test pairs", [
-        "embedding", *first["sizes"], "mean", "low", "high"],
-        note="means over splits; interval: bootstrap over sentences, mean over splits")
-    near = report.table("Nearest neighbour among the test sentences", [
-        "embedding", "same topic", "low", "high", "the teacher's", "low ", "high "], note="fraction of sentences")
-    for name in first["rows"]:
-        table.add(name, *(float(np.mean(results.values("rows", name, "sets", s))) for s in first["sizes"]),
-                  *mean(results, "rows", name, "spearman"))
-        near.add(name, *mean(results, "rows", name, "topic"), *mean(results, "rows", name, "teacher"))
+    report.facts |= {"model": "SmolLM2-135M-Instruct, float32", "teacher": "all-MiniLM-L6-v2",
+                     "sentences": ", ".join(f"{n} {name}" for name, n in results.rows[0]["sizes"].items()),
+                     "pairs of each set and split": f"at most {TEST_PAIRS} for the test and {DEV_PAIRS} for choosing"}
+    first, once = results.rows[0], results.once
+    add_table(report, "Spearman's correlation with the teacher, test pairs", (
+        {"embedding": name, **{of: results.mean("rows", name, "sets", of) for of in first["sizes"]},
+         "mean": mean(results, "rows", name, "spearman")} for name in first["rows"]),
+        "means over splits; interval: bootstrap over sentences, mean over splits")
+    add_table(report, "Nearest neighbour among the test sentences", (
+        {"embedding": name, "same topic": mean(results, "rows", name, "topic"),
+         "the teacher's": mean(results, "rows", name, "teacher")} for name in first["rows"]), "fraction of sentences")
     report.table("Layers chosen on the development pairs", ["seed", "TP: end layer", "TP: exit", "PromptEOL: exit"],
                  [[seed, *layers] for seed, layers in zip(results.seeds, results.values("layers"), strict=True)])
-    report.table("What is prepended: the last token's state of PromptEOL after the early layers",
-                 ["layer", "Spearman with the teacher", "low", "high"],
-                 [[first["exits"][n], *mean(results, "early", n)] for n in range(len(first["early"]))])
+    add_table(report, "What is prepended: the last token's state of PromptEOL after the early layers", (
+        {"layer": first["exits"][n], "Spearman with the teacher": mean(results, "early", n)}
+        for n in range(len(first["early"]))))
     curves = {way: np.mean(results.values("curves", way), axis=0).tolist() for way in first["curves"]}
     ends = sorted(first["ends"])
     lines = {"PromptEOL": "prompteol", "placeholder alone": "placeholder", "mean": "mean",
              **{f"TP, end layer {end}": f"prompteol {end}" for end in ends}}
-    report.figure("Correlation by exit layer", x_label="exit layer", y_label="Spearman", series=[
-        Series(name, [float(n) for n in first["exits"]], curves[way]) for name, way in lines.items()])
+    report.figure("Correlation by exit layer", x_label="exit layer", y_label="Spearman",
+                  series=[curve(name, first["exits"], curves[way]) for name, way in lines.items()])
     report.figure("Correlation by end layer (rows) and exit layer (columns)", x_label="exit layer",
                   y_label="end layer: " + ", ".join(map(str, ends)), image=[curves[f"prompteol {end}"] for end in ends])
-    once = results.once
-    report.table("Time", ["embedding", "sentences per second", "tokens per sentence"], [
-        [name, once["sentences"] / once["seconds"][key], once["tokens"][key] / once["sentences"]]
-        for name, key in (("PromptEOL + TP", "with"), ("PromptEOL", "without"))],
-        note=f"both leave after layer {once['exit']}")
+    add_table(report, "Time", (
+        {"embedding": name, "sentences per second": once["sentences"] / once["seconds"][key],
+         "tokens per sentence": once["tokens"][key] / once["sentences"]}
+        for name, key in (("PromptEOL + TP", "with"), ("PromptEOL", "without"))),
+        f"both leave after layer {once['exit']}")
 
 
-def _differs(path: tuple[str, ...], what: str, results: Results) -> Decision:
-    found = mean(results, *path)
-    return None if results.quick else found.low > 0, f"{what} {found:+.3f}; {len(results.seeds)} splits"
-
-
-def every_prompt_gains(results: Results) -> Decision:
-    """Whether all prompt methods gain."""
+def claims(results: Results) -> Iterator[Claim]:
+    """The claims of the paper and of this project."""
+    claim, once = functools.partial(results.claim, count="splits"), results.once
+    for other, source, paper in (
+            (BASE, "paper, tables", "70.03 -> 77.19 on LLaMA2-7B, STS average [memory]"),
+            (EARLY, f"{RULE}: what is left when both leave early", "-"), (MEAN, RULE, "-"), (LAST, RULE, "-")):
+        lead = mean(results, "ours minus", other, "spearman")
+        yield claim(f"PromptEOL with Token Prepending correlates better with the teacher than {other}", source, paper,
+                    ABOVE, lead.low > 0, f"Spearman {lead:+.3f}")
+    lead = mean(results, "early minus last")
+    yield claim("A layer before the last gives better embeddings than the last", "paper, section on the early exit",
+                "intermediate layers are better than the last [memory]", ABOVE, lead.low > 0,
+                f"Spearman, PromptEOL {lead:+.3f}")
     gains = {name: mean(results, "gains", name) for name in results.rows[0]["gains"]}
-    return None if results.quick else all(g.low > 0 for g in gains.values()), "; ".join(
-        f"{name} {gain:+.3f}" for name, gain in gains.items()) + f"; {len(results.seeds)} splits, one model"
+    yield results.claim(
+        "Every prompt method gains (with Token Prepending and early exit against without, as in the paper)", "abstract",
+        "consistent gains for all prompt methods and LLMs [abstract]", f"{ABOVE}, for each prompt",
+        all(gain.low > 0 for gain in gains.values()), "; ".join(f"{name} {gain:+.3f}" for name, gain in gains.items())
+        + f"; {len(results.seeds)} splits, one model")
+    for key, what in (("topic", "has the same topic"), ("teacher", "is the teacher's")):
+        for other in (BASE, EARLY):
+            lead = mean(results, "ours minus", other, key)
+            yield claim(f"The nearest neighbour more often {what} by PromptEOL with Token Prepending than by {other}",
+                        RULE, "-", ABOVE, lead.low > 0, f"fraction of sentences {lead:+.3f}")
+    ratio = Interval(*once["ratio"])
+    yield results.claim("Token Prepending costs almost no time", "paper, table of inference time",
+                        "1.04 times [abstract/paper]", f"median ratio of {TIME_LIMIT:.2f} or less",
+                        ratio.value <= TIME_LIMIT, f"{ratio.value:.3f} times ({ratio.low:.3f} to {ratio.high:.3f}) "
+                        f"with {once['tokens']['with'] / once['tokens']['without']:.3f} times the tokens, "
+                        f"{once['sentences']} sentences in {once['rounds']} alternating rounds")
+    yield results.claim("PromptEOL with Token Prepending on LLaMA2-7B gains 7 points on the average of seven STS tasks",
+                        "paper, tables", "70.03 -> 77.19 Spearman [memory]", "none set", None,
+                        "not measured: needs LLaMA2-7B and the STS tasks")
 
 
-def costs_no_time(results: Results) -> Decision:
-    """Whether it is about as fast."""
-    once = results.once
-    ratio, low, high = once["ratio"]
-    return None if results.quick else ratio <= TIME_LIMIT, (
-        f"{ratio:.3f} times ({low:.3f} to {high:.3f}) with {once['tokens']['with'] / once['tokens']['without']:.3f} "
-        f"times the tokens, {once['sentences']} sentences in {once['rounds']} alternating rounds")
-
-
-CLAIMS = [
-    *(StudyClaim(f"PromptEOL with Token Prepending correlates better with the teacher than {other}", source, paper,
-                 ABOVE, functools.partial(_differs, ("ours minus", other, "spearman"), "Spearman"))
-      for other, source, paper in (
-        (BASE, "paper, tables", "70.03 -> 77.19 on LLaMA2-7B, STS average [memory]"),
-        (EARLY, f"{RULE}: what is left when both leave early", "-"), (MEAN, RULE, "-"), (LAST, RULE, "-"))),
-    StudyClaim("A layer before the last gives better embeddings than the last", "paper, section on the early exit",
-               "intermediate layers are better than the last [memory]", ABOVE,
-               functools.partial(_differs, ("early minus last",), "Spearman, PromptEOL")),
-    StudyClaim("Every prompt method gains (with Token Prepending and early exit against without, as in the paper)",
-               "abstract", "consistent gains for all prompt methods and LLMs [abstract]", f"{ABOVE}, for each prompt",
-               every_prompt_gains),
-    *(StudyClaim(f"The nearest neighbour more often {what} by PromptEOL with Token Prepending than by {other}", RULE,
-                 "-", ABOVE, functools.partial(_differs, ("ours minus", other, key), "fraction of sentences"))
-      for key, what in (("topic", "has the same topic"), ("teacher", "is the teacher's")) for other in (BASE, EARLY)),
-    StudyClaim("Token Prepending costs almost no time", "paper, table of inference time", "1.04 times [abstract/paper]",
-               f"median ratio of {TIME_LIMIT:.2f} or less", costs_no_time),
-    StudyClaim("PromptEOL with Token Prepending on LLaMA2-7B gains 7 points on the average of seven STS tasks",
-               "paper, tables", "70.03 -> 77.19 Spearman [memory]", "none set",
-               unmeasured="not measured: needs LLaMA2-7B and the STS tasks")]
-
-study = Study("Token Prepending: sentence embeddings without training", measure, CLAIMS, show, once=timing,
-              full=Scale(), quick=Scale(brief=True), facts=facts, quick_seeds=1)
+study = Study("Token Prepending: sentence embeddings without training", measure, claims, show, once=timing,
+              full=Scale(), quick=Scale(brief=True), quick_seeds=1)
