@@ -8,7 +8,7 @@ from torch import Tensor
 
 from looseleaf_icl_linear_regression import head_signature, invariants, opposite_heads
 from looseleaf_icl_linear_regression.regression import Regression, optimal_preconditioner
-from looseleaf_icl_linear_regression.signature import allocation, preconditioner, sharing
+from looseleaf_icl_linear_regression.signature import allocation, preconditioner, task_specialisation
 from looseleaf_icl_linear_regression.training import Weights, constructed, initial_weights
 
 
@@ -131,14 +131,14 @@ def test_anisotropic_covariates_and_several_tasks() -> None:
     assert bool((read.gains.diff() < 0).all())
     kq, ov = torch.eye(7).expand(4, 7, 7).clone(), torch.zeros(4, 2, 7)
     ov[0, 0, 5], ov[1, 0, 5], ov[2, 1, 6], ov[3, 1, 6] = 1, -1, 2, -2
-    one = sharing(kq, ov, 5)
+    one = task_specialisation(kq, ov, 5)
     assert one.dedicated == pytest.approx(1) and one.shared_heads == 0
     assert one.from_values == pytest.approx(1)
     ov[0, 1, 6] = 1
-    assert sharing(kq, ov, 5).shared_heads == 1
+    assert task_specialisation(kq, ov, 5).shared_heads == 1
     about = torch.zeros(4, 2, 7)
     about[:, 0, 0], about[:, 0, 5] = 5.0, 1e-3  # y in KQ, covariates in OV
-    other = sharing(torch.eye(7).flip(0).expand(4, 7, 7), about, 5)
+    other = task_specialisation(torch.eye(7).flip(0).expand(4, 7, 7), about, 5)
     assert other.from_values < 0.01 and other.dedicated < 0.01
 
 

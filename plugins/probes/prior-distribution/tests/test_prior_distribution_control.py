@@ -45,7 +45,7 @@ def test_prior_and_answers_are_what_was_planted(span: int) -> None:
     assert 0.1 < made.accuracy < 0.9
     assert [a for a, ok in zip(made.responses, made.correct, strict=True) if ok] == [
         i.answer for i, ok in zip(task.instances, made.correct, strict=True) if ok]
-    assert made.slope().positive and (made.pull or 0) > 0
+    assert made.slope().positive and (made.prior_gap or 0) > 0
     chances = torch.tensor(wanted).softmax(1)
     rights = [task.answers.index(i.answer) for i in task.instances]
     np.testing.assert_allclose(made.surprisal, -chances[range(len(rights)), rights].log(), atol=1e-4)
@@ -92,7 +92,7 @@ def test_turning_down_the_planted_layers() -> None:
 def test_without_a_prior_there_is_no_slope() -> None:
     model, tokenizer, task, _ = planted(spread=0.0)
     made = behaviour(LocalModel(model, tokenizer), task)
-    assert made.accuracy == 1.0 and made.slope().covers_zero and made.pull is None
+    assert made.accuracy == 1.0 and made.slope().covers_zero and made.prior_gap is None
 
 
 def test_mitigation_in_the_planted_layer_helps_answers_never_trained_on() -> None:

@@ -71,9 +71,9 @@ def test_generators_are_seeded_and_even(name: str) -> None:
 
 def test_prompts() -> None:
     task = PriorTask("t", (Instance("a a", "two"),), ("one", "two"), demonstrations=(Instance("b", "one"),),
-                     careful="Think. ")
+                     instruction="Think. ")
     assert task.prompt(task.instances[0]) == "b -> one\na a ->"
-    assert task.prompt(task.instances[0], careful=True) == "Think. b -> one\na a ->"
+    assert task.prompt(task.instances[0], instructed=True) == "Think. b -> one\na a ->"
     assert task.uninformative() == "b -> one\n->"
     assert task.continuation("two") == " two"
     asked = dataclasses.replace(task, template="Q: {input}\nA:", end="\n", demonstrations=())

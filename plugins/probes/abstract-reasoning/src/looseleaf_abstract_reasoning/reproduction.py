@@ -9,19 +9,19 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from looseleaf import Report
+from looseleaf import Claim, Report
 from looseleaf.statistics import bootstrap
 from looseleaf_abstract_reasoning import DATASETS, AbstractReasoningProbe, Item, draw_remapping, problems, render, suite
 from looseleaf_abstract_reasoning.items import REMAPPINGS, Problem, text_of
 from looseleaf_abstract_reasoning.probe import control_rows
 from looseleaf_abstract_reasoning.scores import Score, of_category, pairs, write_report
 from looseleaf_lab import models
-from looseleaf_lab.study import Decision, Results, Study, StudyClaim
+from looseleaf_lab.study import Results, Study, above
 from looseleaf_text import LocalModel
 
 SUITE_DIGEST = "f93b0b6e37487a81803b16e210fa0511521d98b0b1bfe8e7369b5aa3d33d8cda"
@@ -95,98 +95,79 @@ def sound(problem: Problem, kind: str) -> bool:
         (kind != "both" or not (after - {" "}) & before)
 
 
-def facts(results: Results) -> dict[str, Any]:
-    """The facts at the head of the report."""
-    probe = results.scale.probe
-    return {"model": "SmolLM2-135M-Instruct, float32", "prompts": sum(len(row["scores"]) for row in results.rows),
-            "sample": f"{probe.per_category} problems of each category and seed, spread evenly over its sub-datasets",
-            **probe.hyperparameters(), "categories": ", ".join(probe.categories)}
-
-
 def show(report: Report, results: Results) -> None:
     """What the probe reports, of all seeds, and the controls."""
+    probe = results.scale.probe
+    report.facts |= {
+        "model": "SmolLM2-135M-Instruct, float32", "prompts": len(results.joined("scores")),
+        "sample": f"{probe.per_category} problems of each category and seed, spread evenly over its sub-datasets",
+        **probe.hyperparameters(), "categories": ", ".join(probe.categories)}
     write_report(report, scores_of(results.rows))
     report.table("Controls", ["control", "scoring", "remapping", "problems", "Gamma", "Delta", "must be"],
                  results.once["controls"], note="the first only remembers, the second only reasons")
 
 
-def _control(name: str, results: Results) -> Decision:
-    rows = [row for row in results.once["controls"] if row[0] == name]
-    if all(gamma == 1.0 and delta == must for *_, gamma, delta, must in rows):
-        return True, f"exactly so on {sum(row[3] for row in rows)} remapped items, by likelihood and by match"
-    return False, "not so; see the table"
-
-
-def _suite(holds: Callable[[dict[str, Any]], bool], words: str) -> Callable[[Results], Decision]:
-    """A claim about the full suite, in words filled with what :func:`exact` gave."""
-    return lambda results: (holds(results.once), words.format(**results.once))
-
-
-def _above_zero(results: Results, values: Iterable[float], least: int = 1) -> tuple[bool | None, str]:
-    interval = bootstrap(values)
-    verdict = True if interval.low > 0 else False if interval.high <= 0 else None
-    return None if results.quick or len(results.seeds) < least else verdict, f"{interval:+.3f}"
-
-
-def _delta(category: str, losses_of: Callable[[dict[str, np.ndarray]], np.ndarray],
-           words: str) -> Callable[[Results], Decision]:
-    """Whether losses of accuracy lie above 0: correct in original symbols less correct after a remapping."""
-    def decide(results: Results) -> Decision:
-        scores = scores_of(results.rows)
-        losses = {kind: -np.diff(pairs(scores, kind, category))[:, 0] for kind in REMAPPINGS}
-        verdict, total = _above_zero(results, losses_of(losses))
-        each = {kind: f"{bootstrap(loss):+.3f}" for kind, loss in losses.items()}
-        return verdict, f"{words.format(total, **each)}{len(losses['both'])} problems, {len(results.seeds)} seeds"
-
-    return decide
-
-
-def _bases(results: Results) -> Decision:
-    decimal, other = ([float(np.mean([score.correct - score.chance for score in of_category(scores_of([row]), name)]))
-                       for row in results.rows] for name in ("basic-computation", "number-base"))
-    verdict, gap = _above_zero(results, [a - b for a, b in zip(decimal, other, strict=True)], least=3)
-    return verdict, f"Gamma above chance {np.mean(decimal):+.3f} decimal, {np.mean(other):+.3f} other bases; " \
-                    f"difference {gap} over {len(results.seeds)} seeds"
-
-
 OWN, NONE = "this project's rule", "not in the paper"
 RELEASED = "gpt-4o-mini in the results released with the authors' code"
 ABOVE = "the 95 % interval lies above 0: holds; at or below 0: does not hold; across 0: not shown"
-CLAIMS = [
-    *[StudyClaim(f"Control: the {name} has Gamma 1 and Delta {must}", OWN, NONE,
-                 "exact for every category, remapping and way of scoring", functools.partial(_control, name))
-      for name, must in (("memoriser", 1), ("oracle", 0))],
-    StudyClaim("The full suite is made in seconds", f"section 4; {OWN}",
-               "9,095 items in 82 sub-datasets: 96 each, and 1,319 word problems",
-               f"these numbers, in less than {SECONDS_LIMIT:.0f} s",
-               _suite(lambda once: [once["items"], once["datasets"]] == [9095, 82] and once["seconds"] < SECONDS_LIMIT,
-                      "{items} items in {datasets} sub-datasets in {seconds:.1f} s")),
-    StudyClaim("The same seed gives the same suite on any machine", OWN, NONE, "all three equal",
-               _suite(lambda once: len(set(once["digests"])) == 1, "SHA-256 {digests[0]:.12} here, {digests[1]:.12} in "
-                      "a process with another hash seed, {digests[2]:.12} on record")),
-    StudyClaim("No item is there twice; remappings are bijections that leave no symbol behind", OWN, NONE,
-               "no duplicate prompt or question, no fault",
-               _suite(lambda once: not once["duplicates"] and not once["faults"],
-                      "{duplicates} duplicates among {items} items; {faults} faults in {remappings} remappings")),
-    StudyClaim("SmolLM2-135M depends on the symbols of basic computation: Delta above 0", OWN,
-               "Delta of the paper is of extended calculation alone", f"{ABOVE} (both remapped)",
-               _delta("basic-computation", lambda losses: losses["both"],
-                      "both remapped: {}; operators {operators}, operands {operands}; ")),
-    StudyClaim("Symbolic reasoning falls behind the same tasks in original symbols", "abstract, results",
-               f"Delta 0.114 operators, 0.310 operands, 0.351 both: {RELEASED}", f"{ABOVE} (all three together)",
-               _delta("extended-calculation", lambda losses: np.concatenate([*losses.values()]),
-                      "all three remappings {}; operators {operators}, operands {operands}, both {both}; ")),
-    StudyClaim("Operands are memorised more than operators", "abstract",
-               f"Delta 0.310 of operands against 0.114 of operators: {RELEASED}", ABOVE,
-               _delta("extended-calculation", lambda losses: losses["operands"] - losses["operators"],
-                      "Delta of operands less Delta of operators {}; extended calculation, ")),
-    StudyClaim("Arithmetic in other bases is harder than decimal arithmetic", "abstract",
-               f"Gamma 0.059 against 0.544: {RELEASED}", f"{ABOVE}; at least 3 seeds", _bases),
-    StudyClaim("The gaps persist with chain-of-thought prompts", "abstract", "figures not copied here", "none set",
-               unmeasured="not measured: needs a model that reasons in steps"),
-    StudyClaim("Models of 7B to 70B, commercial ones and several agents together depend on symbols too", "abstract",
-               "figures not copied here", "none set", unmeasured="not measured: needs models of 7B and more")]
 
-study = Study("Abstract reasoning of SmolLM2-135M-Instruct", measure, CLAIMS, show, once=exact, facts=facts,
+
+def claims(results: Results) -> Iterator[Claim]:
+    """The controls, the suite and the paper; what is not random is decided by the quick run too."""
+    once, scores, claim = results.once, scores_of(results.rows), results.claim
+    exactly = functools.partial(results.claim, any_scale=True)
+    for name, must in (("memoriser", 1), ("oracle", 0)):
+        rows = [row for row in once["controls"] if row[0] == name]
+        right = all(gamma == 1.0 and delta == wanted for *_, gamma, delta, wanted in rows)
+        yield exactly(f"Control: the {name} has Gamma 1 and Delta {must}", OWN, NONE,
+                      "exact for every category, remapping and way of scoring", right,
+                      f"exactly so on {sum(row[3] for row in rows)} remapped items, by likelihood and by match" if right
+                      else "not so; see the table")
+    yield exactly("The full suite is made in seconds", f"section 4; {OWN}",
+                  "9,095 items in 82 sub-datasets: 96 each, and 1,319 word problems",
+                  f"these numbers, in less than {SECONDS_LIMIT:.0f} s",
+                  [once["items"], once["datasets"]] == [9095, 82] and once["seconds"] < SECONDS_LIMIT,
+                  f"{once['items']} items in {once['datasets']} sub-datasets in {once['seconds']:.1f} s")
+    yield exactly("The same seed gives the same suite on any machine", OWN, NONE, "all three equal",
+                  len(set(once["digests"])) == 1, "SHA-256 {:.12} here, {:.12} in a process with another hash seed, "
+                  "{:.12} on record".format(*once["digests"]))
+    yield exactly("No item is there twice; remappings are bijections that leave no symbol behind", OWN, NONE,
+                  "no duplicate prompt or question, no fault", not once["duplicates"] and not once["faults"],
+                  f"{once['duplicates']} duplicates among {once['items']} items; {once['faults']} faults in "
+                  f"{once['remappings']} remappings")
+    basic, extended = ({kind: -np.diff(pairs(scores, kind, category))[:, 0] for kind in REMAPPINGS}
+                       for category in ("basic-computation", "extended-calculation"))  # losses of accuracy
+    each, mean = ({kind: f"{bootstrap(loss):+.3f}" for kind, loss in losses.items()} for losses in (basic, extended))
+    seeds = len(results.seeds)
+    both = bootstrap(basic["both"])
+    yield claim("SmolLM2-135M depends on the symbols of basic computation: Delta above 0", OWN,
+                "Delta of the paper is of extended calculation alone", f"{ABOVE} (both remapped)",
+                above(both, touching=False), f"both remapped: {both:+.3f}; operators {each['operators']}, operands "
+                f"{each['operands']}; {len(basic['both'])} problems, {seeds} seeds")
+    together = bootstrap(np.concatenate([*extended.values()]))
+    yield claim("Symbolic reasoning falls behind the same tasks in original symbols", "abstract, results",
+                f"Delta 0.114 operators, 0.310 operands, 0.351 both: {RELEASED}", f"{ABOVE} (all three together)",
+                above(together, touching=False), f"all three remappings {together:+.3f}; operators "
+                f"{mean['operators']}, operands {mean['operands']}, both {mean['both']}; {len(extended['both'])} "
+                f"problems, {seeds} seeds")
+    more = bootstrap(extended["operands"] - extended["operators"])
+    yield claim("Operands are memorised more than operators", "abstract",
+                f"Delta 0.310 of operands against 0.114 of operators: {RELEASED}", ABOVE, above(more, touching=False),
+                f"Delta of operands less Delta of operators {more:+.3f}; extended calculation, {len(extended['both'])} "
+                f"problems, {seeds} seeds")
+    decimal, other = (np.array([np.mean([score.correct - score.chance for score in of_category(scores_of([row]), name)])
+                                for row in results.rows]) for name in ("basic-computation", "number-base"))
+    gap = bootstrap(decimal - other)
+    yield claim("Arithmetic in other bases is harder than decimal arithmetic", "abstract",
+                f"Gamma 0.059 against 0.544: {RELEASED}", f"{ABOVE}; at least 3 seeds",
+                above(gap, touching=False) if seeds >= 3 else None, f"Gamma above chance {np.mean(decimal):+.3f} "
+                f"decimal, {np.mean(other):+.3f} other bases; difference {gap:+.3f} over {seeds} seeds")
+    yield from results.unmeasured("abstract", "figures not copied here", {
+        "The gaps persist with chain-of-thought prompts": "a model that reasons in steps",
+        "Models of 7B to 70B, commercial ones and several agents together depend on symbols too":
+            "models of 7B and more"})
+
+
+study = Study("Abstract reasoning of SmolLM2-135M-Instruct", measure, claims, show, once=exact,
               full=Scale(AbstractReasoningProbe(per_category=14)),
               quick=Scale(AbstractReasoningProbe(per_category=8), controls=4), quick_seeds=1)

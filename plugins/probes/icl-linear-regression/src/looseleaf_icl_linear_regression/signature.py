@@ -205,8 +205,8 @@ def _angle(a: Tensor, b: Tensor) -> float:
 
 # ------------------------------------------------------------------------------------------------------ several tasks
 @dataclasses.dataclass
-class Sharing:
-    """How the heads of one layer share the tasks.
+class TaskSpecialisation:
+    """How far each head of one layer serves one task alone.
 
     Attributes:
         part: (H, N) part of task t in head h, |mu_ht| over its sum over tasks.
@@ -226,15 +226,16 @@ class Sharing:
     shared_heads: int
 
 
-def sharing(kq: Tensor, ov: Tensor, d: int) -> Sharing:
+def task_specialisation(kq: Tensor, ov: Tensor, d: int) -> TaskSpecialisation:
     """Read it from the matrices of one layer, (H, D, D) and (H, N, D)."""
     part = allocation(ov, d)
     whole = ov.abs().sum((1, 2))
     weight = whole * kq.abs().sum((1, 2))
     weight = weight / weight.sum().clamp(min=TINY)
     values = ov[..., d:].diagonal(dim1=-2, dim2=-1).abs() / whole[:, None].clamp(min=TINY)
-    return Sharing(part, weight, float((weight * values.sum(-1)).sum()), float((weight * values.max(-1).values).sum()),
-                   int(((weight >= 0.1) & (part.max(-1).values < 0.9)).sum()))
+    return TaskSpecialisation(part, weight, float((weight * values.sum(-1)).sum()),
+                              float((weight * values.max(-1).values).sum()),
+                              int(((weight >= 0.1) & (part.max(-1).values < 0.9)).sum()))
 
 
 def allocation(ov: Tensor, d: int) -> Tensor:
@@ -248,5 +249,5 @@ def allocation(ov: Tensor, d: int) -> Tensor:
     return mu / mu.sum(-1, keepdim=True).clamp(min=TINY)
 
 
-__all__ = ["LIMITS", "Invariants", "Preconditioner", "Sharing", "Signature", "allocation", "head_signature",
-           "invariants", "preconditioner", "sharing"]
+__all__ = ["LIMITS", "Invariants", "Preconditioner", "Signature", "TaskSpecialisation", "allocation", "head_signature",
+           "invariants", "preconditioner", "task_specialisation"]

@@ -22,13 +22,13 @@ wrong, the plain fit has no finite slope."""
 
 
 
-def priors(model: LocalModel, task: PriorTask, careful: bool = False) -> dict[str, float]:
+def priors(model: LocalModel, task: PriorTask, instructed: bool = False) -> dict[str, float]:
     """Log prior of every answer: its log-likelihood after the prompt without a question, divided by its tokens.
 
     Args:
         model: the model.
         task: the task.
-        careful: with the instruction of the prompting intervention.
+        instructed: with the instruction of the prompting intervention.
 
     Returns:
         Answer -> nats per token.
@@ -36,7 +36,7 @@ def priors(model: LocalModel, task: PriorTask, careful: bool = False) -> dict[st
     Raises:
         ValueError: two answers that the tokenizer makes the same tokens of.
     """
-    prompt, texts = task.uninformative(careful), [task.continuation(a) for a in task.answers]
+    prompt, texts = task.uninformative(instructed), [task.continuation(a) for a in task.answers]
     heads, tails = model.encode_pairs([prompt], [texts])
     seen: dict[tuple[int, ...], str] = {}
     for answer, ids in zip(task.answers, tails[0], strict=True):
@@ -48,10 +48,10 @@ def priors(model: LocalModel, task: PriorTask, careful: bool = False) -> dict[st
     return {answer: value / len(ids) for answer, value, ids in zip(task.answers, values, tails[0], strict=True)}
 
 
-def answer_scores(model: LocalModel, task: PriorTask, careful: bool = False) -> np.ndarray:
+def answer_scores(model: LocalModel, task: PriorTask, instructed: bool = False) -> np.ndarray:
     """(instances, answers) log-likelihood of every answer after every question, summed over its tokens, nats."""
     texts = [task.continuation(a) for a in task.answers]
-    rows = model.score([task.prompt(i, careful) for i in task.instances], [texts] * len(task.instances))
+    rows = model.score([task.prompt(i, instructed) for i in task.instances], [texts] * len(task.instances))
     return np.asarray(rows)
 
 
@@ -287,7 +287,7 @@ class Behaviour:
         return [self.prior[i.answer] for i in self.task.instances]
 
     @property
-    def pull(self) -> float | None:
+    def prior_gap(self) -> float | None:
         """Mean log prior of the wrong answers given less that of the right ones, nats per token; None without errors.
 
         Above 0 the model errs towards likely answers.
@@ -307,7 +307,7 @@ class Behaviour:
                      [i.size for i in self.task.instances] if equal_size else None, samples=samples, seed=seed)
 
 
-def behaviour(model: LocalModel, task: PriorTask, prior: dict[str, float] | None = None, *, careful: bool = False,
+def behaviour(model: LocalModel, task: PriorTask, prior: dict[str, float] | None = None, *, instructed: bool = False,
               ) -> Behaviour:
     """Ask every question of a task.
 
@@ -316,9 +316,9 @@ def behaviour(model: LocalModel, task: PriorTask, prior: dict[str, float] | None
         task: the task.
         prior: answer -> log prior; None: it is measured. For a model that was changed (other prompt, tuned layers) pass
             that of the model as it was, so that the same answers stay the unlikely ones.
-        careful: with the instruction not to rely on likely answers.
+        instructed: with the instruction not to rely on likely answers.
     """
     prior = priors(model, task) if prior is None else prior
-    scores = answer_scores(model, task, careful)
+    scores = answer_scores(model, task, instructed)
     surprisal = np.logaddexp.reduce(scores, 1) - scores[np.arange(len(scores)), gold(task)]
     return Behaviour(task, prior, right(task, scores), [task.answers[k] for k in scores.argmax(1)], surprisal)

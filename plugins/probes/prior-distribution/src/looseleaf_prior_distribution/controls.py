@@ -149,7 +149,7 @@ def planted(answers: int = 16, instances: int = 64, *, copy: float = 2.0, spread
     order = torch.randperm(answers, generator=generator).tolist()
     space = letters if span == 1 else [f"{letters[n]} {letters[order[n]]}" for n in range(answers)]
     task = PriorTask("copying", tuple(Instance(space[n % answers], space[n % answers]) for n in range(instances)),
-                     tuple(space), careful="")  # this model knows no words an instruction could be in
+                     tuple(space), instruction="")  # this model knows no words an instruction could be in
     table = table.log_softmax(-1).double()
     known: dict[str, float] = {}
     for answer in space:

@@ -15,7 +15,7 @@ from looseleaf_text import LocalModel, LogitLens, decoder_layers, scale_layers
 
 
 @dataclasses.dataclass
-class Layers:
+class LayerLikelihoods:
     """What the logit lens shows of one task, layer by layer.
 
     Attributes:
@@ -63,7 +63,7 @@ def locate(correlations: Sequence[float], count: int) -> list[int]:
 
 
 def observe(model: LocalModel, lens: LogitLens, task: PriorTask, prior: dict[str, float], responses: Sequence[str],
-            ) -> Layers:
+            ) -> LayerLikelihoods:
     """The logit lens on every question of a task.
 
     Args:
@@ -80,12 +80,12 @@ def observe(model: LocalModel, lens: LogitLens, task: PriorTask, prior: dict[str
     values = lens_scores(model, lens, task.part([task.instances[n] for n, _ in found]), [a for _, a in found])
     column = {pair: k for k, pair in enumerate(found)}
     gold, other, own = (values[:, [column[n, a] for n, a in enumerate(names)]] for names in (rights, wrong, responses))
-    return Layers(gold, other, layer_prior_correlation(gold, [prior[a] for a in rights]),
+    return LayerLikelihoods(gold, other, layer_prior_correlation(gold, [prior[a] for a in rights]),
                   layer_prior_correlation(own, [prior[a] for a in responses]))
 
 
 @dataclasses.dataclass
-class Scaled:
+class ScalingEffects:
     """What turning down each layer's contribution changes; index -1 stands for the model as it is.
 
     Attributes:
@@ -99,7 +99,7 @@ class Scaled:
 
 def scaling(model: LocalModel, task: PriorTask, prior: dict[str, float], alpha: float, *, alternatives: int = 5,
             part: Literal["attention", "mlp", "both"] = "both", layers: Sequence[int] | None = None,
-            progress: bool | None = None) -> Scaled:
+            progress: bool | None = None) -> ScalingEffects:
     """Multiply what one layer after the other adds to the residual stream by ``alpha``.
 
     Args:
@@ -125,7 +125,7 @@ def scaling(model: LocalModel, task: PriorTask, prior: dict[str, float], alpha: 
     heads, tails = model.encode_pairs(prompts, [[task.continuation(a) for a in row] for row in rows])
     wanted = [prior[i.answer] for i in task.instances]
     chosen = range(len(decoder_layers(net))) if layers is None else layers
-    out = Scaled({}, {})
+    out = ScalingEffects({}, {})
     for layer in progress_.track([-1, *chosen], "scaling layers", show=progress):
         with scale_layers(net, {} if layer < 0 else {layer: alpha}, part):
             scores = model.score_ids(heads, tails)

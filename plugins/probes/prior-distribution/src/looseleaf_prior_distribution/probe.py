@@ -12,7 +12,7 @@ from looseleaf.modes import evaluating
 from looseleaf.plugin import In, OneOf
 from looseleaf.probes.subject import parts
 from looseleaf_prior_distribution.answers import Behaviour, behaviour, bins
-from looseleaf_prior_distribution.localisation import Layers, Scaled, locate, observe, scaling
+from looseleaf_prior_distribution.localisation import LayerLikelihoods, ScalingEffects, locate, observe, scaling
 from looseleaf_prior_distribution.tasks import TASKS, PriorTask, generate
 from looseleaf_text import LocalModel, LogitLens
 
@@ -82,8 +82,8 @@ class PriorProbe(Probe):
         with evaluating(model):
             for task in progress_.track(tasks, "tasks", show=progress):
                 plain = behaviour(local, task)
-                careful = behaviour(local, task, plain.prior, careful=True)
-                show_behaviour(report, plain, careful, self.bins, seed)
+                instructed = behaviour(local, task, plain.prior, instructed=True)
+                show_behaviour(report, plain, instructed, self.bins, seed)
                 layers = observe(local, lens, task, plain.prior, plain.responses)
                 located = locate(layers.correlation.tolist(), min(self.layers, len(lens.names)))
                 part = task.part(task.instances[:self.scaled])
@@ -104,10 +104,10 @@ class PriorProbe(Probe):
         return list(found)
 
 
-def show_behaviour(report: Report, plain: Behaviour, careful: Behaviour, count: int, seed: int = 0) -> None:
+def show_behaviour(report: Report, plain: Behaviour, instructed: Behaviour, count: int, seed: int = 0) -> None:
     """Accuracy over the prior, plainly and with the instruction: a table and figure, slopes, and an example."""
     name = plain.task.name
-    groups = bins(plain.gold_prior, [plain.correct.tolist(), careful.correct.tolist()], count)
+    groups = bins(plain.gold_prior, [plain.correct.tolist(), instructed.correct.tolist()], count)
     report.table(f"{name}: accuracy over the prior of the right answer",
                  ["log prior", "questions", "plain prompt", "with the instruction", "gain"],
                  [[prior, n, *marks, marks[1] - marks[0]] for prior, n, marks in groups],
@@ -117,14 +117,14 @@ def show_behaviour(report: Report, plain: Behaviour, careful: Behaviour, count: 
                   y_label="accuracy", series=[Series("plain prompt", xs, [m[0] for _, _, m in groups]),
                                               Series("with the instruction", xs, [m[1] for _, _, m in groups])])
     table = report.table(f"{name}: dominated by the prior?", [
-        "prompt", "accuracy", "slope", "low", "high", "slope at equal size", "low", "high", "pull"],
-        note="slope: logistic, per nat of prior, 95 % bootstrap over answers; above 0: dominated by the prior. pull: "
-             "log prior of the wrong answers given less that of the right ones")
-    for label, found in (("plain", plain), ("with the instruction", careful)):
+        "prompt", "accuracy", "slope", "low", "high", "slope at equal size", "low", "high", "prior gap"],
+        note="slope: logistic, per nat of prior, 95 % bootstrap over answers; above 0: dominated by the prior. prior "
+             "gap: log prior of the wrong answers given less that of the right ones")
+    for label, found in (("plain", plain), ("with the instruction", instructed)):
         one, two = found.slope(seed=seed), found.slope(True, seed=seed)
         if found is plain:
             report.facts[f"{name}: dominated by the prior"] = one.positive
-        table.add(label, found.accuracy, *one, *two, found.pull)
+        table.add(label, found.accuracy, *one, *two, found.prior_gap)
     wrong = [n for n, mark in enumerate(plain.correct) if not mark]
     for n in wrong[:1]:
         instance = plain.task.instances[n]
@@ -133,8 +133,8 @@ def show_behaviour(report: Report, plain: Behaviour, careful: Behaviour, count: 
                                 f"{instance.answer} (prior {plain.prior[instance.answer]:.2f})"))
 
 
-def show_layers(report: Report, name: str, layers: Layers, located: Sequence[int], scaled: Scaled | None = None,
-                alpha: float = 0.0) -> None:
+def show_layers(report: Report, name: str, layers: LayerLikelihoods, located: Sequence[int],
+                scaled: ScalingEffects | None = None, alpha: float = 0.0) -> None:
     """The lens layer by layer, what turning each layer down changes, and the layers located."""
     count = len(layers.correlation)
     xs = [float(n) for n in range(count)]

@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from looseleaf import Report, Series
-from looseleaf.statistics import Interval, bootstrap
+from looseleaf import Claim, Report
+from looseleaf.statistics import bootstrap
 from looseleaf_lab import models
-from looseleaf_lab.study import Decision, Results, Study, StudyClaim
+from looseleaf_lab.study import Results, Study, add_table, curve
 from looseleaf_prior_distribution.answers import Behaviour, Slope, behaviour, bins, priors, slope
 from looseleaf_prior_distribution.controls import planted
 from looseleaf_prior_distribution.localisation import locate, observe, scaling
@@ -46,20 +46,20 @@ class Scale:
 def measure(seed: int, scale: Scale) -> dict[str, Any]:
     """One draw of answers, questions, demonstrations and of the split.
 
-    By kind and task: ``plain`` and ``careful`` (with the instruction), ``tuned`` and ``tuned_control`` (as many other
-    layers) hold :func:`summary` of the answers, held-out ones where layers are tuned; ``layers`` the logit lens, on
-    training questions where layers are tuned; ``located`` and ``control`` the layers. ``scaled``: what turning down
-    each layer changes, on acronyms; of the first seed only.
+    By kind and task: ``plain``, ``instructed``, ``tuned`` and ``tuned_control`` (as many other layers) hold
+    :func:`summary` of the answers, held-out ones where layers are tuned; ``layers`` the logit lens, on training
+    questions where layers are tuned; ``located`` and ``control`` the layers. ``scaled``: what turning down each layer
+    changes, on acronyms; of the first seed only.
     """
     model, tokenizer = smollm2()
     local, lens = LocalModel(model, tokenizer), LogitLens(model)
     out: dict[str, Any] = {kind: {} for kind in (
-        "plain", "careful", "layers", "located", "control", "tuned", "tuned_control")}
+        "plain", "instructed", "layers", "located", "control", "tuned", "tuned_control")}
 
     def ask(name: str, task: PriorTask, prior: dict[str, float] | None = None) -> Behaviour:
         plain = behaviour(local, task, prior)
         out["plain"][name] = summary(plain)
-        out["careful"][name] = summary(behaviour(local, task, plain.prior, careful=True))
+        out["instructed"][name] = summary(behaviour(local, task, plain.prior, instructed=True))
         return plain
 
     def look(name: str, task: PriorTask, prior: dict[str, float], responses: Sequence[str]) -> list[float]:
@@ -99,7 +99,7 @@ def summary(found: Behaviour) -> dict[str, Any]:
     """What the report needs of answers: ``rows`` of prior, mark, answer and size, and means over the questions."""
     return {"rows": [[found.prior[i.answer], mark, i.answer, i.size]
                      for i, mark in zip(found.task.instances, found.correct.tolist(), strict=True)],
-            "accuracy": found.accuracy, "pull": found.pull, "surprisal": found.surprisal.mean(),
+            "accuracy": found.accuracy, "prior gap": found.prior_gap, "surprisal": found.surprisal.mean(),
             "answers": len(found.task.answers)}
 
 
@@ -116,13 +116,10 @@ def control(scale: Scale) -> dict[str, bool]:
             "wrong without copying": abs(down.accuracy[0] - 1 / len(task.answers)) < 1e-9}
 
 
-# ------------------------------------------------------------------------------------------------------- the report
-
 def pooled(results: Results, kind: str, name: str, equal_size: bool = False) -> Slope:
     """The slope over the questions of all seeds; an answer that several seeds ask for is one answer."""
-    rows = [row for seed in results.values(kind, name, "rows") for row in seed]
-    prior, marks, answers, size = zip(*rows, strict=True)
-    return slope(prior, marks, answers, size if equal_size else None)
+    prior, correct, answers, size = zip(*results.joined(kind, name, "rows"), strict=True)
+    return slope(prior, correct, answers, size if equal_size else None)
 
 
 def gain(results: Results, kind: str, name: str) -> list[float]:
@@ -140,160 +137,113 @@ def peaks(curves: Sequence[Sequence[float]]) -> list[float]:
     return [float(rows[n, np.delete(rows, n, 0).mean(0).argmax()]) for n in range(len(rows))]
 
 
-def facts(results: Results) -> dict[str, Any]:
-    """Model, tuning and questions."""
-    plain = results.rows[0]["plain"]
-    return {"model": "SmolLM2-135M-Instruct, float32", "layers tuned": LOCATED, "epochs": EPOCHS, "learning rate": LR,
-            "questions for each seed": ", ".join(f"{n} {len(f['rows'])} of {f['answers']} answers"
-                                                 for n, f in plain.items())}
-
-
 def show(report: Report, results: Results) -> None:
     """Accuracy over the prior, the logit lens, layers turned down, and tuning."""
-    table = report.table("Accuracy and slope on the prior", [
-        "task", "prompt", "accuracy", "low", "high", "slope", "low", "high", "slope at equal size", "low", "high",
-        "pull"],
-        note="accuracy: mean over seeds, 95 % bootstrap over seeds; slope: logistic, per nat of log prior a token, "
-             "over the questions of all seeds, 95 % bootstrap over answers; pull: log prior of wrong answers given "
-             "less that of the right ones")
+    report.facts |= {
+        "model": "SmolLM2-135M-Instruct, float32", "layers tuned": LOCATED, "epochs": EPOCHS, "learning rate": LR,
+        "questions for each seed": ", ".join(f"{name} {len(found['rows'])} of {found['answers']} answers"
+                                             for name, found in results.rows[0]["plain"].items())}
+    prompts = {"plain": "plain", "with the instruction": "instructed"}
+    gaps = {(name, kind): [gap for gap in results.values(kind, name, "prior gap") if gap is not None]
+            for name in TASKS for kind in prompts.values()}
+    add_table(report, "Accuracy and slope on the prior", (
+        {"task": name, "prompt": label, "accuracy": results.interval(kind, name, "accuracy"),
+         "slope": pooled(results, kind, name),
+         "slope at equal size": pooled(results, kind, name, equal_size=True),
+         "prior gap": float(np.mean(gaps[name, kind])) if gaps[name, kind] else None}
+        for name in TASKS for label, kind in prompts.items()),
+        "accuracy: mean over seeds, 95 % bootstrap over seeds; slope: logistic, per nat of log prior a token, over the "
+        "questions of all seeds, 95 % bootstrap over answers; prior gap: log prior of wrong answers given less that of "
+        "the right ones")
     for name in TASKS:
-        for label, kind in (("plain", "plain"), ("with the instruction", "careful")):
-            one, two = pooled(results, kind, name), pooled(results, kind, name, equal_size=True)
-            pulls = [pull for pull in results.values(kind, name, "pull") if pull is not None]
-            table.add(name, label, *results.interval(kind, name, "accuracy"), *one, *two,
-                      float(np.mean(pulls)) if pulls else None)
-        asked = {kind: [row for seed in results.values(kind, name, "rows") for row in seed]
-                 for kind in ("plain", "careful")}
-        groups = bins([row[0] for row in asked["plain"]], [[row[1] for row in rows] for rows in asked.values()], BINS)
-        xs = [x for x, _, _ in groups]
+        plain, instructed = (results.joined(kind, name, "rows") for kind in prompts.values())
+        groups = bins([row[0] for row in plain], [[row[1] for row in rows] for rows in (plain, instructed)], BINS)
         report.figure(f"{name}: accuracy over the prior", x_label="log prior of the right answer, nats per token",
-                      y_label="accuracy", series=[Series("plain prompt", xs, [m[0] for _, _, m in groups]),
-                                                  Series("with the instruction", xs, [m[1] for _, _, m in groups])])
-        report.table(f"{name}: gain of the instruction by prior",
-                     ["log prior", "questions", "plain", "instruction", "gain"],
-                     [[x, n, *m, m[1] - m[0]] for x, n, m in groups])
-    count = len(results.rows[0]["layers"]["acronym"]["correlation"])
-    xs = [float(n) for n in range(count)]
-    lines = []
+                      y_label="accuracy", series=[
+                          curve(label, [x for x, _, _ in groups], [means[k] for _, _, means in groups])
+                          for k, label in enumerate(("plain prompt", "with the instruction"))])
+        add_table(report, f"{name}: gain of the instruction by prior", (
+            {"log prior": x, "questions": n, "plain": without, "instruction": given, "gain": given - without}
+            for x, n, (without, given) in groups))
+    first, layers = results.rows[0], range(len(results.rows[0]["layers"]["acronym"]["correlation"]))
     for name in TASKS:
-        rows = [results.interval("layers", name, "correlation", n) for n in range(count)]
-        lines.append(Series(name, xs, [r.value for r in rows], [r.low for r in rows], [r.high for r in rows],
-                            style="line"))
         report.figure(f"{name}: logit lens", x_label="layer", y_label="log-likelihood, nats per token", series=[
-            Series(label, xs, np.mean(results.values("layers", name, label), 0).tolist(), style="line")
+            curve(label, layers, np.mean(results.values("layers", name, label), 0), "line")
             for label in ("right answer", "favoured wrong answer")])
     report.figure("Correlation of the logit lens with the prior", x_label="layer", y_label="correlation over questions",
-                  series=lines, note="right answers; mean over seeds, 95 % bootstrap")
-    report.table("Located layers", ["seed", "task", "located", "control"],
-                 [[seed, name, ", ".join(map(str, row["located"][name])),
-                   ", ".join(map(str, row["control"][name])) if name in row["tuned_control"] else None]
-                  for seed, row in zip(results.seeds, results.rows, strict=True) for name in TUNED])
-    _turned_down(report, results.rows[0], count)
-    table = report.table("Tuning four layers, answers never trained on", [
-        "task", "layers", "accuracy", "low", "high", "slope", "low", "high", "surprisal"],
-        note="accuracy: mean over seeds, 95 % bootstrap over seeds; slope over the questions of all seeds, 95 % "
-             "bootstrap over answers; the prior is that of the model before tuning; surprisal: mean negative "
-             "log-probability of the right answer among the answers, nats")
-    for name in TUNED:
-        for label, kind in (("none", "plain"), ("located", "tuned"), ("control", "tuned_control")):
-            if name in results.rows[0][kind]:
-                found = pooled(results, kind, name)
-                table.add(name, label, *results.interval(kind, name, "accuracy"), *found,
-                          results.interval(kind, name, "surprisal").value)
-
-
-def _turned_down(report: Report, first: dict[str, Any], count: int) -> None:
-    found = {title: {int(n): value for n, value in values.items()} for title, values in first["scaled"].items()}
-    xs = [float(n) for n in range(count)]
-    for title, values in found.items():
+                  series=[curve(name, layers, [results.interval("layers", name, "correlation", n) for n in layers],
+                                "line") for name in TASKS], note="right answers; mean over seeds, 95 % bootstrap")
+    add_table(report, "Located layers", (
+        {"seed": seed, "task": name, "located": ", ".join(map(str, row["located"][name])),
+         "control": ", ".join(map(str, row["control"][name])) if name in row["tuned_control"] else None}
+        for seed, row in zip(results.seeds, results.rows, strict=True) for name in TUNED))
+    scaled = {title: {int(n): value for n, value in values.items()} for title, values in first["scaled"].items()}
+    for title, values in scaled.items():
         report.figure(f"acronym: {title} with one layer turned down", x_label="layer", y_label=title, series=[
-            Series(f"contribution times {ALPHA:g}", xs, [values[n] for n in range(count)], style="line"),
-            Series("as it is", [0.0, xs[-1]], [values[-1], values[-1]], style="line")], note="seed 0")
+            curve(f"contribution times {ALPHA:g}", layers, [values[n] for n in layers], "line"),
+            curve("as it is", [0, layers[-1]], [values[-1]] * 2, "line")], note="seed 0")
     located = first["located"]["acronym"]
     report.table("acronym: layers turned down", ["layers", "correlation", "accuracy"],
-                 [[label, *(float(np.mean([values[n] for n in chosen])) for values in found.values())]
+                 [[label, *(float(np.mean([values[n] for n in chosen])) for values in scaled.values())]
                   for label, chosen in (("none", [-1]), ("one of the located", located),
-                                        ("one of the others", [n for n in range(count) if n not in located]))],
+                                        ("one of the others", [n for n in layers if n not in located]))],
                  note=f"contribution times {ALPHA:g}, one layer at a time, means; accuracy against the 5 wrong answers "
                       "with the highest prior; seed 0")
+    add_table(report, "Tuning four layers, answers never trained on", (
+        {"task": name, "layers": label, "accuracy": results.interval(kind, name, "accuracy"),
+         "slope": pooled(results, kind, name), "surprisal": results.mean(kind, name, "surprisal")}
+        for name in TUNED for label, kind in (("none", "plain"), ("located", "tuned"), ("control", "tuned_control"))
+        if name in first[kind]),
+        "accuracy: mean over seeds, 95 % bootstrap over seeds; slope over the questions of all seeds, 95 % bootstrap "
+        "over answers; the prior is that of the model before tuning; surprisal: mean negative log-probability of the "
+        "right answer among the answers, nats")
 
 
-# ------------------------------------------------------------------------------------------------------- the claims
-
-def _full(results: Results, holds: bool | None, measured: str) -> Decision:
-    return None if results.quick else holds, f"{measured}; {len(results.seeds)} seeds"
-
-
-def _signed(interval: Interval) -> str:
-    return f"{interval:+.1%}"
-
-
-def _control_found(results: Results) -> Decision:
-    return None if results.quick else all(results.once.values()), ", ".join(f"{k}: {v}" for k, v in
-                                                                            results.once.items())
-
-
-def _dominated(results: Results) -> Decision:
+def claims(results: Results) -> Iterator[Claim]:
+    """The claims of the paper and of this project."""
+    claim, several = functools.partial(results.claim, count="seeds"), len(results.seeds) > 1
+    yield results.claim("On a model with a planted prior and a copying circuit the probe finds both", RULE, "-",
+                        "prior within 1e-4 nats; located layer the planted one; all right without it, one in 16 "
+                        "without copying", all(results.once.values()),
+                        ", ".join(f"{k}: {v}" for k, v in results.once.items()))
     slopes = {name: pooled(results, "plain", name) for name in ("counting", "acronym")}
-    return _full(results, any(s.positive for s in slopes.values()),
-                 "slope " + ", ".join(f"{name} {found}" for name, found in slopes.items()))
-
-
-def _instructed(results: Results) -> Decision:
-    gains = {name: bootstrap(gain(results, "careful", name)) for name in ("counting", "acronym")}
+    yield claim("On some tasks the model is right more often where the right answer is likely beforehand",
+                f"paper, abstract; {RULE}", "prior-dominated tasks exist [abstract]",
+                "95 % interval of the slope above 0 on counting or acronyms", any(s.positive for s in slopes.values()),
+                "slope " + ", ".join(f"{name} {found:+.3f}" for name, found in slopes.items()))
+    gains = {name: bootstrap(gain(results, "instructed", name)) for name in ("counting", "acronym")}
     better = any(g.value >= PROMPT_LIMIT and g.low > 0 for g in gains.values())
-    return _full(results, True if better else None, ", ".join(f"{name} {_signed(g)}" for name, g in gains.items()))
-
-
-def _correlates(results: Results) -> Decision:
+    yield claim("Telling the model not to rely on prior knowledge gives dramatic improvements", "paper, abstract",
+                "dramatic improvements on prior-dominated tasks [abstract]",
+                "10 points or more with the interval above 0, on counting or acronyms; else not shown at this scale, "
+                "as a model of 135M parameters may not follow the instruction", better or None,
+                ", ".join(f"{name} {g:+.1%}" for name, g in gains.items()))
     found = bootstrap(peaks(results.values("layers", "acronym", "correlation")))
-    return _full(results, found.low > 0 if len(results.seeds) > 1 else None,
-                 f"correlation {found:.2f} at the layer that the other seeds point to")
-
-
-def _tuned(results: Results) -> Decision:
-    found = bootstrap(gain(results, "tuned", "acronym"))
-    return _full(results, found.value >= GAIN_LIMIT,
-                 f"acronyms {_signed(found)}, to {results.interval('tuned', 'acronym', 'accuracy'):.1%}")
-
-
-def _no_slope(results: Results) -> Decision:
+    yield claim("There are layers whose activity correlates with the prior of the response", "paper, abstract",
+                "such layers exist [abstract]", "acronyms: interval over seeds above 0 at the layer with the highest "
+                "mean correlation over other seeds", found.low > 0 if several else None,
+                f"correlation {found:.2f} at the layer that the other seeds point to")
+    ours = gain(results, "tuned", "acronym")
+    up = bootstrap(ours)
+    yield claim("Tuning the located layers reaches high held-out accuracy", f"paper, abstract; {RULE}",
+                "high accuracy on answers not trained on [abstract]",
+                "held-out accuracy up by 20 points or more, mean over seeds", up.value >= GAIN_LIMIT,
+                f"acronyms {up:+.1%}, to {results.interval('tuned', 'acronym', 'accuracy'):.1%}")
     after = pooled(results, "tuned", "acronym")
-    return _full(results, after.covers_zero, f"slope {after}, before {pooled(results, 'plain', 'acronym')}")
+    yield claim("After tuning, errors are no longer correlated with the prior", "paper, abstract",
+                "no longer correlated with the prior [abstract]", "95 % interval of the slope has 0 in it",
+                after.covers_zero, f"slope {after:+.3f}, before {slopes['acronym']:+.3f}")
+    for statement, source, paper, kind, name, what in (
+            ("Tuning the located layers does more than tuning as many others", RULE, "-", "tuned_control", "acronym",
+             "control layers"),
+            ("Tuning helps far more on tasks dominated by the prior", "paper, abstract", "far more [abstract]", "tuned",
+             "middle word", "looking up the middle word")):
+        theirs = gain(results, kind, name)
+        gap = bootstrap([a - b for a, b in zip(ours, theirs, strict=True)])
+        yield claim(statement, source, paper, "interval over seeds of the difference in gains above 0",
+                    gap.low > 0 if several else None,
+                    f"acronyms {up:+.1%}, {what} {bootstrap(theirs):+.1%}, difference {gap:+.1%}")
 
 
-def _more_than(kind: str, name: str, what: str, results: Results) -> Decision:
-    ours, theirs = gain(results, "tuned", "acronym"), gain(results, kind, name)
-    gap = bootstrap([a - b for a, b in zip(ours, theirs, strict=True)])
-    return _full(results, gap.low > 0 if len(results.seeds) > 1 else None,
-                 f"acronyms {_signed(bootstrap(ours))}, {what} {_signed(bootstrap(theirs))}, difference {_signed(gap)}")
-
-
-GAP = "interval over seeds of the difference in gains above 0"
-CLAIMS = [
-    StudyClaim("On a model with a planted prior and a copying circuit the probe finds both", RULE, "-",
-               "prior within 1e-4 nats; located layer the planted one; all right without it, one in 16 without copying",
-               _control_found),
-    StudyClaim("On some tasks the model is right more often where the right answer is likely beforehand",
-               f"paper, abstract; {RULE}", "prior-dominated tasks exist [abstract]",
-               "95 % interval of the slope above 0 on counting or acronyms", _dominated),
-    StudyClaim("Telling the model not to rely on prior knowledge gives dramatic improvements", "paper, abstract",
-               "dramatic improvements on prior-dominated tasks [abstract]",
-               "10 points or more with the interval above 0, on counting or acronyms; else not shown at this scale, as "
-               "a model of 135M parameters may not follow the instruction", _instructed),
-    StudyClaim("There are layers whose activity correlates with the prior of the response", "paper, abstract",
-               "such layers exist [abstract]",
-               "acronyms: interval over seeds above 0 at the layer with the highest mean correlation over other seeds",
-               _correlates),
-    StudyClaim("Tuning the located layers reaches high held-out accuracy", f"paper, abstract; {RULE}",
-               "high accuracy on answers not trained on [abstract]",
-               "held-out accuracy up by 20 points or more, mean over seeds", _tuned),
-    StudyClaim("After tuning, errors are no longer correlated with the prior", "paper, abstract",
-               "no longer correlated with the prior [abstract]", "95 % interval of the slope has 0 in it", _no_slope),
-    StudyClaim("Tuning the located layers does more than tuning as many others", RULE, "-", GAP,
-               functools.partial(_more_than, "tuned_control", "acronym", "control layers")),
-    StudyClaim("Tuning helps far more on tasks dominated by the prior", "paper, abstract", "far more [abstract]", GAP,
-               functools.partial(_more_than, "tuned", "middle word", "looking up the middle word"))]
-
-study = Study("Influence of the prior on SmolLM2-135M-Instruct", measure, CLAIMS, show, once=control, full=Scale(),
-              quick=Scale(questions=64, answers=32, counting=20, observed=24, scaled=4), facts=facts, quick_seeds=1)
+study = Study("Influence of the prior on SmolLM2-135M-Instruct", measure, claims, show, once=control, full=Scale(),
+              quick=Scale(questions=64, answers=32, counting=20, observed=24, scaled=4), quick_seeds=1)

@@ -16,7 +16,7 @@ from looseleaf.errors import did_you_mean
 
 T = TypeVar("T")
 
-CAREFUL = ("The right answer may be an unlikely one. Do not rely on how common an answer is or on what you expect: "
+INSTRUCTION = ("The right answer may be an unlikely one. Do not rely on how common an answer is or on what you expect: "
            "work it out from the input alone.\n\n")
 """The prompting intervention: what stands before the prompt."""
 
@@ -51,7 +51,7 @@ class PriorTask:
         demonstrations: solved questions that come first.
         end: what closes an answer and is scored with it. Needed where an answer is the beginning of another one
             ("1" and "12"), which would otherwise count the other's probability as its own.
-        careful: the instruction of the prompting intervention.
+        instruction: what the prompting intervention puts in front.
 
     Raises:
         ValueError: no questions, fewer than two answers, an answer that occurs twice, a right answer that is not in
@@ -64,7 +64,7 @@ class PriorTask:
     template: str = "{input} ->"
     demonstrations: tuple[Instance, ...] = ()
     end: str = ""
-    careful: str = CAREFUL
+    instruction: str = INSTRUCTION
 
     def __post_init__(self) -> None:
         if self.template.count("{input}") != 1:
@@ -85,15 +85,15 @@ class PriorTask:
                                  f"{len(known)}, got {instance.answer!r}: add it."
                                  f"{did_you_mean(instance.answer, known)}")
 
-    def prompt(self, instance: Instance, careful: bool = False) -> str:
-        """What the model is shown; ``careful``: with the instruction in front."""
-        return self._head(careful) + self.template.replace("{input}", instance.text)
+    def prompt(self, instance: Instance, instructed: bool = False) -> str:
+        """What the model is shown; ``instructed``: with the instruction in front."""
+        return self._head(instructed) + self.template.replace("{input}", instance.text)
 
-    def uninformative(self, careful: bool = False) -> str:
+    def uninformative(self, instructed: bool = False) -> str:
         """The prompt with the question taken out: what it gives an answer is that answer's prior."""
         before, after = self.template.split("{input}")
         # the space that stood between the question and what follows goes with the question
-        return self._head(careful) + (before.rstrip(" ") + after if before else after.lstrip(" "))
+        return self._head(instructed) + (before.rstrip(" ") + after if before else after.lstrip(" "))
 
     def continuation(self, answer: str) -> str:
         """An answer as it is scored."""
@@ -104,8 +104,8 @@ class PriorTask:
         text = self.template.replace("{input}", instance.text) + self.continuation(instance.answer)
         return text if text.endswith("\n") else text + "\n"
 
-    def _head(self, careful: bool) -> str:
-        return (self.careful if careful else "") + "".join(self.line(d) for d in self.demonstrations)
+    def _head(self, instructed: bool) -> str:
+        return (self.instruction if instructed else "") + "".join(self.line(d) for d in self.demonstrations)
 
     def part(self, instances: Sequence[Instance], answers: Sequence[str] | None = None) -> PriorTask:
         """The same task with other questions, and perhaps other answers."""

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from looseleaf import progress as progress_
 from looseleaf.files import load_tensors, save_tensors
-from looseleaf.modes import evaluating, frozen
+from looseleaf.modes import evaluating, frozen, with_gradients
 from looseleaf_prior_distribution.tasks import PriorTask
 from looseleaf_text import LocalModel, decoder_layers
 
@@ -121,7 +121,7 @@ def mitigate(model: nn.Module, tokenizer: Any, task: PriorTask, layers: Sequence
     texts = [_packs(local, task, pack, rng) for _ in range(epochs)]
     total = sum(map(len, texts))
     losses: list[float] = []
-    with _only(model, tuned), progress_.bar("tuning", total, progress) as moving:
+    with with_gradients(), _only(model, tuned), progress_.bar("tuning", total, progress) as moving:
         before = [p.detach().clone() for p in tuned]
         try:
             optimiser = torch.optim.AdamW(tuned, lr=lr, weight_decay=0.0)
