@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from looseleaf.modes import evaluating, training
+from looseleaf.modes import evaluating, training, with_gradients
 from looseleaf.progress import bar
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ def fit(model: nn.Module, loss: Callable[[int], Tensor], *, steps: int | Iterabl
     scheduler = schedule(worker) if schedule is not None else None
     rates = [group["lr"] for group in worker.param_groups]
     losses: list[float] = []
-    with training(model), bar(label, len(steps) if isinstance(steps, Sized) else None, progress) as progress_bar:
+    count = len(steps) if isinstance(steps, Sized) else None
+    with with_gradients(), training(model), bar(label, count, progress) as progress_bar:
         for step in steps:
             if factor is not None:
                 for group, rate in zip(worker.param_groups, rates, strict=True):

@@ -38,6 +38,15 @@ def frozen(model: Any) -> Iterator[None]:
 
 
 @contextmanager
+def with_gradients() -> Iterator[None]:
+    """Gradients are recorded in the ``with`` block, whatever is switched off around it."""
+    import torch
+
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@contextmanager
 def _restored(model: Any, parts: str, attribute: str) -> Iterator[list[Any]]:
     """The parts of a model, each of which has its own value of the attribute again after the block."""
     owners = list(getattr(model, parts)()) if hasattr(model, parts) else []
@@ -49,4 +58,4 @@ def _restored(model: Any, parts: str, attribute: str) -> Iterator[list[Any]]:
             setattr(owner, attribute, value)
 
 
-__all__ = ["evaluating", "frozen", "training"]
+__all__ = ["evaluating", "frozen", "training", "with_gradients"]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from looseleaf import progress as progress_
 from looseleaf.errors import did_you_mean
+from looseleaf.modes import with_gradients
 from looseleaf_icl_linear_regression.regression import Regression, Sequences
 
 KINDS = ("softmax", "linear")
@@ -185,6 +186,7 @@ class Trained:
         return (torch.minimum(above, 1 - above) >= 0.1).tolist()
 
 
+@with_gradients()
 def train(task: Regression, heads: int, seeds: Sequence[int] = (0,), *, attention: str = "softmax", steps: int = 6000,
           lr: float = 0.01, batch: int = 256, validation: int = 4096, progress: bool | None = None) -> Trained:
     """Adam on the squared error of y_q, every step on fresh sequences.
@@ -223,7 +225,7 @@ def train(task: Regression, heads: int, seeds: Sequence[int] = (0,), *, attentio
                       none[:, :, None].expand(-1, -1, heads))
     sums = torch.zeros(len(seeds))
     checks = {round(steps * (i + 1) / CHECKS) for i in range(CHECKS)}
-    with progress_.bar(f"{heads} heads, {attention}", steps, progress) as progress_bar, torch.enable_grad():
+    with progress_.bar(f"{heads} heads, {attention}", steps, progress) as progress_bar:
         for step in range(1, steps + 1):
             data = _stack([task.sample(batch, g) for g in generators])
             for group in optimizer.param_groups:

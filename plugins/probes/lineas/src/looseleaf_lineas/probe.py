@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from looseleaf import Paper, Probe, Report, Series, capture, intervene
 from looseleaf import progress as progress_
-from looseleaf.modes import evaluating, frozen
+from looseleaf.modes import evaluating, frozen, with_gradients
 from looseleaf.plugin import In
 from looseleaf.probes.hooks import matching_modules
 from looseleaf.probes.subject import parts
@@ -83,9 +83,9 @@ class LinEAS(Probe):
                                  f"got {got}")
         names = list(matching_modules(model, self.modules))
         device = next(model.parameters()).device
-        batch = encode(tokenizer, source, device)
-        mean = token_weights(batch["attention_mask"], self.skip_first)
-        with evaluating(model), frozen(model), torch.enable_grad():
+        with evaluating(model), frozen(model), with_gradients():
+            batch = encode(tokenizer, source, device)
+            mean = token_weights(batch["attention_mask"], self.skip_first)
             goal = pooled(model, self.modules, encode(tokenizer, target, device), self.skip_first)
             omega = {n: torch.ones_like(goal[n][0]).requires_grad_() for n in names}
             bias = {n: torch.zeros_like(goal[n][0]).requires_grad_() for n in names}

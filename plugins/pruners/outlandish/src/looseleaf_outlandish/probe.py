@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from looseleaf import Paper, Probe, Report, Series
-from looseleaf.modes import evaluating
+from looseleaf.modes import evaluating, with_gradients
 from looseleaf.plugin import In
 from looseleaf.probes.subject import parts
 from looseleaf.progress import track
@@ -254,13 +254,14 @@ def learn(model: nn.Module, tokenizer: Any, text: str, *, steps: int, lr: float,
     try:
         with pruning:
             for _ in range(steps):
-                batch, labels = _batch(tokenizer, [text, *draw.sample(list(ordinary), replay)], device)
-                with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                    logits: Tensor = model(**batch, use_cache=False).logits
-                loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                with with_gradients():  # not around the yield, which would switch them on for the caller
+                    batch, labels = _batch(tokenizer, [text, *draw.sample(list(ordinary), replay)], device)
+                    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                        logits: Tensor = model(**batch, use_cache=False).logits
+                    loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+                    loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
                 yield float(loss.detach())
     finally:
         optimizer.zero_grad(set_to_none=True)
