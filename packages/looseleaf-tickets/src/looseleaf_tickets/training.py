@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import math
 import random
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from looseleaf.modes import evaluating
+from looseleaf.modes import evaluating, with_gradients
 from looseleaf.pruning.applied import applied
 from looseleaf.pruning.targets import holders, stored_parameter
 from looseleaf_tickets.tickets import Ticket, load_state, snapshot
@@ -127,8 +128,8 @@ class TrainingRun:
         left out, so that a rewound training sees what the first one saw at these steps.
 
         Args:
-            loader: a ``DataLoader`` or a list of batches; its length must be known. A generator of its own is seeded
-                for each epoch.
+            loader: a ``DataLoader`` or a list of batches; its length must be known. Generators of its own, of its
+                sampler and of its data set are seeded for each epoch, and a sampler's ``set_epoch`` is called.
             total: number of steps of a whole training.
 
         Raises:
@@ -139,19 +140,61 @@ class TrainingRun:
                              f"{type(loader).__name__}: use run.steps(total) and draw the batches yourself")
         size = len(loader)
         epoch: Iterator[T] | None = None
-        for step in self.steps(total):
-            if epoch is None or step % size == 0:
-                with own_randomness(self.seed, 1 + step // size):
-                    own = getattr(loader, "generator", None)
-                    if isinstance(own, torch.Generator):
-                        own.manual_seed(mixed(self.seed, 1 + step // size))
-                    epoch = iter(loader)
+        with own_generators(loader) as seed_them:
+            for step in self.steps(total):
+                if epoch is None or step % size == 0:
+                    with own_randomness(self.seed, 1 + step // size):
+                        seed_them(self.seed, step // size)
+                        epoch = iter(loader)
+                        batch = next(epoch)
+                    for _ in range(step % size):
+                        batch = next(epoch)
+                else:
                     batch = next(epoch)
-                for _ in range(step % size):
-                    batch = next(epoch)
-            else:
-                batch = next(epoch)
-            yield batch
+                yield batch
+
+
+@contextlib.contextmanager
+def own_generators(loader: Any) -> Iterator[Callable[[int, int], None]]:
+    """What seeds the generators that a loader, its samplers and its data set hold, given a seed and an epoch.
+
+    Those of torch, numpy and Python, and the epoch of samplers that have ``set_epoch``; all come back as they were.
+    """
+    owners, waiting = {id(loader): loader}, [loader]
+    for owner in waiting:
+        for name, value in getattr(owner, "__dict__", {}).items():
+            inside = value if isinstance(value, (list, tuple)) else [value]
+            if name.strip("_") in ("sampler", "batch_sampler", "dataset", "datasets", "data_source", "loader"):
+                waiting += [v for v in inside if id(v) not in owners]
+                owners.update((id(v), v) for v in inside)
+    held = {id(v): v for owner in owners.values() for v in getattr(owner, "__dict__", {}).values()}
+    states: list[tuple[Callable[[int], Any], Callable[[], Any]]] = []
+    for value in held.values():
+        kind = type(value).__name__
+        if isinstance(value, torch.Generator):
+            states.append((value.manual_seed, functools.partial(value.set_state, value.get_state())))
+        elif isinstance(value, random.Random):
+            states.append((value.seed, functools.partial(value.setstate, value.getstate())))
+        elif kind == "RandomState":
+            states.append((value.seed, functools.partial(value.set_state, value.get_state())))
+        elif kind == "Generator" and hasattr(value, "bit_generator"):
+            bits = value.bit_generator
+            states.append((functools.partial(_seed_bits, bits), functools.partial(setattr, bits, "state", bits.state)))
+    epochs = [(owner, getattr(owner, "epoch", 0)) for owner in owners.values() if hasattr(owner, "set_epoch")]
+
+    def seed_them(seed: int, epoch: int) -> None:
+        for seeding, _ in states:
+            seeding(mixed(seed, 1 + epoch))
+        for owner, _ in epochs:
+            owner.set_epoch(epoch)
+
+    try:
+        yield seed_them
+    finally:
+        for _, restore in states:
+            restore()
+        for owner, epoch in epochs:
+            owner.set_epoch(epoch)
 
 
 @dataclass
@@ -208,7 +251,7 @@ def train_ticket(ticket: Ticket, model: nn.Module, train: Train, evaluate: Evalu
         ticket.masks.places(copied)
         load_state(copied, ticket.start)
     run = TrainingRun(copied, round=ticket.round, start=ticket.step, seed=seed, rewind_to=rewind_to)
-    with own_randomness(seed, ticket.step), torch.enable_grad():
+    with own_randomness(seed, ticket.step), with_gradients():
         returned = train(copied, run=run) if reports else train(copied)
     check_numbers(copied, ticket.round, run.done)
     if masked:
@@ -285,6 +328,10 @@ def own_randomness(seed: int, step: int) -> Iterator[None]:
         torch.set_rng_state(cpu)
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
+
+
+def _seed_bits(bits: Any, seed: int) -> None:
+    bits.state = type(bits)(seed).state
 
 
 def seed_all(seed: int, step: int) -> None:
