@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import email.utils
+import math
 import os
+import re
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,8 +21,19 @@ if TYPE_CHECKING:
     import numpy as np
 
 Scoring = Literal["auto", "echo", "top", "generate"]
+ALTERNATIVES = (20, 5, 2)
+"""Likeliest tokens to ask for; the next smaller number where a server refuses one."""
+LONGEST_PAUSE = 600.0
+"""Seconds a server may ask us to wait; beyond that it is an error."""
 MISSING = -30.0
 """Log-probability of a continuation that the server did not generate (``scoring="generate"``)."""
+
+UNKNOWN = "\ufffd"
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
+# How byte-level vocabularies write bytes (GPT-2): printable ones as themselves, the others by characters after 255.
+_BYTES = {chr(b): b for b in _PRINTED} | {
+    chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in _PRINTED)}
 
 _NO_LOG_PROBS = (
     "the server {url} returns no log-probabilities, which scoring needs. Use a server that gives those of the prompt "
@@ -42,7 +57,7 @@ class EndpointModel(LanguageModel):
         log-probabilities of the prompt itself: exact, labels of any length, one request per continuation.
     ``"top"``
         the likeliest next tokens: one request per prefix; for continuations told apart by their first token. One
-        that is not among them gets the least value listed, which is the most it can be.
+        that is not among them gets the least value listed, which is the most it can be; where none is, it is an error.
     ``"generate"``
         never chosen by itself: what is generated gets 0, any other continuation -30. For accuracy only.
 
@@ -87,6 +102,7 @@ class EndpointModel(LanguageModel):
         self._lock = threading.Lock()
         self._kept: dict[Any, Any] = {}
         self._tokenless = False
+        self._alternatives = ALTERNATIVES[0]
         self._tokenizing: tuple[str, str, dict[str, Any]] | None = None
 
     def close(self) -> None:
@@ -120,7 +136,12 @@ class EndpointModel(LanguageModel):
             else:
                 if response.status_code == 429 or response.status_code >= 500:
                     last = f"status {response.status_code}: {_server_message(response)}"
-                    asked_pause = _seconds(response.headers.get("retry-after"))
+                    asked_pause = _seconds(response.headers.get("retry-after"), response.headers.get("date"))
+                    if asked_pause is not None and asked_pause > LONGEST_PAUSE:
+                        raise EndpointError(f"{url}: {last}; it asks to wait {asked_pause:.0f} s: try again then")
+                elif 300 <= response.status_code < 400:
+                    raise EndpointError(f"{url}: status {response.status_code}, moved to "
+                                        f"{response.headers.get('location')!r}: give that as base_url")
                 elif response.status_code >= 400:
                     raise self._refused(url, response)
                 else:
@@ -132,7 +153,7 @@ class EndpointModel(LanguageModel):
                     if not isinstance(answer, dict):
                         raise EndpointError(f"{url} answered {answer!r:.200}, expected an object")
                     return answer
-            if attempt < self.retries and stop.wait(pause if asked_pause is None else min(asked_pause, 60.0)):
+            if attempt < self.retries and stop.wait(pause if asked_pause is None else asked_pause):
                 break
             pause *= 2
         raise EndpointError(f"{url} failed {attempt + 1} times, last: {last}. Is the server running, and is timeout="
@@ -220,20 +241,32 @@ class EndpointModel(LanguageModel):
 
     def _find_scoring(self, prefix: str, continuation: str) -> Scoring:
         stop = threading.Event()
-        if self.api == "completions":
+        refusals: list[str] = []
+
+        def works(ask: Callable[[str, str], Any]) -> bool:
             try:
-                if self._echo((prefix, continuation), stop) is not None:
-                    return "echo"
+                return ask(prefix, continuation) is not None
             except EndpointError as error:
                 if getattr(error, "status", None) not in (400, 422):
                     raise
-        try:
-            if self._top(prefix, stop) is not None:
-                return "top"
-        except EndpointError as error:
-            if getattr(error, "status", None) not in (400, 422):
-                raise
-        raise EndpointError(_NO_LOG_PROBS.format(url=self.base_url))
+                refused = error
+            try:  # what is wrong may be this prompt (too long, say), not the question
+                able = ask("a", " b") is not None
+            except EndpointError as error:
+                if getattr(error, "status", None) not in (400, 422):
+                    raise
+                refusals.append(str(error))
+                return False
+            if able:
+                raise refused
+            return False
+
+        if self.api == "completions" and works(lambda p, c: self._echo((p, c), stop)):
+            return "echo"
+        if works(lambda p, _: self._top(p, stop)):
+            return "top"
+        raise EndpointError(_NO_LOG_PROBS.format(url=self.base_url) + (f". It refused to: {refusals[-1]}" if refusals
+                                                                       else ""))
 
     def _score_echo(self, prefixes: list[str], continuations: list[list[str]]) -> list[list[float]]:
         jobs = [(p, c) for p, row in zip(prefixes, continuations, strict=True) for c in row]
@@ -257,13 +290,23 @@ class EndpointModel(LanguageModel):
         # One token is generated and left out again: some servers read max_tokens=0 as "no limit".
         answer = self._post("completions", {"model": self.model, "prompt": prefix + continuation, "max_tokens": 1,
                                             "temperature": 0.0, "echo": True, "logprobs": 1}, stop)
-        choice = _choice(answer)
-        log_probs = choice.get("logprobs") or {}
-        value = span_log_prob(log_probs.get("tokens") or [], log_probs.get("token_logprobs") or [],
-                              prefix, continuation)
+        log_probs = _choice(answer).get("logprobs") or {}
+        tokens, values = log_probs.get("tokens") or [], log_probs.get("token_logprobs") or []
+        value = span_log_prob(tokens, values, prefix, continuation)
         if value is None:
-            return None
-        return value, int((answer.get("usage") or {}).get("prompt_tokens") or _guess(prefix + continuation))
+            if align("".join(tokens), prefix + continuation) is None:  # it does not echo
+                return None
+            raise EndpointError(f"the server {self.base_url} echoes {prefix + continuation!r:.100} without the "
+                                f"log-probabilities of {continuation!r}: expected {len(tokens)} numbers, "
+                                f"got {len(values)}, {sum(v is None for v in values)} of them null")
+        used = (answer.get("usage") or {}).get("prompt_tokens") or _guess(prefix + continuation)
+        return self._finite(value, prefix), int(used)
+
+    def _finite(self, value: float, prefix: str) -> float:
+        if not math.isfinite(value):
+            raise EndpointError(f"the server {self.base_url} gives {value} as a log-probability after {prefix!r:.100}: "
+                                f"a weight of {self.model} is NaN or infinite, or its dtype overflows there")
+        return value
 
     def _score_top(self, prefixes: list[str], continuations: list[list[str]]) -> list[list[float]]:
         def one(prefix: str, stop: threading.Event) -> tuple[dict[str, float], int]:
@@ -273,34 +316,51 @@ class EndpointModel(LanguageModel):
             return listed
 
         out = []
-        for (table, tokens), row in zip(self._all("top", prefixes, one), continuations, strict=True):
+        # Spaces at the end of a prefix are part of the next token.
+        bare = [p.rstrip(" ") for p in prefixes]
+        moved = [[p[len(b):] + c for c in row] for p, b, row in zip(prefixes, bare, continuations, strict=True)]
+        for prefix, (table, tokens), row in zip(bare, self._all("top", bare, one), moved, strict=True):
             firsts = [first_token(c, table, strip=self.api == "chat") for c in row]
             named = [f for f in firsts if f is not None]
             if len(set(named)) < len(named):
                 raise EndpointError(f"the continuations {row} begin with the same token, and the server {self.base_url}"
                                     " gives log-probabilities of the next token only: choose labels that begin "
                                     "differently, or a server that gives log-probabilities of the prompt")
-            least = min(table.values())
-            out.append([least if f is None else table[f] for f in firsts])
+            if not named:
+                raise EndpointError(f"none of the continuations {row} begins with one of the {len(table)} likeliest "
+                                    f"tokens {sorted(table, key=lambda t: -table[t])[:8]} after {prefix!r:.100}, and "
+                                    f"the server {self.base_url} lists no more: word the prompt so that one of them is "
+                                    "likely, or use a server that gives log-probabilities of the prompt")
+            least = self._finite(min(table.values()), prefix)
+            if any(table[f] == least for f in named):  # one that is listed comes before one that is not
+                least = math.nextafter(least, -math.inf)
+            out.append([least if f is None else self._finite(table[f], prefix) for f in firsts])
             self._count(1, tokens)
         return out
 
     def _top(self, prefix: str, stop: threading.Event) -> tuple[dict[str, float], int] | None:
-        common = {"model": self.model, "max_tokens": 1, "temperature": 0.0}
-        if self.api == "chat":
-            answer = self._post("chat/completions", {
-                **common, "messages": [{"role": "user", "content": prefix}], "logprobs": True,
-                "top_logprobs": 20}, stop)
-            table = _first_table(_choice(answer).get("logprobs"))
-        else:
-            body = {**common, "prompt": prefix, "logprobs": 20}
+        def ask(count: int) -> dict[str, Any]:
+            common = {"model": self.model, "max_tokens": 1, "temperature": 0.0}
+            if self.api == "chat":
+                return self._post("chat/completions", {**common, "messages": [{"role": "user", "content": prefix}],
+                                                       "logprobs": True, "top_logprobs": count}, stop)
+            return self._post("completions", {**common, "prompt": prefix, "logprobs": count}, stop)
+
+        refused: EndpointError | None = None
+        for count in (n for n in ALTERNATIVES if n <= self._alternatives):
             try:
-                answer = self._post("completions", body, stop)
+                answer = ask(count)
             except EndpointError as error:
                 if getattr(error, "status", None) not in (400, 422):
                     raise
-                answer = self._post("completions", {**body, "logprobs": 5}, stop)  # the protocol's own maximum
-            table = _first_table(_choice(answer).get("logprobs"))
+                refused = refused or error
+                continue
+            self._alternatives = count
+            break
+        else:
+            assert refused is not None
+            raise refused
+        table = _first_table(_choice(answer).get("logprobs"))
         if not table:
             return None
         return table, int((answer.get("usage") or {}).get("prompt_tokens") or _guess(prefix))
@@ -361,7 +421,12 @@ class EndpointModel(LanguageModel):
             raise EndpointError(f"{self.base_url}/embeddings returned {len(data)} vectors for {len(texts)} texts")
         usage = answer.get("usage") or {}
         self._count(len(texts), int(usage.get("prompt_tokens") or sum(map(_guess, texts))))
-        return np.asarray([d["embedding"] for d in data], dtype=np.float32)
+        vectors = np.asarray([d["embedding"] for d in data], dtype=np.float32)
+        for text, vector in zip(texts, vectors, strict=True):
+            if not np.isfinite(vector).all():
+                raise EndpointError(f"{self.base_url}/embeddings gives NaN or infinite numbers for {text!r:.100}: a "
+                                    f"weight of {self.model} is NaN or infinite, or its dtype overflows there")
+        return vectors
 
     # -- tokens ---------------------------------------------------------------------------------------------------
 
@@ -434,11 +499,11 @@ def span_log_prob(tokens: Sequence[str], log_probs: Sequence[float | None], pref
     Returns:
         The sum, or None where the tokens are not those of the text or have no values.
     """
-    start = "".join(tokens).find(prefix + continuation)
-    if start < 0 or len(log_probs) < len(tokens):
+    places = align("".join(tokens), prefix + continuation)
+    if places is None or len(log_probs) < len(tokens):
         return None
     # White space at the end of the prefix is part of the continuation's first token.
-    begin, end = start + len(prefix.rstrip(" ")), start + len(prefix) + len(continuation)
+    begin, end = places[len(prefix.rstrip(" "))], places[-1]
     total, at, any_token = 0.0, 0, False
     for token, value in zip(tokens, log_probs, strict=False):
         if at < end and at + len(token) > begin and token:
@@ -449,20 +514,81 @@ def span_log_prob(tokens: Sequence[str], log_probs: Sequence[float | None], pref
     return total if any_token else None
 
 
+def align(echoed: str, text: str) -> list[int] | None:
+    """Where each character of ``text`` begins in ``echoed``, and where the last ends; None where it is not there.
+
+    A character of several tokens is echoed as one U+FFFD or more, one for each byte at most.
+    """
+    start = echoed.find(text)
+    if start >= 0 or UNKNOWN not in echoed:
+        return None if start < 0 else list(range(start, start + len(text) + 1))
+    most = [len(c.encode("utf-8", "surrogatepass")) if ord(c) > 127 else 0 for c in text]
+    for start in range(len(echoed)):
+        # (characters done, bytes of the next one seen) -> the state before, for each character of the echo
+        steps: list[dict[tuple[int, int], tuple[int, int]]] = [{(0, 0): (0, 0)}]
+        for at in range(start, len(echoed)):
+            after: dict[tuple[int, int], tuple[int, int]] = {}
+            for done, seen in steps[-1]:
+                if done == len(text):
+                    continue
+                if echoed[at] == text[done] and not seen:
+                    after.setdefault((done + 1, 0), (done, seen))
+                elif echoed[at] == UNKNOWN and seen < most[done]:
+                    after.setdefault((done + 1, 0), (done, seen))
+                    after.setdefault((done, seen + 1), (done, seen))
+            if not after:
+                break
+            steps.append(after)
+            if (len(text), 0) in after and (at + 1 == len(echoed) or echoed[at + 1] != UNKNOWN):
+                places, state = [0] * len(text) + [at + 1], (len(text), 0)
+                for n in range(len(steps) - 1, 0, -1):
+                    state = steps[n][state]
+                    places[state[0]] = start + n - 1
+                return places
+    return None
+
+
 def first_token(continuation: str, table: dict[str, float], strip: bool = False) -> str | None:
     """The longest token of ``table`` that ``continuation`` begins with; ``strip`` leaves white space aside."""
-    wanted = continuation.strip() if strip else continuation
-    fits = [t for t in table if t.strip() and wanted.startswith(t.strip() if strip else t)]
+    wanted = (continuation.strip() if strip else continuation).encode("utf-8", "surrogateescape")
+    fits = [t for t in table if t.strip() and wanted.startswith((t.strip() if strip else t).encode(
+        "utf-8", "surrogateescape"))]
     return max(fits, key=lambda t: (len(t.strip()), table[t])) if fits else None
 
 
 def _first_table(log_probs: dict[str, Any] | None) -> dict[str, float]:
     """Likeliest first tokens, from the form of completions or that of chats (which some servers use for both)."""
     content = (log_probs or {}).get("content") or []
+    listed: list[tuple[str, float]] = []
     if content:
-        return {str(e["token"]): float(e["logprob"]) for e in content[0].get("top_logprobs") or []}
-    top = (log_probs or {}).get("top_logprobs") or []
-    return {str(k): float(v) for k, v in top[0].items()} if top and top[0] else {}
+        for entry in content[0].get("top_logprobs") or []:
+            raw = entry.get("bytes")
+            text = bytes(raw).decode("utf-8", "surrogateescape") if raw else str(entry["token"])
+            listed.append((text, float(entry["logprob"])))
+    else:
+        top = ((log_probs or {}).get("top_logprobs") or [None])[0] or {}
+        listed = [(str(k), float(v)) for k, v in top.items()]
+    table: dict[str, float] = {}
+    for text, value in zip(plain_tokens([t for t, _ in listed]), (v for _, v in listed), strict=True):
+        table[text] = max(value, table.get(text, value))
+    return table
+
+
+def plain_tokens(tokens: Sequence[str]) -> list[str]:
+    """Tokens as they stand in a text, where a server writes them as its vocabulary does.
+
+    Byte-level vocabularies write a space as U+0120 and each byte as a character of its own, others a space as U+2581
+    and single bytes as ``<0x0A>``. Bytes that are no whole character become surrogates (``surrogateescape``).
+    """
+    if any(t[:1] in ("\u0120", "\u010a") for t in tokens):
+        return [bytes(_BYTES[c] for c in t).decode("utf-8", "surrogateescape") if all(c in _BYTES for c in t) else t
+                for t in tokens]
+    out = []
+    for token in tokens:
+        byte = _BYTE.fullmatch(token)
+        out.append(bytes([int(byte[1], 16)]).decode("utf-8", "surrogateescape") if byte
+                   else token.replace("\u2581", " "))
+    return out
 
 
 def _choice(answer: dict[str, Any]) -> dict[str, Any]:
@@ -475,17 +601,25 @@ def _choice(answer: dict[str, Any]) -> dict[str, Any]:
 def _server_message(response: httpx.Response) -> str:
     try:
         data = response.json()
-        error = data.get("error", data.get("detail", data))
-        return str(error.get("message", error) if isinstance(error, dict) else error)[:300]
+        error = next((data[name] for name in ("error", "detail", "message") if data.get(name)), data)
+        return str(error.get("message") or error if isinstance(error, dict) else error)[:300]
     except (ValueError, AttributeError):
         return response.text[:300] or "nothing"
 
 
-def _seconds(value: str | None) -> float | None:
-    try:
-        return None if value is None else max(0.0, float(value))
-    except ValueError:
+def _seconds(value: str | None, now: str | None = None) -> float | None:
+    """A Retry-After in seconds: it is a number, or a date, which counts from the server's own (``now``)."""
+    if value is None:
         return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            until = email.utils.parsedate_to_datetime(value).timestamp()
+            seconds = until - (email.utils.parsedate_to_datetime(now).timestamp() if now else time.time())
+        except ValueError:
+            return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
 def _guess(text: str) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
+import functools
 import inspect
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +14,23 @@ import torch
 from torch import Tensor
 
 from looseleaf.budget import costs
+from looseleaf.errors import UnsupportedModelError
 from looseleaf.fingerprint import fingerprint
+from looseleaf.offload import device_of
 from looseleaf.unwrap import unwrapped
-from looseleaf_text.model import LanguageModel
+from looseleaf_text.batching import (
+    Batching,
+    batching,
+    choice,
+    expect_eval,
+    positions,
+    reach,
+    reading,
+    select,
+    text_config,
+)
+from looseleaf_text.encoding import Encoding
+from looseleaf_text.model import LanguageModel, not_finite
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,45 +44,64 @@ class LocalModel(LanguageModel):
     """A transformers causal language model and its tokenizer.
 
     Scoring forwards what prompts have in common once (their keys and values are kept and shared), the rest in
-    batches. What comes out equals scoring every prompt by itself, up to rounding. The model's mode and weights are
-    left as they are; its dropout must be off (``model.eval()``), as it is after ``from_pretrained``.
+    batches. What comes out equals scoring every prompt by itself, up to rounding: the first call tries on a few short
+    rows which kinds of padding and sharing the model undoes, and goes without the others, one row at a time if need
+    be. The model's mode and weights are left as they are; its dropout must be off (``model.eval()``), as it is after
+    ``from_pretrained``.
 
     Args:
-        model: any ``AutoModelForCausalLM``; moved nowhere, evaluated where it is.
-        tokenizer: its tokenizer.
+        model: any ``AutoModelForCausalLM``, wrapped or not; moved nowhere, evaluated where it is.
+        tokenizer: its tokenizer. Special tokens that it puts before a text are kept, those after a text left out.
         batch_tokens: most positions (rows x longest row, shared parts included) in memory at once. A single prompt
             longer than this is still forwarded, alone.
-        share_prefixes: False forwards every prompt in full; for comparison, and used by itself for models whose
-            state cannot be shared.
+        share_prefixes: False forwards every prompt in full; for comparison.
 
     Attributes:
-        forwarded: positions actually forwarded, padding included; ``tokens`` counts as if nothing were shared.
+        forwarded: positions forwarded, padding included, the trial aside; ``tokens`` counts as if nothing were shared.
+
+    Raises:
+        UnsupportedModelError: an encoder with a decoder; when it is first run, a model that is not causal.
     """
 
     def __init__(self, model: Any, tokenizer: Any, batch_tokens: int = 8192, *, share_prefixes: bool = True) -> None:
         if not isinstance(batch_tokens, int) or batch_tokens < 1:
             raise ValueError(f"LocalModel.batch_tokens: expected an integer >= 1, got {batch_tokens!r}")
-        if not callable(model) or not hasattr(model, "config"):
+        inner = unwrapped(model)  # a wrapper's own signature and configuration say nothing
+        if not callable(model) or not hasattr(inner, "config"):
             raise ValueError(f"LocalModel: expected a transformers causal language model, got {type(model).__name__}")
+        if getattr(inner.config, "is_encoder_decoder", False):
+            raise UnsupportedModelError(f"LocalModel: expected a causal language model, got {type(inner).__name__}, an "
+                                        "encoder with a decoder, which reads a prompt otherwise than it continues it: "
+                                        "use a decoder alone, or a server that generates (EndpointModel)")
         if not callable(tokenizer):
             raise ValueError(f"LocalModel: expected the model's tokenizer, got {type(tokenizer).__name__}")
         self.model = model
         self.tokenizer = tokenizer
         self.batch_tokens = batch_tokens
+        self.share_prefixes = share_prefixes
         self.calls = 0
         self.tokens = 0
         self.forwarded = 0
-        parameters = sum(p.numel() for p in model.parameters())
-        self.name = f"{type(model).__name__}-{parameters}"
-        accepted = inspect.signature(unwrapped(model).forward).parameters  # a wrapper's own says nothing
+        self.name = f"{type(inner).__name__}-{sum(p.numel() for p in model.parameters())}"
+        self._inner = inner
+        self._wrapper = (id(model), type(model).__name__)
+        accepted = inspect.signature(inner.forward).parameters
+        self._accepted = None if any(p.kind is p.VAR_KEYWORD for p in accepted.values()) else set(accepted)
         self._keeps = "logits_to_keep" in accepted
         self._positions = "position_ids" in accepted
-        text_config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-        self._window: int | None = getattr(text_config, "sliding_window", None)
-        self._longest: int | None = getattr(text_config, "max_position_embeddings", None)
-        # Without position_ids a model counts places itself, and would count padding between shared part and rest.
-        self.share_prefixes = share_prefixes and self._positions
-        self._caches = self._positions
+        self._limit: int | None = positions(text_config(inner))
+        self._reach, self._choice = reach(text_config(inner)), choice(text_config(inner))
+
+    def _batching(self, window: int | None = None) -> Batching:
+        """What a batch means to the model, measured once; ``window``: for rows longer than that."""
+        key = (*self._wrapper, str(getattr(self._inner.config, "_attn_implementation_internal", "")))
+        before, model = self.forwarded, self.model
+        try:
+            # a compiled model is tried uncompiled: each new shape would compile it again
+            self.model = getattr(model, "_orig_mod", model)
+            return batching(self._inner, key, self._forward, self.tokenizer, self._limit, window)
+        finally:
+            self.forwarded, self.model = before, model
 
     def fingerprint(self) -> str:
         """Of the weights as they are now, see :func:`looseleaf.fingerprint.fingerprint`."""
@@ -74,57 +109,35 @@ class LocalModel(LanguageModel):
 
     @property
     def device(self) -> torch.device:
-        """Where the model's parameters are."""
-        return next(self.model.parameters()).device
+        """Where the model's input goes."""
+        return device_of(self.model)
 
     # -- text and ids ---------------------------------------------------------------------------------------------
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of ``text``, without special tokens."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._encoding.bare([text])[0]
 
     def detokenize(self, ids: list[int]) -> str:
         """The text of ``ids``; special tokens are kept."""
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
-    def _encode(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
-        if not texts:
-            return []
-        return [list(ids) for ids in self.tokenizer(list(texts), add_special_tokens=special)["input_ids"]]
+    @functools.cached_property
+    def _encoding(self) -> Encoding:
+        return Encoding(self.tokenizer)
 
     def encode_pairs(self, prefixes: Sequence[str],
                      continuations: Sequence[Sequence[str]]) -> tuple[list[list[int]], list[list[list[int]]]]:
         """Ids of prefixes and of the continuations after them.
 
-        White space at the end of a prefix goes with the continuation, since tokenizers put it there. Where the two
-        together are tokenized otherwise than prefix first, each is tokenized by itself.
+        Spaces at the end of a prefix go with the continuation, since tokenizers put them there. Where the two together
+        are tokenized otherwise than prefix first, each is tokenized by itself. Nothing comes after a prefix: neither
+        here nor before a text is generated does a tokenizer's end of text.
 
         Raises:
             ValueError: a continuation has no tokens.
         """
-        bare = [p.rstrip(" ") for p in prefixes]
-        moved = [p[len(b):] for p, b in zip(prefixes, bare, strict=True)]
-        heads = self._encode(bare)
-        joint = iter(self._encode([b + m + c for b, m, row in zip(bare, moved, continuations, strict=True)
-                                   for c in row]))
-        alone: dict[str, list[int]] = {}
-        tails: list[list[list[int]]] = []
-        for n, row in enumerate(continuations):
-            tails.append([])
-            for text in row:
-                whole, head = next(joint), heads[n]
-                # Tokenizers that end a text with a special token (</s>) have one at the end of both.
-                if whole[:len(head)] == head and len(whole) > len(head):
-                    ids = whole[len(head):]
-                else:
-                    text = moved[n] + text
-                    if text not in alone:
-                        alone[text] = self._encode([text], special=False)[0]
-                    ids = alone[text]
-                if not ids:
-                    raise ValueError(f"the continuation {text!r} has no tokens; give it a text")
-                tails[-1].append(ids)
-        return heads, tails
+        return self._encoding.pairs(prefixes, continuations)
 
     # -- log-likelihood -------------------------------------------------------------------------------------------
 
@@ -136,7 +149,7 @@ class LocalModel(LanguageModel):
     @costs(calls=lambda model, prefix_ids, continuation_ids: len(prefix_ids),
            tokens=lambda model, prefix_ids, continuation_ids: sum(map(len, prefix_ids)) + sum(
                max(map(len, row)) for row in continuation_ids))
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: what a model keeps of it could never be trained again
     def score_ids(self, prefix_ids: Sequence[Ids], continuation_ids: Sequence[Sequence[Ids]]) -> list[list[float]]:
         """As :meth:`score`, of token ids.
 
@@ -150,20 +163,39 @@ class LocalModel(LanguageModel):
             if not row or not all(len(c) for c in row):
                 raise ValueError(f"continuations of prefix {n}: expected one or more, each with one token or more, got "
                                  f"{list(row)!r}")
-        self._check_length(max((len(h) + max(map(len, row)) - 1
-                                for h, row in zip(heads, continuation_ids, strict=True)), default=0))
+        longest = max((len(h) + max(map(len, row)) - 1 for h, row in zip(heads, continuation_ids, strict=True)),
+                      default=0)
+        measured = self._check(longest)
         self.calls += len(heads)
         self.tokens += sum(map(len, heads)) + sum(max(len(c) for c in row) - 1 for row in continuation_ids)
-        out: list[list[float]] = [[] for _ in heads]
-        for start, rows in self._batches(heads, continuation_ids):
-            for n, values in zip(rows, self._score_batch(heads, continuation_ids, start, rows), strict=True):
-                out[n] = values
+        if not measured.left:
+            out = self._score_exact(heads, continuation_ids, measured)
+        else:
+            out = [[] for _ in heads]
+            for start, rows in self._batches(heads, continuation_ids):
+                for n, values in zip(rows, self._score_batch(heads, continuation_ids, start, rows), strict=True):
+                    out[n] = values
+        for n, values in enumerate(out):
+            if not all(map(math.isfinite, values)):
+                raise not_finite(self.name, "log-probabilities", values, n, self.detokenize(heads[n]))
         return out
 
-    def _check_length(self, positions: int) -> None:
-        if self._longest is not None and positions > self._longest:
-            raise ValueError(f"expected prompts of at most {self._longest} positions (the model's "
+    def _check(self, positions: int) -> Batching:
+        """How rows of so many positions may be batched; errors for a model or a length that cannot be scored."""
+        expect_eval(self.model)
+        measured = self._batching()
+        if measured.refused:
+            raise UnsupportedModelError(f"{type(self._inner).__name__} cannot be scored: {measured.refused}")
+        before = int(getattr(self.model, "length", 0))  # of a soft prompt
+        limits = [n for n in (self._limit, measured.longest) if n is not None]
+        if limits and positions + before > min(limits):
+            raise ValueError(f"expected prompts of at most {min(limits) - before} positions (the model's "
                              f"max_position_embeddings), got one of {positions}: shorten it")
+        if self._choice is not None and positions + before > self._choice:
+            return dataclasses.replace(measured, left=False, right=False, shares=False)
+        if self._reach is not None and positions + before > self._reach:
+            return dataclasses.replace(self._batching(self._reach), left=False)
+        return measured
 
     def _begin(self) -> int:
         for name in ("bos_token_id", "eos_token_id"):
@@ -179,8 +211,7 @@ class LocalModel(LanguageModel):
         groups: list[tuple[list[int], int]] = []
         # The plan looks at a bounded stretch of sorted rows: planning stays far cheaper than the work.
         for begin in range(0, len(order), STRETCH):
-            groups += plan(heads, order[begin:begin + STRETCH]) if self.share_prefixes else [
-                ([n], 0) for n in order[begin:begin + STRETCH]]
+            groups += self._plan(heads, order[begin:begin + STRETCH])
         ready: list[tuple[list[int], int]] = []
         for members, shared in groups:
             extra = max((len(heads[n]) + max(map(len, tails[n]))) * _distinct(tails[n]) for n in members)
@@ -207,11 +238,7 @@ class LocalModel(LanguageModel):
     def _score_batch(self, heads: list[list[int]], tails: Sequence[Sequence[Ids]], groups: list[tuple[int, int]],
                      rows: list[int]) -> list[list[float]]:
         shared = [s for size, s in groups for _ in range(size)]
-        longest = max(shared) + max(len(heads[n]) - s for n, s in zip(rows, shared, strict=True))
-        longest += max(len(c) for n in rows for c in tails[n])
-        # Padding between the shared part and the rest would count as distance inside a sliding window.
-        windowed = self._window is not None and longest > self._window
-        share = max(shared) > 0 and not windowed
+        share = max(shared) > 0
         cache, mask = None, None
         if share:
             firsts, at = [], 0
@@ -219,24 +246,21 @@ class LocalModel(LanguageModel):
                 firsts.append(heads[rows[at]][:length])
                 at += size
             _, cache, mask = self._forward(firsts, keep=1)
-            if not _selectable(cache):
-                self.share_prefixes = share = False
         group_of = [g for g, (size, _) in enumerate(groups) for _ in range(size)]
-        bodies = [heads[n][s if share else 0:] for n, s in zip(rows, shared, strict=True)]
+        bodies = [heads[n][s:] for n, s in zip(rows, shared, strict=True)]
         totals: list[list[float]] = [[] for _ in rows]
         for part in self._even(bodies):
-            if windowed and any(len(c) > 1 for r in part for c in tails[rows[r]]):
-                values = self._score_whole(heads, tails, [rows[r] for r in part])
-            elif share:
-                assert mask is not None
+            own: tuple[Any, Tensor | None] = (None, None)
+            if mask is not None:
                 index = torch.tensor([group_of[r] for r in part], device=self.device)
-                values = self._score_part([bodies[r] for r in part], [tails[rows[r]] for r in part],
-                                          _select(cache, index), mask[index])
-            else:
-                values = self._score_part([bodies[r] for r in part], [tails[rows[r]] for r in part], None, None)
+                own = select(cache, index), mask[index]
+            values = self._score_part([bodies[r] for r in part], [tails[rows[r]] for r in part], *own)
             for r, row in zip(part, values, strict=True):
                 totals[r] = row
         return totals
+
+    def _plan(self, heads: list[list[int]], order: list[int]) -> list[tuple[list[int], int]]:
+        return plan(heads, order) if self.share_prefixes else [([n], 0) for n in order]
 
     def _even(self, bodies: list[list[int]]) -> Iterator[list[int]]:
         """Places of ``bodies`` in parts of like length, each large enough to be worth a forward of its own."""
@@ -255,12 +279,7 @@ class LocalModel(LanguageModel):
                     mask: Tensor | None) -> list[list[float]]:
         """Log-probabilities of ``tails`` after ``bodies`` after what ``cache`` holds."""
         more = any(len(c) > 1 for row in tails for c in row)
-        if more and cache is None and not self._caches:
-            return self._score_whole(bodies, tails, range(len(bodies)))
         logits, kept, whole = self._forward(bodies, cache, mask, keep=1, use_cache=more or cache is not None)
-        if more and not _selectable(kept):
-            self._caches = False
-            return self._score_whole(bodies, tails, range(len(bodies)))
         first = torch.log_softmax(logits[:, -1].float(), dim=-1)
         totals = [[0.0] * len(row) for row in tails]
         picks = [(r, k, ids[0]) for r, row in enumerate(tails) for k, ids in enumerate(row)]
@@ -281,7 +300,7 @@ class LocalModel(LanguageModel):
                     runs.setdefault((r, tuple(ids[:-1])), []).append(k)
         keys = list(runs)
         index = torch.tensor([r for r, _ in keys], device=self.device)
-        logits, _, _ = self._forward([list(ids) for _, ids in keys], _select(cache, index), mask[index],
+        logits, _, _ = self._forward([list(ids) for _, ids in keys], select(cache, index), mask[index],
                                      keep=max(len(ids) for _, ids in keys), use_cache=True)
         log_probs = torch.log_softmax(logits.float(), dim=-1)
         for j, (r, ids) in enumerate(keys):
@@ -289,58 +308,97 @@ class LocalModel(LanguageModel):
                 targets = torch.tensor(list(tails[r][k][1:]), device=log_probs.device)
                 totals[r][k] += float(log_probs[j, -len(ids):].gather(1, targets[:, None]).sum())
 
-    def _score_whole(self, heads: list[list[int]], tails: Sequence[Sequence[Ids]],
-                     rows: Sequence[int]) -> list[list[float]]:
-        """The plain way: prefix and continuation in one piece, left-padded, nothing kept."""
-        flat = [(r, k) for r, n in enumerate(rows) for k in range(len(tails[n]))]
-        totals = [[0.0] * len(tails[n]) for n in rows]
-        whole = [[*heads[rows[r]], *tails[rows[r]][k][:-1]] for r, k in flat]
-        size = max(1, self.batch_tokens // max(map(len, whole)))
-        for begin in range(0, len(flat), size):
-            part = flat[begin:begin + size]
-            keep = max(len(tails[rows[r]][k]) for r, k in part)
-            logits, _, _ = self._forward(whole[begin:begin + size], keep=keep, use_cache=False)
-            log_probs = torch.log_softmax(logits.float(), dim=-1)
-            for j, (r, k) in enumerate(part):
-                targets = torch.tensor(list(tails[rows[r]][k]), device=log_probs.device)
-                totals[r][k] = float(log_probs[j, -len(targets):].gather(1, targets[:, None]).sum())
+    def _score_exact(self, heads: list[list[int]], tails: Sequence[Sequence[Ids]],
+                     measured: Batching) -> list[list[float]]:
+        """The careful way: nothing lies between the tokens of a row, and padding only after them."""
+        order = sorted(range(len(heads)), key=lambda n: heads[n])
+        by_shared: dict[int, list[int]] = {}
+        for begin in range(0, len(order), STRETCH):
+            stretch = order[begin:begin + STRETCH]
+            for members, shared in self._plan(heads, stretch) if measured.shares else [(stretch, 0)]:
+                by_shared.setdefault(shared, []).extend(members)
+        totals = [[0.0] * len(row) for row in tails]
+        for shared, rows in by_shared.items():
+            flat = sorted(((n, run) for n in rows for run in dict.fromkeys(tuple(c[:-1]) for c in tails[n])),
+                          key=lambda entry: len(heads[entry[0]]) + len(entry[1]))
+            at = 0
+            while at < len(flat):
+                end = at + 1
+                while measured.right and end < len(flat) and (end + 1 - at) * (
+                        len(heads[flat[end][0]]) + len(flat[end][1])) <= self.batch_tokens:
+                    end += 1
+                self._score_flat(heads, tails, flat[at:end], shared, totals)
+                at = end
         return totals
 
-    def _forward(self, rows: list[list[int]], cache: Any = None, mask: Tensor | None = None, *, keep: int,
-                 use_cache: bool = True) -> tuple[Tensor, Any, Tensor]:
-        """Forward left-padded ``rows`` after ``cache``.
+    def _score_flat(self, heads: list[list[int]], tails: Sequence[Sequence[Ids]],
+                    flat: list[tuple[int, tuple[int, ...]]], shared: int, totals: list[list[float]]) -> None:
+        """Fill in ``totals`` of the prefixes n and of their continuations that begin with a run, (n, run) in ``flat``.
+
+        The first ``shared`` tokens of each prefix are forwarded once for all that have them.
+        """
+        firsts = {first: g for g, first in enumerate(dict.fromkeys(tuple(heads[n][:shared]) for n, _ in flat))}
+        cache, mask = None, None
+        if shared:
+            _, cache, mask = self._forward([list(first) for first in firsts], keep=1, left=False)
+        bodies = [[*heads[n][shared:], *run] for n, run in flat]
+        for part in self._even(bodies):
+            own: tuple[Any, Tensor | None] = (None, None)
+            if mask is not None:
+                index = torch.tensor([firsts[tuple(heads[flat[i][0]][:shared])] for i in part], device=mask.device)
+                own = select(cache, index), mask[index]
+            width = max(len(bodies[i]) for i in part)
+            starts = [len(heads[flat[i][0]]) - shared - 1 for i in part]
+            low = min(starts)
+            logits, _, _ = self._forward([bodies[i] for i in part], *own, keep=width - low, left=False,
+                                         use_cache=own[0] is not None)
+            places = [(j, p) for j, i in enumerate(part) for p in range(starts[j], len(bodies[i]))]
+            where = {place: m for m, place in enumerate(places)}
+            j_of, p_of = (torch.tensor(column, device=logits.device) for column in zip(*places, strict=True))
+            log_probs = torch.log_softmax(logits[j_of, p_of - low].float(), dim=-1)
+            wanted = [(flat[i][0], k, [where[j, starts[j] + m] for m in range(len(c))], list(c))
+                      for j, i in enumerate(part) for k, c in enumerate(tails[flat[i][0]])
+                      if tuple(c[:-1]) == flat[i][1]]
+            picked = iter(log_probs[torch.tensor([m for w in wanted for m in w[2]], device=logits.device),
+                                    torch.tensor([t for w in wanted for t in w[3]], device=logits.device)].tolist())
+            for n, k, _, ids in wanted:
+                totals[n][k] = sum(next(picked) for _ in ids)
+
+    def _forward(self, rows: Sequence[Sequence[int]], cache: Any = None, mask: Tensor | None = None, *, keep: int,
+                 use_cache: bool = True, left: bool = True) -> tuple[Tensor, Any, Tensor]:
+        """Forward ``rows`` after ``cache``, padded on the left with their positions given, or on the right without.
 
         Returns:
             logits (rows, keep, vocabulary) of the last ``keep`` positions, the cache, and the mask (rows, length)
             of what the cache holds.
         """
         width = max(map(len, rows))
-        device = self.device
-        if self.model.training:
-            raise ValueError("the model is in training mode, where dropout makes every score different: "
-                             "call model.eval() first")
         # The padding's id is never looked at: it is masked as a key, and its own output is not read.
         ids = torch.zeros(len(rows), width, dtype=torch.long)
         own = torch.zeros(len(rows), width, dtype=torch.long)
         for r, row in enumerate(rows):
-            ids[r, width - len(row):] = torch.tensor(row, dtype=torch.long)
-            own[r, width - len(row):] = 1
-        ids, own = ids.to(device), own.to(device)
+            place = slice(width - len(row), width) if left else slice(0, len(row))
+            ids[r, place] = torch.tensor(row, dtype=torch.long)
+            own[r, place] = 1
+        ids, own = ids.to(self.device), own.to(self.device)
         whole = own if mask is None else torch.cat([mask, own], dim=1)
         arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": whole, "use_cache": use_cache}
-        if self._positions:
+        if self._positions and left:
             arguments["position_ids"] = (whole.cumsum(1) - 1).clamp(min=0)[:, -width:]
         if self._keeps:
             arguments["logits_to_keep"] = min(keep, width)
         if cache is not None:
             arguments["past_key_values"] = cache
-        out = self.model(**arguments)
+        if self._accepted is not None:
+            arguments = {name: value for name, value in arguments.items() if name in self._accepted}
+        with reading(self.model):
+            out = self.model(**arguments)
         self.forwarded += ids.numel()
         return out.logits[:, -keep:], getattr(out, "past_key_values", None), whole
 
     # -- generation and embeddings --------------------------------------------------------------------------------
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(self, prompts: list[str], max_tokens: int, stop: list[str] | None = None,
                  temperature: float = 0.0, seed: int = 0) -> list[str]:
         """See :meth:`LanguageModel.generate`; temperature 0 takes the likeliest token.
@@ -351,8 +409,8 @@ class LocalModel(LanguageModel):
         if max_tokens < 1 or temperature < 0:
             raise ValueError("generate: expected max_tokens >= 1 and temperature >= 0, got "
                              f"max_tokens={max_tokens!r}, temperature={temperature!r}")
-        heads = [ids or [self._begin()] for ids in self._encode(prompts)]
-        self._check_length(max(map(len, heads), default=0) + max_tokens)
+        heads = [ids or [self._begin()] for ids in self._encoding.opened(prompts)]
+        measured = self._check(max(map(len, heads), default=0) + max_tokens - 1)  # the last token is not read again
         generator = torch.Generator().manual_seed(seed)
         out = [""] * len(heads)
         order = sorted(range(len(heads)), key=lambda n: len(heads[n]))
@@ -360,11 +418,12 @@ class LocalModel(LanguageModel):
         at = 0
         while at < len(order):
             end = at + 1
-            while end < len(order) and (end + 1 - at) * (len(heads[order[end]]) + max_tokens) <= self.batch_tokens:
+            while end < len(order) and (end + 1 - at) * (len(heads[order[end]]) + max_tokens) <= self.batch_tokens and (
+                    measured.left or (measured.right and len(heads[order[end]]) == len(heads[order[at]]))):
                 end += 1
             rows = order[at:end]
-            for n, ids in zip(rows, self._generate([heads[n] for n in rows], max_tokens, stop, temperature,
-                                                   generator), strict=True):
+            for n, ids in zip(rows, self._generate([heads[n] for n in rows], rows, max_tokens, stop, temperature,
+                                                   generator, measured), strict=True):
                 self.tokens += len(heads[n]) + len(ids)
                 out[n] = cut(self._text(ids), stop)
             at = end
@@ -373,15 +432,22 @@ class LocalModel(LanguageModel):
     def _text(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def _generate(self, heads: list[list[int]], max_tokens: int, stop: list[str] | None, temperature: float,
-                  generator: torch.Generator) -> list[list[int]]:
+    def _generate(self, heads: list[list[int]], numbers: Sequence[int], max_tokens: int, stop: list[str] | None,
+                  temperature: float, generator: torch.Generator, measured: Batching) -> list[list[int]]:
         ends = self._ends()
         generated: list[list[int]] = [[] for _ in heads]
         live = [True] * len(heads)
         rows, cache, mask = heads, None, None
+        continues = measured.continues
         for _ in range(max_tokens):
-            logits, cache, mask = self._forward(rows, cache, mask, keep=1)
+            logits, cache, mask = self._forward(rows, cache, mask, keep=1, left=measured.left,
+                                                use_cache=continues)
             last = logits[:, -1].float()
+            for r in range(len(rows)):
+                # some models rule tokens out by minus infinity
+                if live[r] and not bool(last[r].max().isfinite()):
+                    raise not_finite(self.name, "logits", float(last[r].max()), numbers[r],
+                                     self.detokenize(heads[r]))
             if temperature > 0:
                 probabilities = torch.softmax(last / temperature, dim=-1).cpu()
                 picked = torch.multinomial(probabilities, 1, generator=generator)[:, 0].tolist()
@@ -397,9 +463,9 @@ class LocalModel(LanguageModel):
             if not any(live):
                 break
             rows = [[token] for token in picked]
-            if cache is None:  # a model without a cache starts over each time
+            if not continues:  # a model without a cache that can be continued starts over each time
                 heads = [[*head, token] for head, token in zip(heads, picked, strict=True)]
-                rows, mask = heads, None
+                rows, cache, mask = heads, None, None
         return generated
 
     def _ends(self) -> set[int]:
@@ -409,13 +475,13 @@ class LocalModel(LanguageModel):
             ends.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
         return ends
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed(self, texts: list[str]) -> np.ndarray:
         """The mean of the last hidden states over each text's tokens, float32 of shape (n, hidden)."""
         import numpy as np
 
-        rows = [ids or [self._begin()] for ids in self._encode(texts)]
-        self._check_length(max(map(len, rows), default=0))
+        rows = [ids + self._encoding.end or [self._begin()] for ids in self._encoding.opened(texts)]
+        measured = self._check(max(map(len, rows), default=0))
         out: list[Any] = [None] * len(rows)
         self.calls += len(rows)
         self.tokens += sum(map(len, rows))
@@ -423,7 +489,8 @@ class LocalModel(LanguageModel):
         at = 0
         while at < len(order):
             end = at + 1
-            while end < len(order) and (end + 1 - at) * len(rows[order[end]]) <= self.batch_tokens:
+            while measured.right and end < len(order) and (
+                    end + 1 - at) * len(rows[order[end]]) <= self.batch_tokens:
                 end += 1
             part = order[at:end]
             width = max(len(rows[n]) for n in part)
@@ -435,14 +502,17 @@ class LocalModel(LanguageModel):
             ids, mask = ids.to(self.device), mask.to(self.device)
             model = unwrapped(self.model)
             headless = model.base_model is not model  # a few families keep their body under another name
-            output = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False,
-                                    output_hidden_states=not headless)
+            with reading(model):
+                output = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False,
+                                          output_hidden_states=not headless)
             hidden = output.last_hidden_state if headless else output.hidden_states[-1]
             self.forwarded += ids.numel()
             weight = mask[..., None].to(hidden.dtype)
             mean = ((hidden * weight).sum(1) / weight.sum(1)).float().cpu().numpy()
             for r, n in enumerate(part):
                 out[n] = mean[r]
+                if not np.isfinite(mean[r]).all():
+                    raise not_finite(self.name, "hidden states", "others", n, texts[n])
             at = end
         return np.stack(out) if out else np.zeros((0, 0), dtype=np.float32)
 
@@ -499,20 +569,6 @@ def _common(a: Ids, b: Ids) -> int:
 def _distinct(tails: Sequence[Ids]) -> int:
     """How many rows of their own the continuations need beside the prefix's."""
     return max(1, len({tuple(c[:-1]) for c in tails if len(c) > 1}))
-
-
-def _selectable(cache: Any) -> bool:
-    return cache is not None and hasattr(cache, "layers") and all(
-        hasattr(layer, "batch_select_indices") for layer in cache.layers)
-
-
-def _select(cache: Any, index: Tensor) -> Any:
-    """A cache of the rows ``index`` of ``cache``, which stays as it is."""
-    selected = copy.copy(cache)
-    selected.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in selected.layers:
-        layer.batch_select_indices(index)
-    return selected
 
 
 def cut(text: str, stop: Sequence[str] | None) -> str:

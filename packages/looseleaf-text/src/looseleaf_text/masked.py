@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +12,20 @@ from torch import Tensor
 
 from looseleaf.errors import UnsupportedModelError
 from looseleaf.fingerprint import fingerprint
-from looseleaf_text.model import LanguageModel
+from looseleaf.offload import device_of
+from looseleaf.unwrap import unwrapped
+from looseleaf_text.batching import (
+    expect_eval,
+    ordinary_ids,
+    positions,
+    positions_table,
+    reading,
+    same,
+    text_config,
+    tolerance,
+)
+from looseleaf_text.encoding import Encoding
+from looseleaf_text.model import LanguageModel, not_finite
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,7 +54,8 @@ class MaskedModel(LanguageModel):
     def __init__(self, model: Any, tokenizer: Any, batch_tokens: int = 8192) -> None:
         if not isinstance(batch_tokens, int) or batch_tokens < 1:
             raise ValueError(f"MaskedModel.batch_tokens: expected an integer >= 1, got {batch_tokens!r}")
-        if not callable(model) or not hasattr(model, "config"):
+        inner = unwrapped(model)
+        if not callable(model) or not hasattr(inner, "config"):
             raise ValueError(f"MaskedModel: expected a transformers masked language model, got {type(model).__name__}")
         if getattr(tokenizer, "mask_token_id", None) is None:
             raise ValueError("MaskedModel: expected a tokenizer with a mask token, got a "
@@ -49,11 +65,23 @@ class MaskedModel(LanguageModel):
         self.batch_tokens = batch_tokens
         self.calls = 0
         self.tokens = 0
-        self.name = f"{type(model).__name__}-{sum(p.numel() for p in model.parameters())}"
-        self._longest: int | None = getattr(model.config, "max_position_embeddings", None)
-        bare, whole = self.tokenize("a"), list(tokenizer("a")["input_ids"])
-        place = next((n for n in range(len(whole)) if whole[n:n + len(bare)] == bare), 0)
-        self._begin, self._end = whole[:place], whole[place + len(bare):]
+        self.name = f"{type(inner).__name__}-{sum(p.numel() for p in model.parameters())}"
+        self._inner = inner
+        self._encoding = Encoding(tokenizer)
+        self._begin, self._end = self._encoding.begin, self._encoding.end
+
+    @functools.cached_property
+    def _measured(self) -> tuple[int | None, bool]:
+        """The longest row that the model takes, and whether padding leaves the other rows of a batch as they are."""
+        ids = ordinary_ids(self._inner, self.tokenizer, 17)
+        limit = positions(text_config(self._inner))
+        short, long = ids[:5], ids[5:12 if limit is None else min(12, limit + 5)]
+        with positions_table(self._inner, len(long)) as tables:
+            alone = self._forward([long]).logits[0]
+        short_alone, both = self._forward([short]).logits[0], self._forward([short, long]).logits
+        fine = tolerance(self._inner)
+        harmless = same(both[0, :len(short)], short_alone, fine) and same(both[1, :len(long)], alone, fine)
+        return min([n for n in (limit, *tables) if n is not None], default=None), harmless
 
     def fingerprint(self) -> str:
         """Of the weights as they are now, see :func:`looseleaf.fingerprint.fingerprint`."""
@@ -61,7 +89,7 @@ class MaskedModel(LanguageModel):
 
     def tokenize(self, text: str) -> Ids:
         """Token ids of ``text``, without special tokens."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._encoding.bare([text])[0]
 
     def detokenize(self, ids: Ids) -> str:
         """The text of ``ids``; special tokens are kept."""
@@ -106,18 +134,22 @@ class MaskedModel(LanguageModel):
         for asked, log_probs in self._masked(rows):
             for n, k, place, target in asked:
                 out[n][k] += float(log_probs[place, target])
+        for n, values in enumerate(out):
+            if not all(map(math.isfinite, values)):
+                raise not_finite(self.name, "pseudo-log-likelihoods", values, n, befores[n])
         return out
 
     def _masked(self, rows: dict[tuple[int, ...], list[Asked]]) -> Iterator[tuple[list[Asked], Tensor]]:
         """What is asked of each row and its log-probabilities (length, vocabulary), in batches."""
         order = sorted(rows, key=len)
-        if order and self._longest is not None and len(order[-1]) > self._longest:
-            raise ValueError(f"expected prompts of at most {self._longest} positions (the model's "
-                             f"max_position_embeddings), got one of {len(order[-1])}: shorten it")
+        if not order:
+            return
+        harmless = self._check(len(order[-1]))
         at = 0
         while at < len(order):
             end = at + 1
-            while end < len(order) and (end + 1 - at) * len(order[end]) <= self.batch_tokens:
+            while end < len(order) and (end + 1 - at) * len(order[end]) <= self.batch_tokens and (
+                    harmless or len(order[end]) == len(order[at])):
                 end += 1
             part = order[at:end]
             log_probs = torch.log_softmax(self._forward(part).logits.float(), dim=-1).cpu()
@@ -125,13 +157,19 @@ class MaskedModel(LanguageModel):
                 yield rows[ids], log_probs[r]
             at = end
 
-    @torch.inference_mode()
+    def _check(self, length: int) -> bool:
+        """Whether rows may be padded; an error for a row that is too long."""
+        expect_eval(self.model)
+        longest, harmless = self._measured
+        if longest is not None and length > longest:
+            raise ValueError(f"expected prompts of at most {longest} positions (the model's "
+                             f"max_position_embeddings), got one of {length}: shorten it")
+        return harmless
+
+    @torch.no_grad()
     def _forward(self, part: Sequence[Sequence[int]], **more: Any) -> Any:
         """Forward right-padded rows."""
-        if self.model.training:
-            raise ValueError("the model is in training mode, where dropout makes every score different: "
-                             "call model.eval() first")
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         width = max(map(len, part))
         padding = self.tokenizer.pad_token_id or 0
         ids = torch.full((len(part), width), padding, dtype=torch.long)
@@ -139,7 +177,8 @@ class MaskedModel(LanguageModel):
         for r, row in enumerate(part):
             ids[r, :len(row)] = torch.tensor(row, dtype=torch.long)
             mask[r, :len(row)] = 1
-        return self.model(input_ids=ids.to(device), attention_mask=mask.to(device), **more)
+        with reading(self.model):
+            return self.model(input_ids=ids.to(device), attention_mask=mask.to(device), **more)
 
     def generate(self, prompts: list[str], max_tokens: int, stop: list[str] | None = None,
                  temperature: float = 0.0, seed: int = 0) -> list[str]:
@@ -156,7 +195,11 @@ class MaskedModel(LanguageModel):
         import numpy as np
 
         rows = [[*self._begin, *self.tokenize(text), *self._end] for text in texts]
+        self._check(max(map(len, rows), default=0))
         self.calls += len(rows)
         self.tokens += sum(map(len, rows))
         hidden = [self._forward([row], output_hidden_states=True).hidden_states[-1][0].mean(0) for row in rows]
+        for n, vector in enumerate(hidden):
+            if not bool(vector.isfinite().all()):
+                raise not_finite(self.name, "hidden states", "others", n, texts[n])
         return torch.stack(hidden).float().cpu().numpy() if hidden else np.zeros((0, 0), dtype=np.float32)

@@ -129,6 +129,12 @@ class LanguageModel(ABC):
         return pieces if "".join(pieces) == text else words(text)
 
 
+def not_finite(model: str, what: str, got: object, number: int, text: str) -> ValueError:
+    """The error for numbers that are NaN or infinite: of which model, and for which example."""
+    return ValueError(f"{model}: expected finite {what}, got {got} for example {number}, {text!r:.200}: a weight of "
+                      "the model is NaN or infinite, or its dtype overflows (float32 or bfloat16 does not)")
+
+
 def words(text: str) -> list[str]:
     """``text`` cut before each word, white space going with the word after it; the pieces join to ``text``."""
     pieces = re.findall(r"\s*\S+", text)

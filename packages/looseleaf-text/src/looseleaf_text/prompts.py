@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from looseleaf.prompts.optimizer import PromptOptimizer
 from looseleaf.prompts.prompt import Prompt
 from looseleaf.tasks import Example, Predictor
-from looseleaf_text.model import LanguageModel
+from looseleaf_text.model import LanguageModel, not_finite
 from looseleaf_text.slots import fill, slots, with_prefix
 from looseleaf_text.verbalizer import Verbalizer
 
@@ -45,8 +46,13 @@ class TextPredictor(Predictor):
         """
         befores, rows = self.render(examples), [list(answers)] * len(examples)
         if isinstance(self.prompt, ClozePrompt) and self.prompt.suffix:
-            return self.model.score_cloze(befores, rows, [self.prompt.render_suffix(e) for e in examples])
-        return self.model.score(befores, rows)
+            scores = self.model.score_cloze(befores, rows, [self.prompt.render_suffix(e) for e in examples])
+        else:
+            scores = self.model.score(befores, rows)
+        for n, values in enumerate(scores):
+            if not all(map(math.isfinite, values)):
+                raise not_finite(self.model.name, "scores of answers", values, n, befores[n])
+        return scores
 
     def scores(self, examples: Sequence[Example]) -> list[list[float]]:
         """Log-probability of each label, (examples, labels), in the order of the prompt's labels."""
