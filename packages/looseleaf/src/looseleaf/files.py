@@ -63,7 +63,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def lines(text: str) -> list[str]:
-    """The lines of a text of any system: ``splitlines`` cuts at U+2028, U+0085 and others, too, which stand in lines."""
+    """The lines of a text of any system: ``splitlines`` also cuts at U+2028, U+0085 and others, inside lines."""
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
