@@ -14,6 +14,7 @@ import torch
 import looseleaf
 from looseleaf import AttentionBackend, Probe, PromptOptimizer, Report, WeightPruner
 from looseleaf.errors import did_you_mean
+from looseleaf.files import read_text
 from looseleaf.progress import track
 from looseleaf_lab import data, metrics, models
 from looseleaf_lab.benches.prefill import compare_attention
@@ -66,7 +67,7 @@ def run(name: str, plugin: Any, *, model: str = "smollm2", dtype: str | None = N
         own = next(base for base in type(plugin).__mro__ if base.__module__.startswith("looseleaf."))
         raise ValueError(f"{name}: expected {', '.join(i.__name__ for i in HANDLERS)}, which need a model and no more, "
                          f"got a {own.__name__}: see its README, or measure it with `looseleaf reproduce {name}`")
-    content = None if text is None else _read(text)
+    content = None if text is None else read_text(text)
     if save_model is not None:
         if not isinstance(plugin, WeightPruner):
             raise ValueError(f"--save-model: expected a weight pruner, got {name}, which does not change the weights")
@@ -171,13 +172,6 @@ def _probes(job: Job) -> Report:
 HANDLERS: dict[type, Callable[[Job], Report]] = {
     AttentionBackend: _attention, WeightPruner: _weights, PromptOptimizer: _prompts, Probe: _probes}
 """Interface -> what runs its plugins, which need a model and no more."""
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}. Give a text file in UTF-8") from error
 
 
 __all__ = ["HANDLERS", "Job", "run"]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from looseleaf.errors import did_you_mean
-from looseleaf.files import write_text
+from looseleaf.files import lines, write_text
 from looseleaf_abstract_reasoning.rules import Rule
 
 KINDS = ("original", "operators", "operands", "both")
@@ -181,7 +181,7 @@ def from_json_lines(text: str) -> list[Item]:
     names = [field.name for field in dataclasses.fields(Item)]
     expected = f"expected an object with {', '.join(names)}"
     items = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(lines(text), 1):
         if not line.strip():
             continue
         try:
@@ -380,8 +380,8 @@ def export_harness(items: Sequence[Item], folder: str | os.PathLike[str], *, gro
     for name, part in tasks.items():
         write_text(home / f"{name}.jsonl", to_json_lines(part))
         write_text(home / f"{name}.yaml", _task(name, home / f"{name}.jsonl"))
-    lines = "".join(f"  - {name}\n" for name in tasks)
-    write_text(home / f"{group}.yaml", f"group: {group}\ntask:\n{lines}metadata:\n  version: 1.0\n")
+    listed = "".join(f"  - {name}\n" for name in tasks)
+    write_text(home / f"{group}.yaml", f"group: {group}\ntask:\n{listed}metadata:\n  version: 1.0\n")
     return list(tasks)
 
 

@@ -11,6 +11,8 @@ import json
 import re
 from dataclasses import dataclass
 
+from looseleaf.files import lines
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -59,7 +61,7 @@ class Sample:
         return [c if c[-1].isspace() or not spaced else c + " " for c in self.theme]
 
 
-def read_samples(lines: str) -> list[Sample]:
+def read_samples(text: str) -> list[Sample]:
     """Samples from JSON lines with the fields of :class:`Sample`: text, keyword, theme (a list), and optionally level
     and category.
 
@@ -67,7 +69,7 @@ def read_samples(lines: str) -> list[Sample]:
         ValueError: a line that is no such object (its number is named), or no line.
     """
     samples = []
-    for number, line in enumerate(lines.splitlines(), 1):
+    for number, line in enumerate(lines(text), 1):
         if not line.strip():
             continue
         try:
