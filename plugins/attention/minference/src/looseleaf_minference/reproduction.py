@@ -201,8 +201,7 @@ def claims(results: Results) -> Iterator[Claim]:
                 f"ratio {ratio:.4f} at density {density.value:.3f}, {scale.context} tokens, {len(results.seeds)} "
                 "windows")
     yield claim("The patterns are sparse", "this project's rule", "-", "computed scores below 0.60 of those of all "
-                "causal blocks at 4096 tokens", density.value < 0.6,
-                f"density {density:.3f} at {scale.context} tokens")
+                "causal blocks at 4096 tokens", density.value < 0.6, f"density {density:.3f} at {scale.context} tokens")
     for name in CALIBRATIONS:
         keys, (ours, same) = _keys(results, name), _densities(results, name)
         enough, count = len(keys) >= ENOUGH_KEYS, len(keys)

@@ -66,8 +66,7 @@ def measure(seed: int, scale: Scale) -> dict[str, Any]:
     longer[OWN] = [test_risk(layers[LINEAR], length, own_length=True) for length in LENGTHS]
     row: dict[str, Any] = {
         "layer": {name: _read(layer) for name, layer in layers.items()}, "longer": longer,
-        "risk": {**{name: test_risk(layer) for name, layer in layers.items()},
-                 **_closed_forms(TASK, seed, scale.test)}}
+        "risk": {**{name: test_risk(layer) for name, layer in layers.items()}, **_closed_forms(TASK, seed, scale.test)}}
     whitened = trained(ANISOTROPIC, 4, scale.anisotropic)
     row["anisotropic"] = {**_read(whitened), **vars(preconditioner(whitened.kq(0), whitened.ov(0), ANISOTROPIC)),
                           "risk": {FOUR: test_risk(whitened), **_closed_forms(ANISOTROPIC, seed, scale.test)}}
@@ -176,8 +175,7 @@ def show(report: Report, results: Results) -> None:
          "dedicated": layer["dedicated"], "shared heads": layer["shared_heads"], "risk": layer["risk"],
          "least": least[label], "converged": layer["converged"],
          "part of task 1 in each head": _list([part[0] for part in layer["part"]]),
-         "weight of each head": _list(layer["weight"])}
-        for label, heads in SHARED
+         "weight of each head": _list(layer["weight"])} for label, heads in SHARED
         for seed, layer in zip(results.seeds, results.values("tasks", f"{label}, {heads}"), strict=True)),
         "y from y: part of OV that takes a value to itself; near 0 where the layer has y in KQ and covariates in OV. "
         "dedicated: 1 where each head serves one task, 0.5 where each serves both alike. Risk: sum of tasks; least: "

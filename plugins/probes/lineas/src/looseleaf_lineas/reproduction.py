@@ -156,8 +156,7 @@ def claims(results: Results) -> Iterator[Claim]:
                 f"{at_identity:.1%} at the identity with {fraction:.1%} of the effect at lambda_1 {LAMBDA_1:g}")
     yield from results.unmeasured("paper, abstract and tables", "figures not copied here", {
         "On three models of 1.5B to 7B, 32 + 32 sentences mitigate toxicity better than ITI-c, CAA and Lin-AcT":
-            "models of 1.5B and more",
-        "The method carries over to text-to-image models": "a text-to-image model"})
+            "models of 1.5B and more", "The method carries over to text-to-image models": "a text-to-image model"})
 
 
 study = Study("LinEAS on SmolLM2-135M-Instruct", measure, claims, show=show, full=Scale(), quick_seeds=1,

@@ -148,8 +148,7 @@ def show(report: Report, results: Results) -> None:
             for name in TASKS for kind in prompts.values()}
     add_table(report, "Accuracy and slope on the prior", (
         {"task": name, "prompt": label, "accuracy": results.interval(kind, name, "accuracy"),
-         "slope": pooled(results, kind, name),
-         "slope at equal size": pooled(results, kind, name, equal_size=True),
+         "slope": pooled(results, kind, name), "slope at equal size": pooled(results, kind, name, equal_size=True),
          "prior gap": float(np.mean(gaps[name, kind])) if gaps[name, kind] else None}
         for name in TASKS for label, kind in prompts.items()),
         "accuracy: mean over seeds, 95 % bootstrap over seeds; slope: logistic, per nat of log prior a token, over the "

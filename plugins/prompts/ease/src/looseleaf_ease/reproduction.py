@@ -169,8 +169,7 @@ def show(report: Report, results: Results) -> None:
         **{k: v for k, v in EASE().hyperparameters().items() if k in ("k", "nu", "lam", "domain", "train_steps")},
         "keep": KEEP, "dtype": results.once["dtype"], "threads": results.once["threads"],
         **{f"{name}: mean validation score of random arms":
-           round(float(np.mean(results.joined(name, "scores", "Best-of-N"))), 3)
-           for name in results.scale.evaluations}}
+           round(float(np.mean(results.joined(name, "scores", "Best-of-N"))), 3) for name in results.scale.evaluations}}
     tasks = list(results.scale.evaluations)
     add_table(report, "Best prompt of each search", (
         {"task": name, "method": method,

@@ -141,8 +141,7 @@ def show(report: Report, results: Results) -> None:
     spent = [row[task]["seconds"] for row in results.rows for task in TASKS]
     report.facts |= {
         "model": "SmolLM2-135M-Instruct", "dtype": results.once["dtype"], "threads": results.once["threads"],
-        "prompts per search": results.scale.prompts,
-        "search seconds": round(sum(sum(s.values()) for s in spent), 1),
+        "prompts per search": results.scale.prompts, "search seconds": round(sum(sum(s.values()) for s in spent), 1),
         "seconds per promptquine search": round(sum(s["promptquine"] for s in spent) / len(spent), 1)}
     prompts = ("zero-shot", "one-shot", *METHODS)
     accuracies = {(task, prompt): results.values(task, "accuracy", prompt) for task in TASKS for prompt in prompts}

@@ -18,18 +18,9 @@ from looseleaf.statistics import Interval, bootstrap
 from looseleaf_lab import data, models
 from looseleaf_lab.study import Results, Study, add_table, curve
 from looseleaf_lab.timing import interleave
+from looseleaf_token_prepending import quality
 from looseleaf_token_prepending.encoder import SentenceEncoder, last_token, mean_pooling, prompt_eol
 from looseleaf_token_prepending.optimizer import TokenPrepending, default_ends, default_exit
-from looseleaf_token_prepending.quality import (
-    DEV_PAIRS,
-    TEST_PAIRS,
-    Choice,
-    EmbeddingComparison,
-    Likeness,
-    Sentences,
-    SentenceSplit,
-    square,
-)
 
 SETS = {"documentation": ("subjects", 200), "conversation": ("topics", 201)}
 """Set -> task of the lab that the sentences and their topics come from, and how many."""
@@ -49,14 +40,14 @@ class Scale:
     brief: bool = False
 
 
-def sentences(teacher: tuple[Any, Any], brief: bool) -> dict[str, Sentences]:
+def sentences(teacher: tuple[Any, Any], brief: bool) -> dict[str, quality.Sentences]:
     """The sets, each topic equally often, with the teacher's cosines."""
     out = {}
     for name, (task, size) in SETS.items():
         found = data.classification_task(task, seed=0, train=4, dev=4, test=size // 5 if brief else size).test
         texts = [str(e.inputs["text"]) for e in found]
         vectors = models.sentence_embeddings(teacher, texts).numpy()
-        out[name] = Sentences(texts, [str(e.target) for e in found], square(vectors))
+        out[name] = quality.Sentences(texts, [str(e.target) for e in found], quality.square(vectors))
     return out
 
 
@@ -79,16 +70,17 @@ def ways(model: Any, tokenizer: Any, brief: bool = False) -> dict[str, Callable[
 
 
 @functools.cache
-def embeddings(scale: Scale) -> EmbeddingComparison:
+def embeddings(scale: Scale) -> quality.EmbeddingComparison:
     """All ways over all sentences; the splits are added by :func:`measure`."""
     model, tokenizer = models.load("smollm2")
     sets = sentences(models.load("minilm"), scale.brief)
     exits = list(range(1, len(last_token(model, tokenizer).layers) + 1))
-    found: dict[str, Likeness] = {}
+    found: dict[str, quality.Likeness] = {}
     for way, maker in ways(model, tokenizer, scale.brief).items():
-        found[way] = {name: np.stack([square(s) for s in maker().states(some.texts, exits, progress=False).numpy()]
-                                     ).astype(np.float32) for name, some in sets.items()}
-    return EmbeddingComparison(sets, exits, found, [])
+        found[way] = {name: np.stack([
+            quality.square(s) for s in maker().states(some.texts, exits, progress=False).numpy()]).astype(np.float32)
+            for name, some in sets.items()}
+    return quality.EmbeddingComparison(sets, exits, found, [])
 
 
 def measure(seed: int, scale: Scale) -> dict[str, Any]:
@@ -96,14 +88,14 @@ def measure(seed: int, scale: Scale) -> dict[str, Any]:
     return measure_split(embeddings(scale), seed)
 
 
-def measure_split(comparison: EmbeddingComparison, seed: int) -> dict[str, Any]:
+def measure_split(comparison: quality.EmbeddingComparison, seed: int) -> dict[str, Any]:
     """Every row of the tables, the layers chosen, the curves, and differences, as [value, low, high] over sentences."""
-    split = {name: SentenceSplit.draw(some, seed) for name, some in comparison.sets.items()}
-    comparison = EmbeddingComparison(comparison.sets, comparison.exits, comparison.ways, [split])
+    split = {name: quality.SentenceSplit.draw(some, seed) for name, some in comparison.sets.items()}
+    comparison = quality.EmbeddingComparison(comparison.sets, comparison.exits, comparison.ways, [split])
     last, ends = len(comparison.exits) - 1, end_layers(comparison)
     default = comparison.exits.index(default_exit(comparison.exits[-1]))
     [ours], [early] = comparison.chosen(*(f"prompteol {end}" for end in ends)), comparison.chosen("prompteol")
-    rows: dict[str, Choice] = {
+    rows: dict[str, quality.Choice] = {
         LAST: ("last token", last), MEAN: ("mean", last), "mean, exit chosen": comparison.chosen("mean")[0],
         BASE: ("prompteol", last), EARLY: early,
         "PromptEOL and placeholder alone, exit chosen": comparison.chosen("placeholder")[0],
@@ -115,15 +107,15 @@ def measure_split(comparison: EmbeddingComparison, seed: int) -> dict[str, Any]:
     if "other placeholder" in comparison.ways:
         rows["PromptEOL + TP, defaults, another placeholder"] = ("other placeholder", default)
 
-    def correlation(one: Choice, other: Choice | None = None, of: Iterable[str] = split) -> Interval:
+    def correlation(one: quality.Choice, other: quality.Choice | None = None, of: Iterable[str] = split) -> Interval:
         count, statistic = comparison.resampled({name: split[name] for name in of}, one, other)
         return bootstrap(range(count), seed, samples=1000, statistic=statistic)
 
-    def neighbours(one: Choice, other: Choice | None, teacher: bool) -> Interval:
+    def neighbours(one: quality.Choice, other: quality.Choice | None, teacher: bool) -> Interval:
         matches = comparison.neighbour_matches(one, split, teacher)
         return bootstrap(matches - (0 if other is None else comparison.neighbour_matches(other, split, teacher)), seed)
 
-    def full(one: Choice, other: Choice | None = None) -> dict[str, Any]:
+    def full(one: quality.Choice, other: quality.Choice | None = None) -> dict[str, Any]:
         return {"spearman": correlation(one, other), "topic": neighbours(one, other, False),
                 "teacher": neighbours(one, other, True)}
 
@@ -142,7 +134,7 @@ def measure_split(comparison: EmbeddingComparison, seed: int) -> dict[str, Any]:
                        for way in ("prompteol", "placeholder", "mean", *(f"prompteol {end}" for end in ends))}}
 
 
-def end_layers(comparison: EmbeddingComparison) -> list[int]:
+def end_layers(comparison: quality.EmbeddingComparison) -> list[int]:
     """The end layers that Token Prepending over PromptEOL was run with."""
     return [int(way.split()[1]) for way in comparison.ways if way.startswith("prompteol ")]
 
@@ -175,7 +167,8 @@ def show(report: Report, results: Results) -> None:
     """Correlations, nearest neighbours, layers chosen, what is prepended, curves and time."""
     report.facts |= {"model": "SmolLM2-135M-Instruct, float32", "teacher": "all-MiniLM-L6-v2",
                      "sentences": ", ".join(f"{n} {name}" for name, n in results.rows[0]["sizes"].items()),
-                     "pairs of each set and split": f"at most {TEST_PAIRS} for the test and {DEV_PAIRS} for choosing"}
+                     "pairs of each set and split": f"at most {quality.TEST_PAIRS} for the test and "
+                                                    f"{quality.DEV_PAIRS} for choosing"}
     first, once = results.rows[0], results.once
     add_table(report, "Spearman's correlation with the teacher, test pairs", (
         {"embedding": name, **{of: results.mean("rows", name, "sets", of) for of in first["sizes"]},

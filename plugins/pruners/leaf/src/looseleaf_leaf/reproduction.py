@@ -247,8 +247,7 @@ def claims_of(part: Part, own: Results) -> Iterator[Claim]:
                 f"student: {plain['student, clean']} right without distractors, {plain[misled]} with; teacher: "
                 f"{plain['teacher, clean']} and {plain['teacher, distracted']}", needs=True)
     yield claim("The difference of gradients finds the confounding tokens", f"section 3.1; {OURS}", "-",
-                f"lower end of the AUROC > {DETECTED}", best.low > DETECTED,
-                f"AUROC of the planted tokens {best:.3f}")
+                f"lower end of the AUROC > {DETECTED}", best.low > DETECTED, f"AUROC of the planted tokens {best:.3f}")
     yield claim("It finds them better than the student's gradients alone, and than chance", f"section 3.1; {OURS}", "-",
                 "lower ends of both paired differences of AUROC > 0", alone.low > 0 and chance.low > 0,
                 f"AUROC of the student's gradients alone {plain['AUROC, student alone']}, of the teacher's "

@@ -68,8 +68,7 @@ def show(report: Report, results: Results) -> None:
         "images": "digits of scikit-learn: 900 to train, 597 to test",
         "training": f"{scale.steps} steps of SGD at {scale.rate}, divided by 10 at a half and at three quarters, "
                     f"momentum 0.9, weight decay 1e-4, batches of {scale.batch}, no warm-up",
-        "pruning": "20% of what is left a round, all layers compared together",
-        "step of 5%": results.rows[0]["step"]}
+        "pruning": "20% of what is left a round, all layers compared together", "step of 5%": results.rows[0]["step"]}
     density = results.rows[0]["density"]
     accuracy = [[results.interval("accuracy", s, r) for r in range(len(density))] for s in (ZERO, EARLY)]
     add_table(report, "Tickets from the initial weights and from early training", (

@@ -60,8 +60,7 @@ def measure(seed: int, scale: Scale) -> dict[str, Any]:
     return {"density": {r: tickets[r].density for r in (0, *scale.rounds)},
             TICKET: {r: tickets[r].metrics for r in (0, *scale.rounds)},
             REINIT: {r: means(random_reinit(tickets[r], model, draw + i, vision.glorot) for i in range(scale.reinits))
-                     for r in scale.rounds},
-            MASK: {r: means([random_mask(tickets[r], draw)]) for r in scale.rounds}}
+                     for r in scale.rounds}, MASK: {r: means([random_mask(tickets[r], draw)]) for r in scale.rounds}}
 
 
 def show(report: Report, results: Results) -> None:
