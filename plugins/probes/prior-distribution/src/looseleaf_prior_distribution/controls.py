@@ -28,10 +28,10 @@ class Vocabulary:
         self.pad_token_id = self.bos_token_id = self.eos_token_id = None
 
     def __call__(self, text: str | list[str], add_special_tokens: bool = True) -> dict[str, Any]:
-        """``input_ids`` of a text, or of each of several."""
+        """``input_ids`` of a text, or of each of several; an unknown word has an id that the model does not know."""
         if isinstance(text, str):
-            return {"input_ids": [self._ids[word] for word in text.split()]}
-        return {"input_ids": [[self._ids[word] for word in t.split()] for t in text]}
+            return {"input_ids": [self._ids.get(word, len(self.words)) for word in text.split()]}
+        return {"input_ids": [self(t)["input_ids"] for t in text]}
 
     def decode(self, ids: list[int], **_: Any) -> str:
         """The words of ``ids``."""
