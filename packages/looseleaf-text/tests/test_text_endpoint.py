@@ -14,7 +14,8 @@ import pytest
 
 from looseleaf import Budget, EndpointError
 from looseleaf_text import EndpointModel
-from looseleaf_text.endpoint import first_token, span_log_prob
+from looseleaf_text.endpoint import _seconds
+from looseleaf_text.logprobs import first_token, plain_tokens, span_log_prob
 from looseleaf_text.testing import ToyLanguageModel, toy_task
 
 Answer = tuple[int, Any, dict[str, str]]
@@ -285,3 +286,142 @@ def test_bad_arguments(wrong: dict[str, Any]) -> None:
         EndpointModel("http://x/v1", "m", **wrong)
     with pytest.raises(ValueError, match="base_url"):
         EndpointModel("localhost:8000", "m")
+
+
+# ---------------------------------------------------------------------- what servers write, refuse and ask for
+def chat_logprobs(*entries: dict[str, Any]) -> dict[str, Any]:
+    return {"choices": [{"message": {"content": "x"}, "logprobs": {"content": [{"top_logprobs": list(entries)}]}}]}
+
+
+@pytest.mark.parametrize("listed", [
+    {"\u0120positive": -3.0, "\u0120negative": -0.1, "\u0120the": -4.0},
+    {"\u2581positive": -3.0, "\u2581negative": -0.1, "\u2581the": -4.0},
+    {" positive": -3.0, " negative": -0.1, " the": -4.0}])
+def test_spellings_of_spaces(server: Server, listed: dict[str, float]) -> None:
+    answer = {"choices": [{"text": "x", "logprobs": {"top_logprobs": [listed]}}]}
+    server.behave = lambda n, path, body: (200, answer, {})
+    assert connect(server, scoring="top").score(["a"], [[" positive", " negative"]]) == [[-3.0, -0.1]]
+    assert connect(server, scoring="top").score(["a "], [["positive", "negative"]]) == [[-3.0, -0.1]]
+
+
+def test_byte_level_spellings_of_whole_words() -> None:
+    assert plain_tokens(["\u0120caf\u00c3\u00a9", "\u010a", "\u00c3"]) == [" caf\u00e9", "\n", "\udcc3"]
+    assert plain_tokens(["\u2581caf\u00e9", "<0x0A>", "<0xC3>"]) == [" caf\u00e9", "\n", "\udcc3"]
+    assert plain_tokens([" caf\u00e9"]) == [" caf\u00e9"]
+
+
+def test_a_label_whose_first_character_is_several_tokens(server: Server) -> None:
+    face = "\U0001f60a".encode()
+    answer = chat_logprobs({"token": "\ufffd", "bytes": list(face[:2]), "logprob": -0.2},
+                           {"token": "no", "bytes": None, "logprob": -2.0})
+    server.behave = lambda n, path, body: (200, answer, {})
+    assert connect(server, api="chat").score(["a"], [["\U0001f60a", "no"]]) == [[-0.2, -2.0]]
+
+
+def test_labels_absent_from_the_top_list(server: Server) -> None:
+    server.features.discard("echo")
+    model = connect(server)
+    with pytest.raises(EndpointError, match=r"none of the continuations .* likeliest tokens \[' positive'.* after 'a'"):
+        model.score(["a"], [[" yes", " no"]])
+    (listed, absent), = model.score(["a"], [[" the", " zebra"]])
+    assert listed == -4.0 > absent, "one that is not listed comes after the last that is"
+
+
+def test_a_chat_server_that_lists_few_alternatives(server: Server) -> None:
+    def behave(n: int, path: str, body: dict[str, Any]) -> Answer | None:
+        if body["top_logprobs"] > 5:
+            return 400, {"error": {"message": "top_logprobs must be at most 5"}}, {}
+        return None
+
+    server.behave = behave
+    model = connect(server, api="chat")
+    assert model.score(["a", "b"], [[" positive", " negative"]] * 2) == [[-0.5, -1.5]] * 2
+    before = len(server.requests)
+    model.score(["a", "b"], [[" positive", " negative"]] * 2)
+    assert len(server.requests) - before == 2, "what it allows is remembered"
+
+
+@pytest.mark.parametrize("api", ["completions", "chat"])
+@pytest.mark.parametrize("scoring", ["auto", "top"])
+def test_a_refusal_of_one_prompt_is_told_in_the_servers_words(server: Server, api: Any, scoring: Any) -> None:
+    def behave(n: int, path: str, body: dict[str, Any]) -> Answer | None:
+        text = body.get("prompt") or body["messages"][0]["content"]
+        if len(text) > 50:
+            return 400, {"error": {"message": "maximum context length is 50 tokens"}}, {}
+        return None
+
+    server.behave = behave
+    with pytest.raises(EndpointError, match="The server said: maximum context length is 50 tokens"):
+        connect(server, api=api, scoring=scoring).score(["long " * 20], [[" positive", " negative"]])
+    model = connect(server, api=api, scoring=scoring)
+    model.score(["short"], [[" positive", " negative"]])
+    with pytest.raises(EndpointError, match="The server said: maximum context length is 50 tokens"):
+        model.score(["short", "long " * 20], [[" positive", " negative"]] * 2)
+
+
+def test_a_server_that_refuses_to_give_log_probabilities_is_quoted(server: Server) -> None:
+    server.behave = lambda n, path, body: (
+        (422, {"detail": [{"msg": "logprobs are switched off"}]}, {}) if body.get("logprobs") else None)
+    with pytest.raises(EndpointError, match=r"no log-probabilities.*logprobs are switched off"):
+        connect(server).score(["a"], [[" positive", " negative"]])
+
+
+@pytest.mark.parametrize("body", [{"error": "slow down"}, {"message": "slow down"}, {"detail": "slow down"},
+                                  {"error": {"message": "slow down"}}, b"slow down", [{"msg": "slow down"}]])
+def test_what_the_server_said_in_any_form(server: Server, body: Any) -> None:
+    server.behave = lambda n, path, _: (400, body, {})
+    with pytest.raises(EndpointError, match=r"The server said: .*slow down"):
+        connect(server).generate(["x"], 5)
+
+
+@pytest.mark.parametrize("clock", [0, 3600])
+def test_retry_after_as_a_date(server: Server, clock: int) -> None:
+    """It counts from the server's own clock."""
+    import email.utils
+
+    now = time.time() + clock
+    then, now_there = (email.utils.formatdate(t, usegmt=True) for t in (now + 2, now))
+    assert _seconds(then, now_there) == 2.0
+    assert _seconds(email.utils.formatdate(time.time() + 4, usegmt=True)) == pytest.approx(4, abs=1.5)
+    assert _seconds("7") == 7.0 and _seconds("soon") is None and _seconds("nan") is None and _seconds("-3") == 0.0
+
+
+def test_a_server_that_asks_to_wait_for_an_hour_is_not_waited_for(server: Server) -> None:
+    server.behave = lambda n, path, body: (429, {"error": "quota"}, {"Retry-After": "3600"})
+    with pytest.raises(EndpointError, match="429: quota; it asks to wait 3600 s"):
+        connect(server).generate(["x"], 5)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("cut", [1, 2, 4], ids=["one token", "two", "a token each byte"])
+def test_echo_of_characters_of_several_tokens(server: Server, cut: int) -> None:
+    def behave(n: int, path: str, body: dict[str, Any]) -> Answer:
+        tokens = [t for c in body["prompt"] for t in (["\ufffd"] * cut if ord(c) > 0xffff and cut > 1 else [c])]
+        log_probs = {"tokens": ["<s>", *tokens, "!"], "token_logprobs": [None, *[-1.0] * len(tokens), -9.0]}
+        return 200, {"choices": [{"text": body["prompt"] + "!", "logprobs": log_probs}]}, {}
+
+    server.behave = behave
+    model = connect(server)
+    assert model.score(["I like it. So:"], [[" yes"]]) == [[-4.0]]
+    assert model.score(["I like it \U0001f60a. So:"], [[" yes"]]) == [[-4.0]]
+    assert model.score(["\U0001f60a\U0001f60a So:"], [[" yes"]]) == [[-4.0]]
+    assert model.score(["So:"], [[" \U0001f60a"]]) == [[-1.0 - cut]]
+    assert model.score(["So: \U0001f60a"], [["\U0001f60a"]]) == [[-float(cut)]]
+
+
+def test_numbers_of_a_server_that_are_none(server: Server) -> None:
+    def behave(n: int, path: str, body: dict[str, Any]) -> Answer:
+        return 200, b'{"choices": [{"text": "x", "logprobs": {"top_logprobs": [{" a": NaN, " b": -1.0}]}}]}', {}
+
+    server.behave = behave
+    with pytest.raises(EndpointError, match="gives nan as a log-probability after 'p': a weight of toy"):
+        connect(server, scoring="top").score(["p"], [[" a", " b"]])
+    server.behave = lambda n, path, body: (200, b'{"data": [{"index": 0, "embedding": [NaN, 1.0]}]}', {})
+    with pytest.raises(EndpointError, match="NaN or infinite numbers for 'p'"):
+        connect(server).embed(["p"])
+
+
+def test_a_server_that_has_moved(server: Server) -> None:
+    server.behave = lambda n, path, body: (308, b"", {"Location": "https://elsewhere/v1/completions"})
+    with pytest.raises(EndpointError, match="status 308, moved to 'https://elsewhere/v1/completions'"):
+        connect(server).generate(["x"], 5)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from looseleaf.errors import UnsupportedModelError
 from looseleaf.modes import evaluating
+from looseleaf.unwrap import unwrapped
 
 BEGINNING = 5
 """Positions that the rows of the trial share."""
@@ -280,7 +281,7 @@ def positions(config: Any) -> int | None:
 
 def expect_eval(model: Any) -> None:
     """Raise ValueError for a model in training mode."""
-    if getattr(model, "_orig_mod", model).training:
+    if unwrapped(model).training:
         raise ValueError("the model is in training mode, where dropout makes every score different: "
                          "call model.eval() first")
 

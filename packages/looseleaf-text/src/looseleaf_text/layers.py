@@ -26,7 +26,7 @@ _BLOCKS = {"attention": ("self_attn", "attn", "attention", "self_attention", "li
 
 
 def decoder_layers(model: nn.Module, layers: str | None = None) -> dict[str, nn.Module]:
-    """The layers of a decoder by module name, first to last.
+    """The layers of a decoder by module name, first to last; wrappers such as PEFT's are looked through.
 
     Args:
         model: a decoder of transformers.
@@ -37,6 +37,7 @@ def decoder_layers(model: nn.Module, layers: str | None = None) -> dict[str, nn.
         ValueError: no module list of that name; near names are given.
         UnsupportedModelError: none could be found, or the model is an encoder with a decoder.
     """
+    model = unwrapped(model)
     lists = {name: module for name, module in named_modules(model).items()
              if isinstance(module, nn.ModuleList) and module}
     if layers is not None:

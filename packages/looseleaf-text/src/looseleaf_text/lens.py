@@ -45,10 +45,11 @@ class LogitLens:
         self.names = list(decoder_layers(model, layers))
         modules = named_modules(model)
         self.norm = _final_norm(model, modules, self.names[0].rpartition(".")[0], norm)
-        self.head = _head(model, modules, head)
-        config: Any = getattr(model, "config", None)
+        inner = unwrapped(model)
+        self.head = _head(inner, modules, head)
+        config: Any = getattr(inner, "config", None)
         self._config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        self._keeps = "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters
+        self._keeps = "logits_to_keep" in inspect.signature(inner.forward).parameters
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits (..., vocabulary) of a residual stream (..., hidden size), in the model's dtype."""
@@ -107,6 +108,10 @@ class LogitLens:
             if name == self.names[-1]:
                 self._compare(logits, own)
             values = torch.log_softmax(logits.float(), -1)
+            for n in range(batch):
+                if not bool(values[n].amax(-1).isfinite().all()):
+                    raise ValueError(f"{type(unwrapped(self.model)).__name__}: expected finite logits after {name}, "
+                                     f"got others for row {n}: a weight is NaN or infinite, or its dtype overflows")
             if tokens is not None:
                 values = values.gather(-1, tokens.to(values.device)[..., None])[..., 0]
             out.append(values.to(own.device))

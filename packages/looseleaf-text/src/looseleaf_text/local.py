@@ -470,7 +470,7 @@ class LocalModel(LanguageModel):
 
     def _ends(self) -> set[int]:
         ends: set[int] = set()
-        for value in (getattr(getattr(self.model, "generation_config", None), "eos_token_id", None),
+        for value in (getattr(getattr(self._inner, "generation_config", None), "eos_token_id", None),
                       getattr(self.tokenizer, "eos_token_id", None)):
             ends.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
         return ends

@@ -14,6 +14,8 @@ from looseleaf.errors import UnsupportedModelError
 from looseleaf.modes import evaluating
 from looseleaf.prompts.prompt import Prompt
 from looseleaf.tasks import Example, Predictor
+from looseleaf.unwrap import unwrapped
+from looseleaf_text.batching import text_config
 from looseleaf_text.local import LocalModel
 
 if TYPE_CHECKING:
@@ -91,9 +93,8 @@ class _Prefixed(nn.Module):
     def __init__(self, model: Any, soft: Tensor) -> None:
         super().__init__()
         self.inner = model
-        self.config = model.config
-        self.generation_config = getattr(model, "generation_config", None)
-        self.training = model.training
+        self.config = unwrapped(model).config
+        self.training = unwrapped(model).training
         self.keys_values = keys_and_values(model, soft)
         self.length = self.keys_values[0][0].shape[2]
 
@@ -104,7 +105,7 @@ class _Prefixed(nn.Module):
 
         rows = input_ids.shape[0]
         if past_key_values is None:
-            past_key_values = DynamicCache(config=self.config.get_text_config())
+            past_key_values = DynamicCache(config=text_config(self))
             for layer, (keys, values) in enumerate(self.keys_values):
                 past_key_values.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
         mask = torch.cat([attention_mask.new_ones(rows, self.length), attention_mask], dim=1)
@@ -120,20 +121,25 @@ def keys_and_values(model: Any, soft: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Keys and values (1, heads, tokens, head_dim) of each layer that ``soft`` (see :func:`soft_prefix`) stands for.
 
     Raises:
+        UnsupportedModelError: a layer keeps something else.
         ValueError: the shape does not fit the model.
     """
-    table = model.get_input_embeddings().weight
+    table = unwrapped(model).get_input_embeddings().weight
     soft = soft.to(device=table.device, dtype=table.dtype)
     if soft.dim() == 5 and soft.shape[1] == 2:
         layers = [(layer[0][None], layer[1][None]) for layer in soft]
     elif soft.dim() == 2 and soft.shape[1] == table.shape[1]:
         with evaluating(model):
-            cache = model(inputs_embeds=soft[None], use_cache=True).past_key_values
-        layers = [(layer.keys, layer.values) for layer in cache.layers]
+            cache = getattr(model(inputs_embeds=soft[None], use_cache=True), "past_key_values", None)
+        layers = [(getattr(layer, "keys", None), getattr(layer, "values", None))
+                  for layer in getattr(cache, "layers", [])]
+        if not layers or any(part is None for layer in layers for part in layer):
+            raise UnsupportedModelError(f"a soft prompt: expected a model whose layers all keep keys and values, got "
+                                        f"{type(unwrapped(model)).__name__}")
     else:
         raise ValueError(f"a soft prompt that does not fit the model: expected the shape (tokens, {table.shape[1]}) or "
                          f"(layers, 2, key-value heads, tokens, head_dim), got {tuple(soft.shape)}")
-    config = model.config.get_text_config()
+    config = text_config(unwrapped(model))
     if len(layers) != config.num_hidden_layers:
         raise ValueError(f"a soft prompt that does not fit the model: expected {config.num_hidden_layers} layers, got "
                          f"{len(layers)}")
