@@ -233,20 +233,3 @@ def test_peak_memory_counts_again_what_was_given_back() -> None:
 
     first, second = work(), work()
     assert first > 40e6 and second > 40e6
-
-
-def test_agreement_is_that_of_scipy_and_sklearn() -> None:
-    scipy_stats = pytest.importorskip("scipy.stats")
-    sklearn_metrics = pytest.importorskip("sklearn.metrics")
-    rng = np.random.default_rng(0)
-    x, y = rng.integers(0, 9, 50).astype(float), rng.normal(size=50)
-    assert metrics.spearman(x, y) == pytest.approx(scipy_stats.spearmanr(x, y).statistic)
-    labels = rng.integers(0, 2, 50)
-    assert metrics.auroc(x[labels == 1], x[labels == 0]) == pytest.approx(sklearn_metrics.roc_auc_score(labels, x))
-
-
-def test_calibration_error() -> None:
-    assert metrics.expected_calibration_error([0.95, 0.95, 0.05], [1, 1, 0]) == pytest.approx(0.05)
-    assert metrics.expected_calibration_error([1.0, 1.0], [1, 0]) == pytest.approx(0.5)
-    with pytest.raises(ValueError, match="confidences in"):
-        metrics.expected_calibration_error([1.5], [1])

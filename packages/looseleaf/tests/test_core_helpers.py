@@ -125,9 +125,14 @@ def test_unknown_patterns_get_near_names() -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- statistics
-def test_bootstrap_agrees_with_scipy() -> None:
+def test_statistics_agree_with_scipy_and_sklearn() -> None:
     scipy_stats = pytest.importorskip("scipy.stats")
-    y = np.random.default_rng(0).normal(size=50)
+    sklearn_metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 9, 50).astype(float), rng.normal(size=50)
+    assert statistics.spearman(x, y) == pytest.approx(scipy_stats.spearmanr(x, y).statistic)
+    labels = rng.integers(0, 2, 50)
+    assert statistics.auroc(x[labels == 1], x[labels == 0]) == pytest.approx(sklearn_metrics.roc_auc_score(labels, x))
     done = scipy_stats.bootstrap((y,), np.mean, method="percentile", n_resamples=20000, random_state=0)
     ours = statistics.bootstrap(y, samples=20000)
     assert ours.low == pytest.approx(done.confidence_interval.low, abs=0.02)
@@ -144,6 +149,13 @@ def test_intervals() -> None:
             statistics.bootstrap(bad)
     with pytest.raises(ValueError, match="expected equally many values, got 1 and 2"):
         statistics.paired([1.0], [1.0, 2.0])
+
+
+def test_calibration_error() -> None:
+    assert statistics.expected_calibration_error([0.95, 0.95, 0.05], [1, 1, 0]) == pytest.approx(0.05)
+    assert statistics.expected_calibration_error([1.0, 1.0], [1, 0]) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="confidences in"):
+        statistics.expected_calibration_error([1.5], [1])
 
 
 # ------------------------------------------------------------------------------------------------------------ resume

@@ -1,10 +1,9 @@
-"""Figures of merit: perplexity and pass-key retrieval of language models, rank correlation, AUROC, calibration."""
+"""Figures of merit with their uncertainty: perplexity and pass-key retrieval of language models, relative errors."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -238,48 +237,3 @@ def relative_error(output: torch.Tensor, exact: torch.Tensor) -> float:
     norm = float(exact.double().norm())
     difference = float((output.double() - exact.double()).norm())
     return difference / norm if norm else (0.0 if difference == 0 else math.inf)
-
-
-def _ranks(values: Sequence[float]) -> np.ndarray:
-    """Ranks from 1, float64; ties have their mean rank."""
-    _, inverse, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
-    mean_ranks: np.ndarray = np.cumsum(counts) - (counts - 1) / 2
-    return mean_ranks[inverse]
-
-
-def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's rank correlation, ties by their mean rank; NaN where one side is constant.
-
-    Raises:
-        ValueError: not equally many, or fewer than two.
-    """
-    if len(x) != len(y) or len(x) < 2:
-        raise ValueError(f"spearman: expected equally many values, two or more, got {len(x)} and {len(y)}")
-    with np.errstate(invalid="ignore"):
-        return float(np.corrcoef(_ranks(x), _ranks(y))[0, 1])
-
-
-def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
-    """Probability that a positive scores higher than a negative, ties counted as a half.
-
-    Raises:
-        ValueError: one side is empty.
-    """
-    n = len(positive)
-    if not n or not len(negative):
-        raise ValueError(f"auroc: expected scores on both sides, got {n} and {len(negative)}")
-    return float((_ranks([*positive, *negative])[:n].sum() - n * (n + 1) / 2) / (n * len(negative)))
-
-
-def expected_calibration_error(confidences: Sequence[float], correct: Sequence[float], bins: int = 10) -> float:
-    """Mean gap between confidence and accuracy over equal-width bins, weighted by how many fall into each, in [0, 1].
-
-    Raises:
-        ValueError: not equally many, none, or a confidence outside [0, 1].
-    """
-    p, hit = np.asarray(confidences, dtype=np.float64), np.asarray(correct, dtype=np.float64)
-    if p.shape != hit.shape or not p.size or not ((p >= 0) & (p <= 1)).all():
-        raise ValueError(f"expected_calibration_error: expected equally many confidences in [0, 1] and outcomes, "
-                         f"got {p.size} and {hit.size}")
-    gaps = np.bincount(np.minimum((p * bins).astype(int), bins - 1), weights=p - hit)
-    return float(np.abs(gaps).sum() / p.size)

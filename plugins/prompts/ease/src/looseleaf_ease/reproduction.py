@@ -15,14 +15,13 @@ import numpy as np
 import torch
 
 from looseleaf import Claim, Report
-from looseleaf.statistics import Interval, bootstrap
+from looseleaf.statistics import Interval, bootstrap, spearman
 from looseleaf_ease.bandit import NeuralUCB
 from looseleaf_ease.encoder import sentence_encoder
 from looseleaf_ease.optimizer import EASE, INITIAL_FRACTION, KEEP
 from looseleaf_ease.search import draw, generator, sets_of
 from looseleaf_ease.transport import closest
 from looseleaf_lab import data, models
-from looseleaf_lab.metrics import spearman
 from looseleaf_lab.study import Results, Study, above, add_table, curve
 from looseleaf_text import LanguageModel, LocalModel, TextTask
 

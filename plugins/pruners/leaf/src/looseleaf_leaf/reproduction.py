@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from looseleaf import Claim, Report
-from looseleaf.statistics import Interval
+from looseleaf.statistics import Interval, auroc
 from looseleaf_lab import models, training
-from looseleaf_lab.metrics import auroc
 from looseleaf_lab.study import Results, Study, add_table
 from looseleaf_leaf.data import Samples, Vocabulary, accuracy, adapted, attention_on, draw, draw_english, transformer
 from looseleaf_leaf.pruner import Counterfactuals, LeaF, counterfactuals
@@ -217,9 +216,10 @@ def claims(results: Results) -> Iterator[Claim]:
     for part, own in parts:
         yield from claims_of(part, own)
     nothing = "no rule: nothing is measured here", None, "not measured here"
-    yield results.claim("Language models of 1B to 3B parameters gain on mathematics and code", "tables of the "
-                        "repository", "LLaMA3.2-1B CodeBench 15.39 -> KD 17.39 -> LeaF 19.76; LLaMA3.2-3B "
-                        "MathBench 44.29 -> 50.29 -> 51.88", *nothing)
+    yield results.claim("Language models of 1B to 3B parameters gain on mathematics and code",
+                        "tables of the repository",
+                        "LLaMA3.2-1B CodeBench 15.39 -> KD 17.39 -> LeaF 19.76; LLaMA3.2-3B MathBench 44.29 -> 50.29 "
+                        "-> 51.88", *nothing)
     if LANGUAGE.models not in [part.models for part, _ in parts]:
         yield results.claim("A pre-trained language model with LoRA (SmolLM2-135M) gains likewise", OURS, "-", *nothing)
 

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from looseleaf import Claim, Report
 from looseleaf.pruning.selection import removed
-from looseleaf.statistics import Interval, bootstrap
+from looseleaf.statistics import Interval, bootstrap, spearman
 from looseleaf_lab import models
-from looseleaf_lab.metrics import spearman
 from looseleaf_lab.study import Results, Study, add_table, below, resampled
 from looseleaf_outlandish import probe
 from looseleaf_outlandish.data import HELD_OUT, LEVELS, ORDINARY, SAMPLES, Sample
