@@ -29,8 +29,8 @@ LIBRARIES = ("looseleaf_text", "looseleaf_vision", "looseleaf_tickets", "loosele
 MAY_IMPORT = {CORE: set(), KERNELS: set(), LAB: {CORE, KERNELS, *LIBRARIES}, **{name: {CORE} for name in LIBRARIES}}
 HEAVY = ("transformers", "diffusers", "ray", "httpx", "timm", "torchvision", "scipy", "sklearn")
 SMALL, LARGE = 80, 600
-CORE_LINES, CORE_GOAL = 9400, 6000
-"""Most lines the core may have: lowered with every line taken out, never raised; and the goal."""
+CORE_LINES = 8000
+"""Most lines the core may have: lowered with every line taken out, never raised (docs/decisions/008)."""
 OF_TORCH = ("_parameters", "_buffers", "_modules", "_version")
 """Attributes of torch's own objects, which a package of ours may happen to have, too."""
 METHOD = {"attention": "backend.py", "pruners": "pruner.py", "prompts": "optimizer.py", "probes": "probe.py"}
@@ -299,7 +299,7 @@ def main() -> int:
     lines = sum(len(p.read_text(encoding="utf-8").splitlines()) for p in ALL[CORE].files.values())
     if lines > CORE_LINES:
         wrong.append(f"the core has {lines} lines: at most {CORE_LINES}")
-    print(f"the core has {lines} lines; the goal is {CORE_GOAL}")
+    print(f"the core has {lines} lines of {CORE_LINES}")
     for line in wrong:
         print(line.replace(f"{ROOT}/", ""))
     return 1 if wrong else 0
