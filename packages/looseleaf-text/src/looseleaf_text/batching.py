@@ -80,7 +80,7 @@ def batching(model: nn.Module, key: Any, forward: Forward, tokenizer: Any, limit
         lengths = [BEGINNING] if window is None else [max(BEGINNING, window - 4), window + 3]
         if limit is not None:
             lengths = sorted({min(n, limit - 9) for n in lengths})
-        parts = [measure(model, forward, ordinary_ids(model, tokenizer, 2 * n + 14), n) for n in lengths
+        parts = [measure(model, forward, ordinary_ids(model, tokenizer, 2 * n + 14), n, window is None) for n in lengths
                  if n >= BEGINNING] or [Batching()]
         known[key, window] = dataclasses.replace(
             parts[0], left=all(p.left for p in parts), right=all(p.right for p in parts),
@@ -88,13 +88,15 @@ def batching(model: nn.Module, key: Any, forward: Forward, tokenizer: Any, limit
     return known[key, window]
 
 
-def measure(model: nn.Module, forward: Forward, ids: list[int], shared_length: int) -> Batching:
+def measure(model: nn.Module, forward: Forward, ids: list[int], shared_length: int,
+            anywhere: bool = True) -> Batching:
     """Compare a few short rows alone with the same rows in batches of every kind.
 
     Args:
         model, forward: see :func:`batching`.
         ids: ordinary ones, 14 more than twice ``shared_length``.
         shared_length: how many positions the rows share; they have up to 9 more.
+        anywhere: also try padding before and within rows, which a window never undoes.
 
     Raises:
         UnsupportedModelError: the model does not run on token ids.
@@ -130,15 +132,12 @@ def measure(model: nn.Module, forward: Forward, ids: list[int], shared_length: i
         return _ends(forward(rows, keep=keep, use_cache=False, left=False)[0], rows, tails)
 
     def continued() -> list[Tensor]:
-        out = []
-        for row, tail in zip((a, b, c), tails, strict=True):
-            logits, cache, mask = forward([row], keep=1, left=False)
-            found = [logits[0]]
-            for token in tail:
-                logits, cache, mask = forward([[token]], cache, mask, keep=1, left=False)
-                found.append(logits[0])
-            out.append(torch.cat(found))
-        return out
+        logits, cache, mask = forward([a], keep=1, left=False)
+        found = [logits[0]]
+        for token in tails[0]:
+            logits, cache, mask = forward([[token]], cache, mask, keep=1, left=False)
+            found.append(logits[0])
+        return [torch.cat(found), *alone[1:]]
 
     def shared(left: bool, *starts: list[int]) -> list[Tensor]:
         _, cache, mask = forward(list(starts), keep=1, left=left)
@@ -161,7 +160,7 @@ def measure(model: nn.Module, forward: Forward, ids: list[int], shared_length: i
     harmless = agrees(right)
     return Batching(right=harmless, shares=harmless and agrees(lambda: shared(False, first, second)),
                     continues=agrees(continued), longest=longest,
-                    left=harmless and agrees(left) and agrees(lambda: shared(True, first, second[:-2])))
+                    left=anywhere and harmless and agrees(left) and agrees(lambda: shared(True, first, second[:-2])))
 
 
 def _ends(logits: Tensor, rows: Sequence[Sequence[int]], tails: Sequence[Sequence[int]]) -> list[Tensor]:
