@@ -17,6 +17,7 @@ from looseleaf.modes import evaluating, frozen, with_gradients
 from looseleaf.plugin import In
 from looseleaf.prompts.optimizer import Search
 from looseleaf.resume import StateError
+from looseleaf.unwrap import unwrapped
 from looseleaf_prompting_survey.optimizers import PAPER
 from looseleaf_text import LocalModel, SoftPrompt, TextOptimizer, TextPrompt, TextTask
 
@@ -113,7 +114,7 @@ def tune(strategy: str, model: LocalModel, task: TextTask, prompt: TextPrompt | 
         return Tuned(shown, [])
     chosen, network = STRATEGIES[strategy], model.model
     order, draw = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
-    table = network.get_input_embeddings().weight
+    table = unwrapped(network).get_input_embeddings().weight
     soft = None
     if chosen.prompt_moves:
         drawn = torch.randint(0, table.shape[0], (soft_tokens,), generator=draw)
@@ -185,7 +186,7 @@ def answer_loss(model: LocalModel, task: TextTask, prompt: TextPrompt, examples:
                 soft: Tensor | None = None) -> Tensor:
     """Mean negative log-probability (nats per token) of the right answers after the prompts, soft tokens first."""
     ids, _, targets = answer_ids(model, task, prompt, examples)
-    embedded: Any = model.model.get_input_embeddings()(ids)
+    embedded: Any = unwrapped(model.model).get_input_embeddings()(ids)
     if soft is not None:
         embedded = torch.cat([soft.expand(len(ids), -1, -1), embedded], dim=1)
         targets = torch.cat([targets.new_full((len(ids), len(soft)), -100), targets], dim=1)
@@ -198,7 +199,7 @@ def _head_loss(model: LocalModel, task: TextTask, examples: Sequence[Example], h
     """Cross-entropy of a classifier on the hidden state of each text's last token; no prompt at all."""
     names = list(task.labels or {})
     rows = [model.tokenize(task.show(e)) for e in examples]
-    states = [model.model.base_model(input_ids=torch.tensor([row], device=model.device), use_cache=False)
+    states = [unwrapped(model.model).base_model(input_ids=torch.tensor([row], device=model.device), use_cache=False)
               .last_hidden_state[0, -1] for row in rows]
     targets = torch.tensor([names.index(str(e.target)) for e in examples], device=model.device)
     return nn.functional.cross_entropy(head(torch.stack(states)), targets)
@@ -317,7 +318,7 @@ class _Training:
         self.model.eval()  # dropout stays off
         self.weight = next(p for name, p in self.model.named_parameters() if "prompt_encoder" in name)
         if plugin.method == "prompt":
-            table = self.network.get_input_embeddings().weight
+            table = unwrapped(self.network).get_input_embeddings().weight
             drawn = torch.randint(0, table.shape[0], (plugin.num_virtual_tokens,),
                                   generator=torch.Generator().manual_seed(seed)).tolist()
             chosen = [ids[n % len(ids)] for n in range(plugin.num_virtual_tokens)] if ids else drawn
@@ -339,7 +340,7 @@ class _Training:
         weight = self.weight.detach().clone()
         if self.plugin.method == "prompt":
             return weight
-        config = self.network.config.get_text_config()
+        config = unwrapped(self.network).config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         # PEFT: (tokens, layers x (keys, values) x heads x head size)
         return weight.view(len(weight), config.num_hidden_layers, 2, heads, -1).permute(1, 2, 3, 0, 4).contiguous()
