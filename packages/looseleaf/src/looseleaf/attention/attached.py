@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,12 +61,17 @@ class Attached(AbstractContextManager["Attached"]):
     def begin(self, install: Callable[[Attached, ExitStack], None], undo: ExitStack) -> None:
         """Put the backend into the model with ``install``; the way back is what it puts on ``undo``, which is ours."""
         self._install = install
-        install(self, undo)
+        self.begin_again(undo)
+        self._undo = undo.pop_all()
+
+    def begin_again(self, undo: ExitStack) -> None:
+        """Put the backend into the model as :meth:`begin` did, for a forward that is repeated."""
+        if self._install is not None:
+            self._install(self, undo)
         undo.callback(_remember_recomputations)
         undo.callback(_working.remove, self)
         _working.append(self)
         _remember_recomputations()
-        self._undo = undo.pop_all()
 
     def detach(self) -> None:
         """Give the model its own attention back. Calling it again does nothing."""
@@ -102,6 +109,17 @@ class Attached(AbstractContextManager["Attached"]):
     def position(self, layer: int) -> tuple[int, int]:
         """Index of a layer in its model, and how many that has."""
         return layer, len(self.layers)
+
+    def was_there(self) -> bool:
+        """False where the backward pass repeats a forward that ran without this backend, such as one before attach."""
+        if torch._C._current_graph_task_id() == -1:  # no backward pass
+            return True
+        if (present := getattr(_thread, "present", None)) is not None:
+            return self in present
+        frame: Any = sys._getframe()
+        while frame is not None and frame.f_code.co_filename != checkpoint.__file__:
+            frame = frame.f_back
+        return frame is None
 
     def exactly(self, layer: int, phase: str, reason: str, device: torch.device, function: Callable[[], Any]) -> Any:
         """The model's own attention for one call, timed, and counted as a fallback for ``reason``."""
@@ -152,6 +170,8 @@ class Attached(AbstractContextManager["Attached"]):
 Place: TypeAlias = "tuple[Attached, int]"
 Shifts: TypeAlias = "Sequence[int] | None"
 _working: list[Attached] = []
+_thread = threading.local()
+"""``present``: the backends that were at work in the forward that is repeated now."""
 
 
 def place_of(module: nn.Module) -> Place | None:
@@ -174,11 +194,15 @@ def _recomputed(function: Callable[..., Any], runs: int) -> Callable[..., Any]:
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with ExitStack() as undo:
-            for attached, attributes in present if next(count) else ():
+            if not next(count):
+                return function(*args, **kwargs)
+            undo.callback(setattr, _thread, "present", getattr(_thread, "present", None))
+            _thread.present = [attached for attached, _ in present]
+            for attached, attributes in present:
                 undo.callback(vars(attached).update, dict(vars(attached)))
                 vars(attached).update(attributes)
-                if attached not in _working and attached._install is not None:
-                    attached._install(attached, undo)
+                if attached not in _working:
+                    attached.begin_again(undo)
             return function(*args, **kwargs)
 
     return run

@@ -119,6 +119,8 @@ class MaskDescription(Tensor):
 
     given: dict[str, Any]
     plan: Callable[[int, int, bool], _Plan]
+    made: Tensor | None
+    lent: bool
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __new__(cls, given: dict[str, Any]) -> MaskDescription:
@@ -127,26 +129,40 @@ class MaskDescription(Tensor):
         make: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
         made = make(cls, shape, dtype=dtype, device=given["device"])
         made.given, made.plan = given, functools.cache(functools.partial(_plan, given))
+        made.made, made.lent = None, False
         return made
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore
         kwargs = kwargs or {}
-        if func is torch.ops.aten.detach.default:  # by gradient checkpointing
+        same = isinstance(args[0], cls) and not args[0].written()
+        if same and func is torch.ops.aten.detach.default:  # by gradient checkpointing
             return cls(args[0].given)
-        if func is torch.ops.aten._to_copy.default and kwargs.get("dtype", args[0].dtype) == args[0].dtype:
+        if same and func is torch.ops.aten._to_copy.default and kwargs.get("dtype", args[0].dtype) == args[0].dtype:
             device = str(kwargs["device"])  # by accelerate, between layers
             given = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in args[0].given.items()}
             return cls({**given, "device": device})
+        for mask in torch.utils._pytree.tree_leaves((args, kwargs)):
+            if isinstance(mask, cls):  # what shares its memory may be written to
+                mask.lent = mask.lent or any(result.alias_info for result in func._schema.returns)
         args, kwargs = torch.utils._pytree.tree_map_only(cls, cls.tensor, (args, kwargs))
         return func(*args, **kwargs)
 
     def tensor(self, kind: str | None = None) -> Tensor:
         """The mask as the model's own implementation has it, (B, 1, Lq, Lk): bool for sdpa, additive for eager."""
-        return _mask(self.given, kind or self.given["original"])
+        if kind is not None:
+            return _mask(self.given, kind)
+        if self.made is None:
+            self.made = _mask(self.given, self.given["original"])
+        return self.made
+
+    def written(self) -> bool:
+        """Whether the model wrote to the mask, so that :attr:`made` alone is the mask."""
+        return self.made is not None and self.lent and not torch.equal(
+            self.made, _mask(self.given, self.given["original"]))
 
 
-def _mask(given: Mapping[str, Any], kind: str) -> Tensor:
+def _mask(given: Mapping[str, Any], kind: str) -> Any:
     from transformers import masking_utils
 
     make: Any = masking_utils.eager_mask if kind == "eager" else masking_utils.sdpa_mask
@@ -155,15 +171,22 @@ def _mask(given: Mapping[str, Any], kind: str) -> Tensor:
 
 @torch.compiler.disable
 def describe(batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, *, config: Any = None,
-             **given: Any) -> MaskDescription:
-    """The mask function registered with transformers; arguments as in ``transformers.masking_utils.sdpa_mask``."""
+             **given: Any) -> MaskDescription | None:
+    """The mask function registered with transformers; arguments as in ``transformers.masking_utils.sdpa_mask``.
+
+    None where the model's own implementation has none: a model may do something else then.
+    """
     if isinstance(q_offset, Tensor):
         q_offset = q_offset.clone()  # a static cache counts on in this very tensor before attention is computed
-    return MaskDescription({
-        "kv_offset": 0, "attention_mask": None, "local_size": None, "device": "cpu", "dtype": torch.float32, **given,
-        "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset,
-        "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False,
-        "original": getattr(getattr(config, "_attn_implementation", None), "original", "sdpa")})
+    original = getattr(getattr(config, "_attn_implementation", None), "original", "sdpa")
+    given = {"kv_offset": 0, "attention_mask": None, "local_size": None, "device": "cpu", "dtype": torch.float32,
+             **given, "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset}
+    # Whether there is one does not depend on the pattern: a small one is asked for.
+    if original != "eager" and given["local_size"] is None and _mask(
+            {**given, "mask_function": lambda batch, *_: batch >= 0, "use_vmap": False}, "sdpa") is None:
+        return None
+    return MaskDescription({**given, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False,
+                            "original": original})
 
 
 @dataclasses.dataclass
@@ -242,23 +265,36 @@ def _attention(find: Callable[[nn.Module], Place | None], module: nn.Module, que
         changes["dropout"] = dropout
     unknown = [name for name in UNKNOWN if kwargs.get(name) is not None]
     unknown += [name for name in changes if attached is None or name not in attached.backend.score_changes]
+    if isinstance(attention_mask, MaskDescription) and attention_mask.written():
+        attention_mask = attention_mask.made
     own = functools.partial(_model_attention, module, query, key, value, attention_mask, is_causal, scaling=scaling,
                             dropout=dropout, **kwargs)
     decoder = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    cross = bool(module.__dict__.get(CROSS, False))
     batch, lq, lk = max(query.shape[0], key.shape[0]), query.shape[2], key.shape[2]
+    square = attention_mask is None and decoder and lq > 1  # what transformers does without a mask
+    reason = ""
     if unknown:
-        if attached is None:
-            return own()
         reason = "dropout in training" if unknown == ["dropout"] else f"scores changed by {', '.join(unknown)}"
-        return attached.exactly(layer, _phase(decoder, lq, lk - lq, attached), reason, query.device, own)
+    elif isinstance(attention_mask, MaskDescription) and lk != attention_mask.given["kv_length"]:
+        reason = "keys that the mask does not know"
+    elif square and (cross or lk < lq):
+        reason = "a causal mask of keys that are not the queries'"
+    elif _weights_wanted(module, kwargs):
+        reason = "attention weights are asked for"
+    if attached is not None and not attached.was_there():
+        return own()
+    if reason:
+        return own() if attached is None else attached.exactly(
+            layer, _phase(decoder and not cross, lq, lk - lq, attached), reason, query.device, own)
     # One sequence of keys for all items, or one of queries, as torch allows it.
     query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
-    cross = bool(module.__dict__.get(CROSS, False))
     if isinstance(attention_mask, MaskDescription):
         plan = attention_mask.plan(lq, lk, not cross)
         causal = plan.is_causal or (plan.mask is not None and decoder and not cross)
     else:
-        plan = _Plan(attention_mask is None and decoder and lq > 1, lk, lk - lq, mask=attention_mask)
+        keys = lq if square else lk
+        plan = _Plan(square, keys, keys - lq, mask=attention_mask)
         causal = decoder and not cross
     if (bias := changes.get("position_bias")) is not None:
         changes["position_bias"] = shifted(shifted(bias[..., :plan.keys], plan.query_shift, 1), plan.key_shift, 2)
@@ -277,12 +313,17 @@ def _attention(find: Callable[[nn.Module], Place | None], module: nn.Module, que
     return shifted(result, back, 1).transpose(1, 2).contiguous(), None
 
 
+def _original(module: nn.Module) -> str:
+    """The name of the attention that a module had before."""
+    return getattr(getattr(getattr(module, "config", None), "_attn_implementation", None), "original", "sdpa")
+
+
 def _model_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
                      is_causal: bool | None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     """The model's own attention, with the mask it would have had."""
     from transformers import AttentionInterface
 
-    original = getattr(getattr(getattr(module, "config", None), "_attn_implementation", None), "original", "sdpa")
+    original = _original(module)
     home = vars(sys.modules[type(module).__module__])
     function: Any = next((home[name] for name in _names_in_forward(module) if "eager" in name and name in home), None)
     only_eager = any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "sinks"))
@@ -295,6 +336,14 @@ def _model_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
     elif kind == "eager" and mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
     return function(module, query, key, value, mask, **kwargs)
+
+
+def _weights_wanted(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """Whether the caller wants attention weights and the model's own implementation would give them."""
+    collecting = getattr(sys.modules.get("transformers.utils.output_capturing"), "_active_collector", None)
+    names = (collecting.get() or ()) if collecting is not None else ()
+    return _original(module) == "eager" and (
+        bool(kwargs.get("output_attentions")) or "attentions" in names or "cross_attentions" in names)
 
 
 def _phase(causal: bool, lq: int, offset: int, attached: Attached | None) -> Phase:

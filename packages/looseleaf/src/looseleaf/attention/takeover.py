@@ -48,7 +48,7 @@ def _take_over(module: nn.Module, function: Callable[..., Any], args: tuple[Any,
     """One call of a watched module."""
     with _Mode(module, args, kwargs) as mode:
         out = function(*args, **kwargs)
-    if mode.layer is not None and not mode.calls:
+    if mode.layer is not None and not mode.calls and mode.attached.was_there():
         mode.attached.exactly(mode.layer, "unknown", "no call of scaled_dot_product_attention", torch.device("cpu"),
                               lambda: None)
     return out
@@ -65,7 +65,7 @@ class _Mode(TorchFunctionMode):
         self.tokens = hidden.shape[1] if isinstance(hidden, Tensor) and hidden.dim() == 3 else 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.layer is not None and not getattr(_thread, "computing", False):
+        if self.layer is not None and not getattr(_thread, "computing", False) and self.attached.was_there():
             if func is F.scaled_dot_product_attention:
                 func = self._attention
             elif func is F.multi_head_attention_forward:

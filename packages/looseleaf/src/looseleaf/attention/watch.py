@@ -64,10 +64,15 @@ def note_cross(module: nn.Module, function: Callable[..., Any], args: tuple[Any,
 
 
 def crosses(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call of an attention module has keys from another sequence than its queries."""
+    """Whether a call of an attention module has keys from another sequence than its queries.
+
+    Modules that are for nothing else, such as Mllama's, may find those keys in their cache.
+    """
     names = getattr(type(module), "_looseleaf_names", ())
     given = {**dict(zip(names, args)), **kwargs}
     queries = args[0] if args else given.get(names[0]) if names else None
+    if given.get("past_key_values") is not None and "CrossAttention" in plain_class(module).__name__:
+        return True
     return any(isinstance(given.get(n), Tensor) and given[n] is not queries for n in OTHER_SEQUENCE)
 
 
