@@ -253,10 +253,14 @@ def ordinary_ids(model: Any, tokenizer: Any, count: int) -> list[int]:
             if name.endswith(("_id", "_ids", "_index", "_token")):
                 special.update(v for v in (value if isinstance(value, (list, tuple)) else [value])
                                if isinstance(v, int))
+    sizes = [getattr(text_config(model), "vocab_size", None)]
+    if hasattr(tokenizer, "__len__"):
+        sizes.append(len(tokenizer))
     try:
-        size = int(model.get_input_embeddings().weight.shape[0])
-    except (NotImplementedError, AttributeError):
-        size = int(getattr(text_config(model), "vocab_size", 256))
+        sizes.append(model.get_input_embeddings().weight.shape[0])
+    except (NotImplementedError, AttributeError):  # a model of somebody's own
+        sizes += [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)][:1]
+    size = min((n for n in sizes if isinstance(n, int) and n > 0), default=256)
     usable = [n for n in range(min(size, 4096)) if n not in special] or [0]
     return [usable[(7 + 5 * n + n * n) % len(usable)] for n in range(count)]
 
