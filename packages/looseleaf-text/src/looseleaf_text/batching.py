@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from looseleaf.errors import UnsupportedModelError
 from looseleaf.modes import evaluating
+from looseleaf.offload import hooks
 from looseleaf.unwrap import unwrapped
 
 BEGINNING = 5
@@ -294,3 +295,14 @@ def reading(model: Any) -> Iterator[None]:
     """Parts of a model that are in training mode, such as adapters put in later, are in evaluation mode for a while."""
     with evaluating(model) if any(module.training for module in model.modules()) else nullcontext():
         yield
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a model's input goes; where its weights are offloaded, the device that it is run on."""
+    for module in model.modules():
+        for hook in hooks(module):
+            if getattr(hook, "offload", False) and hook.execution_device is not None:
+                at = hook.execution_device
+                return torch.device("cuda", at) if isinstance(at, int) else torch.device(at)
+    device: torch.device = next(model.parameters()).device
+    return device

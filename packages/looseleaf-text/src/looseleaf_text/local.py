@@ -16,12 +16,12 @@ from torch import Tensor
 from looseleaf.budget import costs
 from looseleaf.errors import UnsupportedModelError
 from looseleaf.fingerprint import fingerprint
-from looseleaf.offload import device_of
 from looseleaf.unwrap import unwrapped
 from looseleaf_text.batching import (
     Batching,
     batching,
     choice,
+    device_of,
     expect_eval,
     positions,
     reach,

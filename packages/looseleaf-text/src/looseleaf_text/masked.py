@@ -12,9 +12,9 @@ from torch import Tensor
 
 from looseleaf.errors import UnsupportedModelError
 from looseleaf.fingerprint import fingerprint
-from looseleaf.offload import device_of
 from looseleaf.unwrap import unwrapped
 from looseleaf_text.batching import (
+    device_of,
     expect_eval,
     ordinary_ids,
     positions,
