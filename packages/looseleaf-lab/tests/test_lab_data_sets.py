@@ -179,3 +179,14 @@ def test_emoji_of_two_styles_have_the_same_splits() -> None:
     assert len(first) == 1911 and first.images.shape[1:] == (64, 64, 4)
     parts = [{found.rows[i]["caption"] for i in data.split(found.rows, test=0.2)["test"]} for found in (first, second)]
     assert len(parts[0] & parts[1]) > 0.95 * len(parts[0])
+
+
+def test_pages_ship_with_the_lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOOSELEAF_CACHE", str(tmp_path))
+    rows = data.rows("pages")
+    assert len(rows) == 400 and len({row["journal"] for row in rows}) > 20
+    labels = {label for row in rows for label in row["labels"]}
+    assert labels <= {"text", "title", "figure", "figure_caption", "table", "table_caption", "header", "footer",
+                      "reference", "equation"} and len(labels) > 6
+    assert all(len(row["labels"]) == len(row["boxes"]) and 4 <= len(row["boxes"]) <= 16 for row in rows)
+    assert all(0 <= v <= 1 for row in rows for box in row["boxes"] for v in box)
