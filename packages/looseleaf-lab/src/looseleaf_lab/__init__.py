@@ -3,4 +3,4 @@
 Import the module you need, such as ``from looseleaf_lab import models``; nothing heavy is imported here.
 """
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

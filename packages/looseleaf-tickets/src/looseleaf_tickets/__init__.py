@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from looseleaf.lazy import lazy
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _HOME = {
     "IterativePruner": "iterative", "find_tickets": "iterative", "Grouped": "iterative", "magnitudes": "iterative",

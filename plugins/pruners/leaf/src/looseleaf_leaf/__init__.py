@@ -9,7 +9,7 @@ from looseleaf_leaf.sensitivity import confounding, input_gradient_norms
 if TYPE_CHECKING:
     from looseleaf_leaf.trainer import LeaFTrainer, PairCollator, response_kl, training_pairs
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["Counterfactuals", "LeaF", "LeaFTrainer", "PairCollator", "confounding", "counterfactuals", "encode",
            "greedy_match", "input_gradient_norms", "response_kl", "response_level", "runs", "show", "training_pairs"]
 

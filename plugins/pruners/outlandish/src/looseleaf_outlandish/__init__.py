@@ -14,7 +14,7 @@ from looseleaf_outlandish.probe import (
 from looseleaf_outlandish.pruner import Ignored, IgnoreTopK
 from looseleaf_outlandish.stones import STEPPING_STONES, descriptions, stepping_stones
 
-__version__ = "0.2.0"
+__version__ = "0.2.1"
 __all__ = ["SAMPLES", "STEPPING_STONES", "IgnoreTopK", "Ignored", "KeywordProbabilities", "Outcome", "PrimingProbe",
            "Sample", "descriptions", "keyword_probabilities", "learn", "log_memorisation", "log_priming",
            "read_samples", "restored", "stepping_stones"]
