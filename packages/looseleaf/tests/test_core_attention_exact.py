@@ -184,7 +184,8 @@ def with_memory(first: bool, extends: bool) -> Any:
             own = torch.randn(2, *key.shape[:2], 3, self.head_dim, generator=torch.Generator().manual_seed(5))
             key, value = (torch.cat([y, x] if first else [x, y], 2) for x, y in zip((key, value), own, strict=True))
             if extends and attention_mask is not None:
-                attention_mask = nn.functional.pad(attention_mask, (3, 0) if first else (0, 3), value=True)
+                attention_mask = nn.functional.pad(attention_mask, (3, 0) if first else (0, 3),
+                                                   value=attention_mask.dtype == torch.bool)
             attention: Any = modeling_llama.ALL_ATTENTION_FUNCTIONS.get_interface(
                 self.config._attn_implementation, modeling_llama.eager_attention_forward)
             out, weights = attention(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0,
@@ -203,13 +204,15 @@ def with_memory(first: bool, extends: bool) -> Any:
 @pytest.mark.parametrize("extends", [False, True])
 def test_keys_that_a_module_adds(first: bool, extends: bool, registered: bool) -> None:
     model = with_memory(first, extends)
+    if registered:  # which always has a mask, as eager attention has
+        model.set_attn_implementation("eager")
 
     def run(mask: Any) -> torch.Tensor:
         with torch.no_grad():
             return model(ids_of(), attention_mask=mask, use_cache=False).logits
 
     for mask in (torch.ones_like(padded()), padded(left=True)):
-        fails = not extends and not bool(mask.all())  # the model by itself does: its mask is too short
+        fails = not extends and (registered or not bool(mask.all()))  # the model does by itself: its mask is short
         expected = None if fails else run(mask)[mask.bool()]
         with register_attention("with-memory", Exact()) if registered else attach(model, Exact()):
             if registered:
@@ -220,7 +223,24 @@ def test_keys_that_a_module_adds(first: bool, extends: bool, registered: bool) -
             else:
                 close(run(mask)[mask.bool()], expected)
             if registered:
-                model.set_attn_implementation("sdpa")
+                model.set_attn_implementation("eager")
+
+
+@pytest.mark.parametrize("registered", [False, True])
+def test_masks_that_are_added_to_scores(registered: bool) -> None:
+    """BigBird-Pegasus has an encoder of its own, which adds the mask; its decoder goes through the interface."""
+    config = transformers.BigBirdPegasusConfig(
+        vocab_size=99, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, init_std=0.3,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64,
+        attention_type="original_full")
+    model = seeded(lambda: transformers.AutoModelForSeq2SeqLM.from_config(config)).eval()
+    given = {"input_ids": ids_of(), "attention_mask": padded(), "decoder_input_ids": ids_of(seed=2)}
+    with torch.no_grad():
+        expected = model(**given).logits
+        with register_attention("added", Exact()) if registered else attach(model, Exact()):
+            if registered:
+                model.set_attn_implementation("added")
+            close(model(**given).logits, expected)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

@@ -165,8 +165,7 @@ def test_masks_on_another_device_stay_descriptions() -> None:
 
     from looseleaf.attention.huggingface import describe
 
-    padding = torch.arange(4) > torch.arange(2)[:, None]
-    made: Any = describe(2, 4, 4, mask_function=causal_mask_function, attention_mask=padding)
+    made: Any = describe(2, 4, 4, mask_function=causal_mask_function, attention_mask=torch.ones(2, 4, dtype=torch.bool))
     assert made.to("cpu") is made and made.to(device=torch.device("cpu")) is made
     assert made.contiguous() is made and type(made.detach()) is type(made), "checkpointing detaches its inputs"
     assert made.shape == (2, 1, 4, 4) and torch.equal(made & True, made.tensor()) and type(made[:1]) is torch.Tensor

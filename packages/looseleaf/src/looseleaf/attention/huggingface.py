@@ -142,10 +142,15 @@ class MaskDescription(Tensor):
             device = str(kwargs["device"])  # by accelerate, between layers
             given = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in args[0].given.items()}
             return cls({**given, "device": device})
-        for mask in torch.utils._pytree.tree_leaves((args, kwargs)):
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+        for mask in leaves:
             if isinstance(mask, cls):  # what shares its memory may be written to
                 mask.lent = mask.lent or any(result.alias_info for result in func._schema.returns)
-        args, kwargs = torch.utils._pytree.tree_map_only(cls, cls.tensor, (args, kwargs))
+        # Added to scores it is what the eager implementation adds, whatever the model is set to.
+        added = func is torch.ops.aten.add.Tensor and any(
+            isinstance(x, Tensor) and x.is_floating_point() for x in leaves)
+        args, kwargs = torch.utils._pytree.tree_map_only(
+            cls, lambda mask: mask.tensor("eager" if added and mask.dtype == torch.bool else None), (args, kwargs))
         return func(*args, **kwargs)
 
     def tensor(self, kind: str | None = None) -> Tensor:
@@ -178,15 +183,16 @@ def describe(batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, 
     """
     if isinstance(q_offset, Tensor):
         q_offset = q_offset.clone()  # a static cache counts on in this very tensor before attention is computed
-    original = getattr(getattr(config, "_attn_implementation", None), "original", "sdpa")
+    original = getattr(getattr(config, "_attn_implementation", None), "original", None)
     given = {"kv_offset": 0, "attention_mask": None, "local_size": None, "device": "cpu", "dtype": torch.float32,
              **given, "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset}
-    # Whether there is one does not depend on the pattern: a small one is asked for.
-    if original != "eager" and given["local_size"] is None and _mask(
+    # Whether there is one does not depend on the pattern: a small one is asked for. Without one a module's is_causal
+    # decides, which models that are eager alone need not set; of registered names we do not know.
+    if original not in (None, "eager") and given["local_size"] is None and _mask(
             {**given, "mask_function": lambda batch, *_: batch >= 0, "use_vmap": False}, "sdpa") is None:
         return None
     return MaskDescription({**given, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False,
-                            "original": original})
+                            "original": original or "sdpa"})
 
 
 @dataclasses.dataclass
