@@ -135,8 +135,8 @@ class MInference(AttentionBackend):
         Args:
             model: a transformers decoder, or anything that :func:`looseleaf.attach` takes.
             batches: dicts of model inputs, or one, longer than ``min_length``; the paper takes one long text.
-            candidates: patterns, or tuples (name, first, second): :data:`VERTICAL_SLASH`, as in the files that the
-                authors publish, or :data:`CANDIDATES`, all three patterns of the paper.
+            candidates: patterns, or tuples (name, first, second): :data:`VERTICAL_SLASH`, as nearly all heads have in
+                the files that the authors publish, or :data:`CANDIDATES`, all three patterns of the paper.
             match_flops: first give all candidates of a head the same cost, counted in score elements of the kernels
                 and of the estimation of the indices, by making their sizes larger or smaller; on the first batch.
             density: that cost, as a fraction of all causal blocks, in (0, 1]; None: the median cost of the candidates

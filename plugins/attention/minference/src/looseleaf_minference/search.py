@@ -35,12 +35,13 @@ CANDIDATES = (
 """What the authors' search tries, all three patterns of the paper."""
 
 VERTICAL_SLASH = tuple(p for p in CANDIDATES if p.name == "vertical_slash")
-"""Those of them that are vertical-slash, the only pattern in the files that the authors publish.
+"""Those of them that are vertical-slash, the pattern of nearly all heads in the files that the authors publish.
 
 The error of the search is that of all queries of a text. The few that look for something far away hardly count in it:
 of equally costly patterns a window wins in heads that find things, and then the model no longer finds them. The indices
 of a vertical-slash head come from the last queries, which write the answer, and make a window where the head is one.
-The authors' search, too, turns every A-shape winner into a vertical-slash head.
+The authors' search, too, turns every A-shape winner into a vertical-slash head; an early file of theirs, that of
+Phi-3-mini, gives 43 of its 1,024 heads another pattern.
 """
 
 DIFFERS = 5e-3

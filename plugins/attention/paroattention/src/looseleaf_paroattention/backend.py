@@ -59,12 +59,14 @@ class PAROAttention(AttentionBackend):
             for all heads (axes from the slowest to the fastest; ``FHW`` reorders nothing); or a dictionary from layer
             to one name or to a list of one for each head, other layers being ``auto``.
         density: fraction of the blocks of each head that is computed, in (0, 1].
-        qk_bits: bits of queries and keys: 8, or 16 for the dtype of the tensors.
+        qk_bits: bits of queries and keys: 8, or 16 for the dtype of the tensors. Of keys with 8 bits their mean over
+            the tokens is subtracted first.
         pv_bits: bits of probabilities and values: 8, 4, or 16; with ``qk_bits`` 16 only 16.
         alpha: weight of uniform blocks against empty blocks in the choice of the order, 0 to 1.
         block: tokens of a block: 16, 32, 64 or 128.
         dense_steps: number of initial denoising steps that are exact.
-        step_groups: parts of a run of denoising steps with masks of their own; 1, or 2 for two halves, or more.
+        step_groups: parts of a run of denoising steps with masks of their own; 1, or 2 for two halves, or more. The
+            authors' plan for CogVideoX has 10, and heads of which nothing is computed, which are not made here.
         threshold: keep the blocks that hold at least this fraction of their rows' attention, instead of a
             ``density``; in (0, 1], or None.
         eps: blocks with a smaller fraction of their rows' attention count as empty in the choice of the order.

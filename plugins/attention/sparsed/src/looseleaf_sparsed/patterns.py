@@ -37,6 +37,8 @@ def prompt_blocks(prompt: int, length: int, block: int) -> int:
 def select_blocks(importance: Tensor, lengths: list[int], prompts: list[int], block: int, select: float) -> Tensor:
     """The most important key blocks of each query block, of the prompt and of the response apart.
 
+    The authors' code takes the prompt's from the top k over all blocks; the paper's fraction is of each part.
+
     Args:
         importance: (B, H, Nq, Nk), larger is more important. Among equals the first are kept.
         lengths: keys of each batch item.
