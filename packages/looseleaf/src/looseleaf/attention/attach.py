@@ -58,6 +58,7 @@ def attach(model: Any, backend: AttentionBackend, layers: str | int | Sequence[i
     with ExitStack() as undo:
         _add_learned(backend, hosts, undo)
         attached.begin(partial(install, modules), undo)
+        attached._undo = undo.pop_all()
     return attached
 
 

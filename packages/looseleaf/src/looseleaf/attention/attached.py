@@ -59,15 +59,9 @@ class Attached(AbstractContextManager["Attached"]):
         self.detach()
 
     def begin(self, install: Callable[[Attached, ExitStack], None], undo: ExitStack) -> None:
-        """Put the backend into the model with ``install``; the way back is what it puts on ``undo``, which is ours."""
+        """Put the backend into the model with ``install``, until ``undo`` is closed."""
         self._install = install
-        self.begin_again(undo)
-        self._undo = undo.pop_all()
-
-    def begin_again(self, undo: ExitStack) -> None:
-        """Put the backend into the model as :meth:`begin` did, for a forward that is repeated."""
-        if self._install is not None:
-            self._install(self, undo)
+        install(self, undo)
         undo.callback(_remember_recomputations)
         undo.callback(_working.remove, self)
         _working.append(self)
@@ -114,12 +108,10 @@ class Attached(AbstractContextManager["Attached"]):
         """False where the backward pass repeats a forward that ran without this backend, such as one before attach."""
         if torch._C._current_graph_task_id() == -1:  # no backward pass
             return True
-        if (present := getattr(_thread, "present", None)) is not None:
-            return self in present
-        frame: Any = sys._getframe()
-        while frame is not None and frame.f_code.co_filename != checkpoint.__file__:
-            frame = frame.f_back
-        return frame is None
+        present, frame = getattr(_thread, "present", None), sys._getframe()
+        while present is None and frame and frame.f_code.co_filename != checkpoint.__file__:
+            frame = frame.f_back  # type: ignore[assignment]
+        return not frame if present is None else self in present
 
     def exactly(self, layer: int, phase: str, reason: str, device: torch.device, function: Callable[[], Any]) -> Any:
         """The model's own attention for one call, timed, and counted as a fallback for ``reason``."""
@@ -170,8 +162,7 @@ class Attached(AbstractContextManager["Attached"]):
 Place: TypeAlias = "tuple[Attached, int]"
 Shifts: TypeAlias = "Sequence[int] | None"
 _working: list[Attached] = []
-_thread = threading.local()
-"""``present``: the backends that were at work in the forward that is repeated now."""
+_thread = threading.local()  # present: the backends that were at work in the forward that is repeated now
 
 
 def place_of(module: nn.Module) -> Place | None:
@@ -201,8 +192,8 @@ def _recomputed(function: Callable[..., Any], runs: int) -> Callable[..., Any]:
             for attached, attributes in present:
                 undo.callback(vars(attached).update, dict(vars(attached)))
                 vars(attached).update(attributes)
-                if attached not in _working:
-                    attached.begin_again(undo)
+                if attached not in _working and attached._install is not None:
+                    attached.begin(attached._install, undo)
             return function(*args, **kwargs)
 
     return run
@@ -216,10 +207,7 @@ _OURS = {_BOTH: SimpleNamespace(apply=lambda function, *args: _ORIGINAL[_BOTH].a
 
 
 def _remember_recomputations() -> None:
-    """Stand between torch's checkpointing and the functions it runs while any backend is at work.
-
-    Every library's checkpointing ends in ``torch.utils.checkpoint``, which offers no public way to do so.
-    """
+    """Stand between torch's checkpointing, which offers no public way, and what it runs while backends are at work."""
     for name, function in (_OURS if _working else _ORIGINAL).items():
         setattr(checkpoint, name, function)
 

@@ -119,8 +119,8 @@ class MaskDescription(Tensor):
 
     given: dict[str, Any]
     plan: Callable[[int, int, bool], _Plan]
-    made: Tensor | None
-    lent: bool
+    made: Any = None
+    lent: bool = False
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __new__(cls, given: dict[str, Any]) -> MaskDescription:
@@ -129,42 +129,35 @@ class MaskDescription(Tensor):
         make: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
         made = make(cls, shape, dtype=dtype, device=given["device"])
         made.given, made.plan = given, functools.cache(functools.partial(_plan, given))
-        made.made, made.lent = None, False
         return made
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore
         kwargs = kwargs or {}
-        same = isinstance(args[0], cls) and not args[0].written()
+        same = bool(args) and isinstance(args[0], cls) and not args[0].written()
         if same and func is torch.ops.aten.detach.default:  # by gradient checkpointing
             return cls(args[0].given)
         if same and func is torch.ops.aten._to_copy.default and kwargs.get("dtype", args[0].dtype) == args[0].dtype:
             device = str(kwargs["device"])  # by accelerate, between layers
             given = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in args[0].given.items()}
             return cls({**given, "device": device})
-        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
-        for mask in leaves:
-            if isinstance(mask, cls):  # what shares its memory may be written to
-                mask.lent = mask.lent or any(result.alias_info for result in func._schema.returns)
+        for mask in (x for x in args if isinstance(x, cls)):  # what shares its memory may be written to
+            mask.lent = mask.lent or any(result.alias_info for result in func._schema.returns)
         # Added to scores it is what the eager implementation adds, whatever the model is set to.
-        added = func is torch.ops.aten.add.Tensor and any(
-            isinstance(x, Tensor) and x.is_floating_point() for x in leaves)
-        args, kwargs = torch.utils._pytree.tree_map_only(
-            cls, lambda mask: mask.tensor("eager" if added and mask.dtype == torch.bool else None), (args, kwargs))
+        kind = "eager" if func is torch.ops.aten.add.Tensor and isinstance(args[1], cls) and (
+            args[0].is_floating_point() > args[1].is_floating_point()) else None
+        args, kwargs = torch.utils._pytree.tree_map_only(cls, lambda mask: mask.tensor(kind), (args, kwargs))
         return func(*args, **kwargs)
 
     def tensor(self, kind: str | None = None) -> Tensor:
         """The mask as the model's own implementation has it, (B, 1, Lq, Lk): bool for sdpa, additive for eager."""
-        if kind is not None:
-            return _mask(self.given, kind)
-        if self.made is None:
+        if self.made is None and kind is None:
             self.made = _mask(self.given, self.given["original"])
-        return self.made
+        return self.made if kind is None else _mask(self.given, kind)
 
     def written(self) -> bool:
         """Whether the model wrote to the mask, so that :attr:`made` alone is the mask."""
-        return self.made is not None and self.lent and not torch.equal(
-            self.made, _mask(self.given, self.given["original"]))
+        return self.lent and not torch.equal(self.tensor(), self.tensor(self.given["original"]))
 
 
 def _mask(given: Mapping[str, Any], kind: str) -> Any:
@@ -177,17 +170,13 @@ def _mask(given: Mapping[str, Any], kind: str) -> Any:
 @torch.compiler.disable
 def describe(batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, *, config: Any = None,
              **given: Any) -> MaskDescription | None:
-    """The mask function registered with transformers; arguments as in ``transformers.masking_utils.sdpa_mask``.
-
-    None where the model's own implementation has none: a model may do something else then.
-    """
+    """The mask function registered with transformers, called as ``sdpa_mask``; None where the model would have none."""
     if isinstance(q_offset, Tensor):
         q_offset = q_offset.clone()  # a static cache counts on in this very tensor before attention is computed
     original = getattr(getattr(config, "_attn_implementation", None), "original", None)
     given = {"kv_offset": 0, "attention_mask": None, "local_size": None, "device": "cpu", "dtype": torch.float32,
              **given, "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset}
-    # Whether there is one does not depend on the pattern: a small one is asked for. Without one a module's is_causal
-    # decides, which models that are eager alone need not set; of registered names we do not know.
+    # A small pattern tells. Without a mask is_causal decides, which is not always set in models that are eager alone.
     if original not in (None, "eager") and given["local_size"] is None and _mask(
             {**given, "mask_function": lambda batch, *_: batch >= 0, "use_vmap": False}, "sdpa") is None:
         return None
@@ -279,28 +268,23 @@ def _attention(find: Callable[[nn.Module], Place | None], module: nn.Module, que
     cross = bool(module.__dict__.get(CROSS, False))
     batch, lq, lk = max(query.shape[0], key.shape[0]), query.shape[2], key.shape[2]
     square = attention_mask is None and decoder and lq > 1  # what transformers does without a mask
-    reason = ""
-    if unknown:
-        reason = "dropout in training" if unknown == ["dropout"] else f"scores changed by {', '.join(unknown)}"
-    elif isinstance(attention_mask, MaskDescription) and lk != attention_mask.given["kv_length"]:
-        reason = "keys that the mask does not know"
-    elif square and (cross or lk < lq):
-        reason = "a causal mask of keys that are not the queries'"
-    elif _weights_wanted(module, kwargs):
-        reason = "attention weights are asked for"
-    if attached is not None and not attached.was_there():
+    reasons = {"dropout in training": unknown == ["dropout"], f"scores changed by {', '.join(unknown)}": unknown,
+               "keys that the mask does not know": isinstance(attention_mask, MaskDescription)
+               and lk != attention_mask.given["kv_length"],
+               "a causal mask of keys that are not the queries'": square and (cross or lk < lq),
+               "attention weights are asked for": _weights_wanted(module, kwargs)}
+    reason = next((name for name, holds in reasons.items() if holds), None)
+    if not attached.was_there() if attached is not None else reason:
         return own()
-    if reason:
-        return own() if attached is None else attached.exactly(
-            layer, _phase(decoder and not cross, lq, lk - lq, attached), reason, query.device, own)
+    if attached is not None and reason:
+        return attached.exactly(layer, _phase(decoder and not cross, lq, lk - lq, attached), reason, query.device, own)
     # One sequence of keys for all items, or one of queries, as torch allows it.
     query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
     if isinstance(attention_mask, MaskDescription):
         plan = attention_mask.plan(lq, lk, not cross)
         causal = plan.is_causal or (plan.mask is not None and decoder and not cross)
     else:
-        keys = lq if square else lk
-        plan = _Plan(square, keys, keys - lq, mask=attention_mask)
+        plan = _Plan(True, lq, 0) if square else _Plan(False, lk, lk - lq, mask=attention_mask)
         causal = decoder and not cross
     if (bias := changes.get("position_bias")) is not None:
         changes["position_bias"] = shifted(shifted(bias[..., :plan.keys], plan.query_shift, 1), plan.key_shift, 2)
@@ -346,10 +330,10 @@ def _model_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
 
 def _weights_wanted(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
     """Whether the caller wants attention weights and the model's own implementation would give them."""
-    collecting = getattr(sys.modules.get("transformers.utils.output_capturing"), "_active_collector", None)
-    names = (collecting.get() or ()) if collecting is not None else ()
-    return _original(module) == "eager" and (
-        bool(kwargs.get("output_attentions")) or "attentions" in names or "cross_attentions" in names)
+    collector = getattr(sys.modules.get("transformers.utils.output_capturing"), "_active_collector", None)
+    names = {**(collector.get() or {}), **kwargs} if collector else kwargs
+    return _original(module) == "eager" and any(
+        "attentions" in name and names[name] not in (None, False) for name in names)
 
 
 def _phase(causal: bool, lq: int, offset: int, attached: Attached | None) -> Phase:

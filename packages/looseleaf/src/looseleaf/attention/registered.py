@@ -58,8 +58,8 @@ class Registered(Attached):
         self._calls = deque(maxlen=KEPT)
         self._met: dict[int, tuple[Any, int]] = {}
         self._positions: list[tuple[int, int | None]] = []
-        register(name, self._meet, self._undo)
-        self.begin_again(self._undo)
+        self.begin(lambda _, undo: register(name, self._meet, undo), self._undo)
+        self._install = None  # a name that was taken back stays so
 
     def unregister(self) -> None:
         """Take the name back. Models that still have it need another ``set_attn_implementation``."""
@@ -96,6 +96,6 @@ def _crosses_now(module: nn.Module) -> bool:
     frame: Any = sys._getframe()
     while frame is not None and not (frame.f_locals.get("self") is module and "forward" in frame.f_code.co_name):
         frame = frame.f_back
-    names = [n for n in argument_names(type(module))
-             if n.endswith("_states") or n in ("context", "memory", "past_key_values")]
+    known = ("_states", "_values", "context", "memory")
+    names = [n for n in argument_names(type(module)) if n.endswith(known)]
     return frame is not None and crosses(module, (), {n: frame.f_locals.get(n) for n in names})

@@ -64,10 +64,7 @@ def note_cross(module: nn.Module, function: Callable[..., Any], args: tuple[Any,
 
 
 def crosses(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call of an attention module has keys from another sequence than its queries.
-
-    Modules that are for nothing else, such as Mllama's, may find those keys in their cache.
-    """
+    """Whether a call of an attention module has keys from another sequence, maybe in its cache (Mllama's)."""
     names = getattr(type(module), "_looseleaf_names", ())
     given = {**dict(zip(names, args)), **kwargs}
     queries = args[0] if args else given.get(names[0]) if names else None
