@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 import time
@@ -241,6 +242,14 @@ def test_several_threads(server: Server) -> None:
         thread.join()
     assert len(out) == 6 and all(o == TOY.score(PREFIXES, LABELS) for o in out)
     assert model.calls == 12
+
+
+def test_a_copy_has_connections_of_its_own(server: Server) -> None:
+    model = EndpointModel(server.url, "toy", api_key="secret")
+    copied = copy.deepcopy(model)
+    model.close()
+    assert copied.generate(["a b"], 2) and copied.calls == 1 and model.calls == 0
+    copied.close()
 
 
 def test_tokens_by_the_server_or_words(server: Server) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import email.utils
 import math
 import os
@@ -101,6 +102,13 @@ class EndpointModel(LanguageModel):
     def close(self) -> None:
         """Close the connections."""
         self._client.close()
+
+    def __deepcopy__(self, memo: Any) -> EndpointModel:
+        """A copy with connections of its own; it knows what this one has learned of the server."""
+        made = copy.copy(self)
+        made._client = httpx.Client(timeout=self._client.timeout, headers=self._client.headers)
+        made._lock, made._kept = threading.Lock(), dict(self._kept)
+        return made
 
     def __enter__(self) -> EndpointModel:
         return self
