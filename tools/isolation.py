@@ -82,8 +82,9 @@ def check(package: Path, wheels: Path, site: Path, work: Path) -> None:
     absent = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is not None)"
     for other in others:
         sh(python, "-c", absent, other)
+    of_core = name == "looseleaf" or _asked_for(project, "looseleaf>")
     listed = sh(python, "-m", "looseleaf.cli.main", "list", "--json", LOOSELEAF_CACHE=str(work / "cache")) \
-        if "kernels" not in str(package) else "[]"
+        if of_core else "[]"
     for other in others:
         if f'"{other.replace("_", "-")}"' in listed:
             raise SystemExit(f"{name}: the plugin {other} is listed in its clean layer")
@@ -93,7 +94,7 @@ def check(package: Path, wheels: Path, site: Path, work: Path) -> None:
         unasked.append("httpx")
     for extra in unasked:
         sh(python, "-c", absent, extra)
-    if "kernels" not in str(package):
+    if of_core:
         # The user's own model brings transformers; from here on it is there.
         sh(python, "-m", "pip", "install", "-q", "transformers")
     blocks = readme_blocks((package / "README.md").read_text(encoding="utf-8"))
