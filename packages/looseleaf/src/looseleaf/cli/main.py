@@ -28,7 +28,7 @@ from looseleaf import __version__, errors
 from looseleaf.plugin import KINDS
 
 OF_THE_LAB = {"run": "run a plugin on a model", "compare": "plugins side by side, and against the unmodified model",
-              "reproduce": "measure the paper's claims at small real scale"}
+              "reproduce": "measure the paper's claims at small real scale", "data": "sets and models in packages"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
