@@ -317,8 +317,7 @@ def _manipulation(content: Sequence[Path], folder: Path) -> Iterator[Row]:
                  "button-press-topdown-v3", "window-open-v3", "window-close-v3", "peg-insert-side-v3"):
         benchmark = metaworld.MT1(name, seed=0)
         env = benchmark.train_classes[name]()
-        stem = "".join(word.capitalize() for word in name.removesuffix("-v3").split("-"))
-        policy = getattr(policies, f"Sawyer{stem}V3Policy")()
+        policy = policies.ENV_POLICY_MAP[name]()
         for number, task in enumerate(benchmark.train_tasks[:20]):
             env.set_task(task)
             state, _ = env.reset()
