@@ -105,6 +105,13 @@ def tests(session: nox.Session) -> None:
         run(session, python, "-m", "pytest", "-q", *VISION_TESTS, PYTHONPATH=vision(session, python))
 
 
+@nox.session(venv_backend="none")
+def sweeps(session: nox.Session) -> None:
+    """Every family of models, and large data sets; a sample of each is in the tests. Half an hour, 1 GB of downloads."""
+    run(session, shared(session, *RUN_NEEDS, *TEST_NEEDS), "-m", "pytest", "-q", "-m", "sweep", "--timeout=3600",
+        *session.posargs)
+
+
 def vision(session: nox.Session, python: str) -> str:
     """A folder with timm and torchvision for PYTHONPATH.
 

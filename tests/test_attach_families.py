@@ -152,7 +152,7 @@ def test_the_result_is_the_model_s_own() -> None:
     assert set(ways.values()) == {"attention interface"}
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.timeout(1800)
 @torch.no_grad()
 def test_every_family() -> None:
@@ -180,7 +180,7 @@ HEAD = """# Decoder families and the ways into their attention
 `looseleaf.attach` reaches the attention of a transformers model through `AttentionInterface`, or, where modules are
 named by `layers=...`, through the calls of `scaled_dot_product_attention` inside them. This table has every decoder
 family of transformers that can be built from its configuration with two small layers and windows of 16 tokens;
-`LOOSELEAF_WRITE_TABLES=1 python -m pytest -m slow tests/test_attach_families.py` writes it.
+`LOOSELEAF_WRITE_TABLES=1 python -m pytest -m sweep tests/test_attach_families.py` writes it.
 
 - *Way in*. "attention in its own code": the family multiplies queries and keys itself, which nobody can take over;
   attach refuses it. "no attention": states are all that it has. Parts of a refused model that do use the interface,

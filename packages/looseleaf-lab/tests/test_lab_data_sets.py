@@ -158,7 +158,7 @@ def test_molecules() -> None:
     assert len(labels) == 1282 and set(labels) == {"low", "medium", "high"}
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.data("wordnet", "news-similarity", "wordsim", "mails", "recipes", "analogies", "wikipedia-excerpts")
 def test_larger_sets() -> None:
     nouns = [row for row in data.rows("wordnet") if row["pos"] == "noun"]
@@ -172,7 +172,7 @@ def test_larger_sets() -> None:
     assert sum(len(row["text"]) for row in data.rows("wikipedia-excerpts")) > 1_000_000
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.data("emoji", "emoji-other-style")
 def test_emoji_of_two_styles_have_the_same_splits() -> None:
     first, second = data.pictures("emoji"), data.pictures("emoji-other-style")

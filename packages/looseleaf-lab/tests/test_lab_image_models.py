@@ -70,7 +70,7 @@ def test_the_saliency_model_takes_other_sizes() -> None:
     assert out.shape == (1, 1, 28, 42) and model.config.model_type == "dinov2"
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_efficientnet_knows_what_emoji_show() -> None:
     """1-nearest neighbours on stamps it never saw: far above chance, and above the pixels."""
     if not models.available("efficientnet-lite0"):
@@ -89,7 +89,7 @@ def test_efficientnet_knows_what_emoji_show() -> None:
     assert accuracy(features) > accuracy(pixels - pixels.mean(0)) + 0.1
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.data("stamps", "photos")
 def test_saliency_finds_what_was_pasted() -> None:
     pytest.importorskip("onnx")

@@ -80,7 +80,7 @@ def test_an_encoder_with_a_decoder_is_refused(family: str) -> None:
         LocalModel(model, Letters())
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.timeout(1800)
 def test_every_family() -> None:
     lines, wrong = [], []
@@ -113,7 +113,7 @@ HEAD = """# Decoder families and what a batch means to them
 
 `LocalModel` measures, once for each model, which kinds of padding and sharing it undoes, and goes without the others.
 This table is what it finds for every decoder family of transformers that can be built from its configuration with
-two small layers, windows of 16 tokens and 96 positions; `LOOSELEAF_WRITE_TABLES=1 python -m pytest -m slow
+two small layers, windows of 16 tokens and 96 positions; `LOOSELEAF_WRITE_TABLES=1 python -m pytest -m sweep
 packages/looseleaf-text/tests/test_text_families.py` writes it.
 
 - *Padded anywhere*: rows that share a beginning are padded on the left, after the shared part. *Padded at the end*:
