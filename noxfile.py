@@ -107,7 +107,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def sweeps(session: nox.Session) -> None:
-    """Every family of models, and large data sets; a sample of each is in the tests. Half an hour, 1 GB of downloads."""
+    """Every family of models, and large data sets: half an hour, 1 GB. A sample of each is in the tests."""
     run(session, shared(session, *RUN_NEEDS, *TEST_NEEDS), "-m", "pytest", "-q", "-m", "sweep", "--timeout=3600",
         *session.posargs)
 
