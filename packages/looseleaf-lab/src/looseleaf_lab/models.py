@@ -77,22 +77,27 @@ PACKAGED: dict[str, Packaged] = {
 """Short name -> model. Every other name is a folder or a hub id."""
 
 
-OWN = ("mini-clip",)
-"""Our own small models, self-trained, in the package looseleaf-models."""
+def own() -> list[str]:
+    """Our own small models, self-trained: those of the package looseleaf-models, where it is installed."""
+    try:
+        import looseleaf_models
+    except ModuleNotFoundError:
+        return []
+    return looseleaf_models.names()
 
 
 def load(name: str = "smollm2", dtype: Any = None, *, device: str | None = None) -> tuple[Any, Any]:
     """A model in evaluation mode, and its tokenizer.
 
     Args:
-        name: a short name of :data:`PACKAGED` or :data:`OWN`, a folder, or a hub id such as ``org/model``.
+        name: a short name of :data:`PACKAGED` or :func:`own`, a folder, or a hub id such as ``org/model``.
         dtype: of the weights, a ``torch.dtype`` or its name; None: float32.
         device: where the model goes; None: it stays on the CPU.
 
     Returns:
         ``(model, tokenizer)``; a causal language model where there is one, for ``minilm`` the bare encoder. For models
-        of pictures ``(model, preprocessor)``: it makes the input of uint8 (B, height, width, 3 or 4). For ``mini-clip``
-        transformers' CLIPModel and CLIPProcessor.
+        of pictures ``(model, preprocessor)``: it makes the input of uint8 (B, height, width, 3 or 4). For our own
+        models their class of transformers and its processor, as their card says.
 
     Raises:
         MissingModelError: what loads the model is absent; the message has the pip command.
@@ -114,9 +119,12 @@ def load(name: str = "smollm2", dtype: Any = None, *, device: str | None = None)
 
         model, preprocessor = image_models.load(name, source, kind)
         return model.to(device or "cpu"), preprocessor
-    if name == "mini-clip":
-        model = transformers.CLIPModel.from_pretrained(source, dtype=kind).eval()
-        return model.to(device or "cpu"), transformers.CLIPProcessor.from_pretrained(source)
+    if name in own():
+        import looseleaf_models
+
+        card = looseleaf_models.card(name)
+        model = getattr(transformers, card["model_class"]).from_pretrained(source, dtype=kind).eval()
+        return model.to(device or "cpu"), getattr(transformers, card["processor_class"]).from_pretrained(source)
     with _quiet(transformers):
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
@@ -126,7 +134,7 @@ def load(name: str = "smollm2", dtype: Any = None, *, device: str | None = None)
             if name in PACKAGED or Path(name).exists():
                 raise
             raise ValueError(
-                f"model {name!r} could not be loaded: no short name ({', '.join((*PACKAGED, *OWN))}), not a folder "
+                f"model {name!r} could not be loaded: no short name ({', '.join((*PACKAGED, *own()))}), not a folder "
                 f"here, and the hub did not give it ({str(error).splitlines()[0]}). Check the spelling, or pass the "
                 "folder of a downloaded model") from error
     model.eval()
@@ -189,8 +197,10 @@ def resolve(name: str) -> str:
     """
     if name in PACKAGED:
         return str(_packaged_folder(name))
-    if name in OWN:
-        return str(_own_folder(name))
+    if name in own():
+        import looseleaf_models
+
+        return str(looseleaf_models.folder(name))
     path = Path(name).expanduser()
     if path.is_dir():
         found = sorted(path.glob("*.gguf"))
@@ -200,8 +210,8 @@ def resolve(name: str) -> str:
     if path.suffix == ".gguf" and path.is_file():
         return str(_converted(path, path.stem))
     if "/" not in name or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ValueError(f"model: expected {', '.join((*PACKAGED, *OWN))}, a folder that exists, or a hub id such as "
-                         f"'org/model', got {name!r}.{did_you_mean(name, (*PACKAGED, *OWN))}")
+        raise ValueError(f"model: expected {', '.join((*PACKAGED, *own()))}, a folder that exists, or a hub id such as "
+                         f"'org/model', got {name!r}.{did_you_mean(name, (*PACKAGED, *own()))}")
     return name
 
 
@@ -212,15 +222,6 @@ def available(name: str) -> bool:
     except (MissingModelError, FetchError):
         return False
     return True
-
-
-def _own_folder(name: str) -> Path:
-    try:
-        import looseleaf_models
-    except ModuleNotFoundError as error:
-        raise MissingModelError(f"model {name!r} (self-trained) ships in looseleaf-models, which is not installed: "
-                                "pip install looseleaf-models") from error
-    return looseleaf_models.folder(name)
 
 
 def folder(name: str) -> Path | None:

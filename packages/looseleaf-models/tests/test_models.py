@@ -1,0 +1,58 @@
+"""Every checkpoint that ships, and what a recipe makes of made-up data: a card, safetensors, loaded by name."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import looseleaf_models
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def test_what_ships_is_small_and_no_pickle() -> None:
+    files = [path for path in looseleaf_models.CHECKPOINTS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 64 * 2 ** 20
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt", ".md"}
+
+
+@pytest.mark.parametrize("name", looseleaf_models.names() or [pytest.param("", marks=pytest.mark.skip("none ships"))])
+def test_every_model_has_a_card(name: str) -> None:
+    card = looseleaf_models.card(name)
+    assert card["self-trained"] is True and card["figures"] and card["for"] and card["not for"]
+    assert (RECIPES.parent / card["recipe"]).is_file()
+    assert (looseleaf_models.folder(name) / "model.safetensors").is_file()
+
+
+def test_unknown_models() -> None:
+    with pytest.raises(ValueError, match=r"expected one of .*, got 'maxi-clip'"):
+        looseleaf_models.folder("maxi-clip")
+
+
+def test_a_recipe_makes_what_from_pretrained_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mini-clip in a few steps on the stand-ins, stopped half-way and gone on; then found by name."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("PIL")
+    torch = pytest.importorskip("torch")
+    models: Any = pytest.importorskip("looseleaf_lab.models")
+    monkeypatch.syspath_prepend(str(RECIPES))
+    recipe: Any = importlib.import_module("mini_clip")
+    try:
+        recipe.train(tmp_path / "mini-clip", steps=2, batch=8, made_up=True, state=tmp_path / "state")
+    finally:
+        sys.modules.pop("mini_clip", None)
+    card = json.loads((tmp_path / "mini-clip" / "card.json").read_text())
+    assert card["self-trained"] is True and card["weights"] < 4_000_000 and 0 <= card["figures"]["R@10"] <= 1
+    monkeypatch.setattr(looseleaf_models, "CHECKPOINTS", tmp_path)
+    assert looseleaf_models.names() == ["mini-clip"] == models.own()
+    model, processor = models.load("mini-clip")
+    assert type(model).__name__ == "CLIPModel" and not model.training
+    inputs = processor(text=["a red disc", "a drawing of a blue square"], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        out = model(**inputs, pixel_values=torch.zeros(2, 3, 64, 64))
+    assert out.logits_per_image.shape == (2, 2) and bool(out.logits_per_image.isfinite().all())
