@@ -7,7 +7,7 @@ import functools
 import inspect
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -252,7 +252,7 @@ class LocalModel(LanguageModel):
         for part in self._even(bodies):
             own: tuple[Any, Tensor | None] = (None, None)
             if mask is not None:
-                index = torch.tensor([group_of[r] for r in part], device=self.device)
+                index = torch.tensor([group_of[r] for r in part], device=mask.device)
                 own = select(cache, index), mask[index]
             values = self._score_part([bodies[r] for r in part], [tails[rows[r]] for r in part], *own)
             for r, row in zip(part, values, strict=True):
@@ -299,7 +299,7 @@ class LocalModel(LanguageModel):
                 if len(ids) > 1:  # continuations that differ in the last token alone share one row
                     runs.setdefault((r, tuple(ids[:-1])), []).append(k)
         keys = list(runs)
-        index = torch.tensor([r for r, _ in keys], device=self.device)
+        index = torch.tensor([r for r, _ in keys], device=mask.device)
         logits, _, _ = self._forward([list(ids) for _, ids in keys], select(cache, index), mask[index],
                                      keep=max(len(ids) for _, ids in keys), use_cache=True)
         log_probs = torch.log_softmax(logits.float(), dim=-1)
@@ -321,15 +321,23 @@ class LocalModel(LanguageModel):
         for shared, rows in by_shared.items():
             flat = sorted(((n, run) for n in rows for run in dict.fromkeys(tuple(c[:-1]) for c in tails[n])),
                           key=lambda entry: len(heads[entry[0]]) + len(entry[1]))
-            at = 0
-            while at < len(flat):
-                end = at + 1
-                while measured.right and end < len(flat) and (end + 1 - at) * (
-                        len(heads[flat[end][0]]) + len(flat[end][1])) <= self.batch_tokens:
-                    end += 1
-                self._score_flat(heads, tails, flat[at:end], shared, totals)
-                at = end
+            lengths = [len(heads[n]) + len(run) for n, run in flat]
+            for part in self._parts(lengths, lambda at, end: measured.right):
+                self._score_flat(heads, tails, flat[part], shared, totals)
         return totals
+
+    def _parts(self, lengths: Sequence[int], together: Callable[[int, int], bool]) -> Iterator[slice]:
+        """Divide rows, the shortest first, into batches of at most ``batch_tokens`` positions, or of one row.
+
+        ``together(at, end)``: whether row ``end`` may be in the batch that begins with row ``at``.
+        """
+        at = 0
+        while at < len(lengths):
+            end = at + 1
+            while end < len(lengths) and (end + 1 - at) * lengths[end] <= self.batch_tokens and together(at, end):
+                end += 1
+            yield slice(at, end)
+            at = end
 
     def _score_flat(self, heads: list[list[int]], tails: Sequence[Sequence[Ids]],
                     flat: list[tuple[int, tuple[int, ...]]], shared: int, totals: list[list[float]]) -> None:
@@ -372,15 +380,8 @@ class LocalModel(LanguageModel):
             logits (rows, keep, vocabulary) of the last ``keep`` positions, the cache, and the mask (rows, length)
             of what the cache holds.
         """
-        width = max(map(len, rows))
-        # The padding's id is never looked at: it is masked as a key, and its own output is not read.
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        own = torch.zeros(len(rows), width, dtype=torch.long)
-        for r, row in enumerate(rows):
-            place = slice(width - len(row), width) if left else slice(0, len(row))
-            ids[r, place] = torch.tensor(row, dtype=torch.long)
-            own[r, place] = 1
-        ids, own = ids.to(self.device), own.to(self.device)
+        ids, own = padded(rows, self.device, left=left)
+        width = ids.shape[1]
         whole = own if mask is None else torch.cat([mask, own], dim=1)
         arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": whole, "use_cache": use_cache}
         if self._positions and left:
@@ -414,19 +415,15 @@ class LocalModel(LanguageModel):
         generator = torch.Generator().manual_seed(seed)
         out = [""] * len(heads)
         order = sorted(range(len(heads)), key=lambda n: len(heads[n]))
+        lengths = [len(heads[n]) + max_tokens for n in order]
         self.calls += len(heads)
-        at = 0
-        while at < len(order):
-            end = at + 1
-            while end < len(order) and (end + 1 - at) * (len(heads[order[end]]) + max_tokens) <= self.batch_tokens and (
-                    measured.left or (measured.right and len(heads[order[end]]) == len(heads[order[at]]))):
-                end += 1
-            rows = order[at:end]
+        for part in self._parts(lengths, lambda at, end: measured.left or (
+                measured.right and lengths[at] == lengths[end])):
+            rows = order[part]
             for n, ids in zip(rows, self._generate([heads[n] for n in rows], rows, max_tokens, stop, temperature,
                                                    generator, measured), strict=True):
                 self.tokens += len(heads[n]) + len(ids)
                 out[n] = cut(self._text(ids), stop)
-            at = end
         return out
 
     def _text(self, ids: list[int]) -> str:
@@ -443,11 +440,10 @@ class LocalModel(LanguageModel):
             logits, cache, mask = self._forward(rows, cache, mask, keep=1, left=measured.left,
                                                 use_cache=continues)
             last = logits[:, -1].float()
-            for r in range(len(rows)):
+            for r, highest in enumerate(last.amax(-1).tolist()):
                 # some models rule tokens out by minus infinity
-                if live[r] and not bool(last[r].max().isfinite()):
-                    raise not_finite(self.name, "logits", float(last[r].max()), numbers[r],
-                                     self.detokenize(heads[r]))
+                if live[r] and not math.isfinite(highest):
+                    raise not_finite(self.name, "logits", highest, numbers[r], self.detokenize(heads[r]))
             if temperature > 0:
                 probabilities = torch.softmax(last / temperature, dim=-1).cpu()
                 picked = torch.multinomial(probabilities, 1, generator=generator)[:, 0].tolist()
@@ -486,20 +482,9 @@ class LocalModel(LanguageModel):
         self.calls += len(rows)
         self.tokens += sum(map(len, rows))
         order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
-        at = 0
-        while at < len(order):
-            end = at + 1
-            while measured.right and end < len(order) and (
-                    end + 1 - at) * len(rows[order[end]]) <= self.batch_tokens:
-                end += 1
-            part = order[at:end]
-            width = max(len(rows[n]) for n in part)
-            ids = torch.zeros(len(part), width, dtype=torch.long)
-            mask = torch.zeros(len(part), width, dtype=torch.long)
-            for r, n in enumerate(part):  # right-padded: nothing after a token reaches it in a causal model
-                ids[r, :len(rows[n])] = torch.tensor(rows[n])
-                mask[r, :len(rows[n])] = 1
-            ids, mask = ids.to(self.device), mask.to(self.device)
+        for part in self._parts([len(rows[n]) for n in order], lambda at, end: measured.right):
+            # nothing after a token reaches it in a causal model
+            ids, mask = padded([rows[n] for n in order[part]], self.device, left=False)
             model = unwrapped(self.model)
             headless = model.base_model is not model  # a few families keep their body under another name
             with reading(model):
@@ -509,12 +494,25 @@ class LocalModel(LanguageModel):
             self.forwarded += ids.numel()
             weight = mask[..., None].to(hidden.dtype)
             mean = ((hidden * weight).sum(1) / weight.sum(1)).float().cpu().numpy()
-            for r, n in enumerate(part):
+            for r, n in enumerate(order[part]):
                 out[n] = mean[r]
                 if not np.isfinite(mean[r]).all():
                     raise not_finite(self.name, "hidden states", "others", n, texts[n])
-            at = end
         return np.stack(out) if out else np.zeros((0, 0), dtype=np.float32)
+
+
+def padded(rows: Sequence[Ids], device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Rows of ids in one tensor, and where they are, both int64 (rows, longest); padded on the left or on the right.
+
+    The padding's id is never looked at: it is masked as a key, and its own output is not read.
+    """
+    width = max(map(len, rows))
+    ids, own = torch.zeros(2, len(rows), width, dtype=torch.long)
+    for r, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[r, place] = torch.tensor(row, dtype=torch.long)
+        own[r, place] = 1
+    return ids.to(device), own.to(device)
 
 
 def plan(heads: Sequence[Ids], order: Sequence[int]) -> list[tuple[list[int], int]]:
