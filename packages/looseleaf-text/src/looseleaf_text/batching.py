@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from looseleaf.errors import UnsupportedModelError
 from looseleaf.modes import evaluating
-from looseleaf.offload import hooks
+from looseleaf.offload import execution_device
 from looseleaf.unwrap import unwrapped
 
 BEGINNING = 5
@@ -300,9 +300,7 @@ def reading(model: Any) -> Iterator[None]:
 def device_of(model: Any) -> torch.device:
     """Where a model's input goes; where its weights are offloaded, the device that it is run on."""
     for module in model.modules():
-        for hook in hooks(module):
-            if getattr(hook, "offload", False) and hook.execution_device is not None:
-                at = hook.execution_device
-                return torch.device("cuda", at) if isinstance(at, int) else torch.device(at)
+        if (at := execution_device(module)) is not None:
+            return torch.device(at)
     device: torch.device = next(model.parameters()).device
     return device

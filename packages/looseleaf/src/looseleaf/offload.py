@@ -11,6 +11,12 @@ def hooks(module: Any) -> list[Any]:
     return [] if hook is None else [hook, *getattr(hook, "hooks", ())]
 
 
+def execution_device(module: Any) -> str | None:
+    """Where accelerate runs a module whose weights it keeps elsewhere; None where it does not."""
+    at = next((h.execution_device for h in hooks(module) if getattr(h, "offload", False)), None)
+    return None if at is None else f"cuda:{at}" if isinstance(at, int) else str(at)
+
+
 def offloaded(model: Any) -> dict[str, Callable[[], Any]]:
     """Name -> what reads the tensor, of the weights that are kept elsewhere."""
     kept = [(prefix, name, hook.weights_map) for prefix, module in model.named_modules() for hook in hooks(module)

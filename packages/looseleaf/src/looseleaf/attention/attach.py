@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from looseleaf.attention import huggingface, takeover
@@ -16,6 +15,7 @@ from looseleaf.attention.call import AttentionBackend, Geometry
 from looseleaf.attention.watch import LEARNED
 from looseleaf.errors import UnsupportedModelError
 from looseleaf.names import match
+from looseleaf.offload import execution_device
 from looseleaf.unwrap import unwrapped
 
 
@@ -139,10 +139,7 @@ def _add_learned(backend: AttentionBackend, hosts: Sequence[nn.Module], undo: Ex
         host = hosts[layer]
         like = next((p for p in host.parameters() if p.is_floating_point()), None)
         if like is not None:
-            device: Any = like.device
-            if device.type == "meta":  # offloaded by accelerate, which says where it computes
-                device = getattr(getattr(host, "_hf_hook", None), "execution_device", None) or "cpu"
-            learned.to(device=torch.device(device), dtype=like.dtype)
+            learned.to((execution_device(host) or "cpu") if like.is_meta else like.device, like.dtype)
         learned.train(host.training)
         host.add_module(LEARNED, learned)
         undo.callback(host._modules.pop, LEARNED, None)

@@ -75,9 +75,8 @@ class Registered(Attached):
         if (place := place_of(module)) is not None:
             return place
         config: Any = getattr(module, "config", None)
-        reference, index = self._met.get(id(config), (None, 0))
-        if reference is None or reference() is not config:
-            index = 0
+        met, known = self._met.get(id(config), (None, 0))
+        index = known if met is not None and met() is config else 0
         self._met[id(config)] = weakref.ref(config), index + 1
         layer, cross = len(self.layers), _crosses_now(module)
         self.layers.append(f"{getattr(config, 'model_type', 'model')}.{type(module).__name__}.{index}")

@@ -62,9 +62,8 @@ class AppliedMask:
 
     def removed(self) -> Tensor:
         """True where the mask removes, on the device of the parameter."""
-        if self.cached is None:
-            return unpack(self.packed, self.shape).logical_not_().to(self.parameter.device)
-        return self.cached.to(self.parameter.device)
+        removed = unpack(self.packed, self.shape).logical_not_() if self.cached is None else self.cached
+        return removed.to(self.parameter.device)
 
     def written(self) -> bool:
         """Whether something else than zeros is where the mask removes."""
@@ -146,8 +145,7 @@ def put_on(packed: Tensor, shape: torch.Size, places: list[Place]) -> None:
 
 def take_off(places: list[Place], restore: bool) -> None:
     """Take the mask off a parameter, if one is on it; ``restore``: give the removed weights back."""
-    mask = applied(*places[0])
-    if mask is not None:
+    if (mask := applied(*places[0])) is not None:
         if restore:
             mask.lift()
         mask.stop()
