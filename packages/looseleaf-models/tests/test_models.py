@@ -49,7 +49,7 @@ def test_a_recipe_makes_what_from_pretrained_takes(tmp_path: Path, monkeypatch: 
     card = json.loads((tmp_path / "mini-clip" / "card.json").read_text())
     assert card["self-trained"] is True and card["weights"] < 4_000_000 and 0 <= card["figures"]["R@10"] <= 1
     monkeypatch.setattr(looseleaf_models, "CHECKPOINTS", tmp_path)
-    assert looseleaf_models.names() == ["mini-clip"] == models.own()
+    assert looseleaf_models.names() == ["mini-clip"] == list(models.own())
     model, processor = models.load("mini-clip")
     assert type(model).__name__ == "CLIPModel" and not model.training
     inputs = processor(text=["a red disc", "a drawing of a blue square"], return_tensors="pt", padding=True)

