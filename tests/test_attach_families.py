@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-import signal
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,25 +15,14 @@ import torch
 from looseleaf import AttentionBackend, AttentionCall, Paper, SlidingWindow, UnsupportedModelError, attach
 
 pytest.importorskip("transformers")
+from decoder_families import FAMILIES, at_most, small_model
+from recording_backends import Takes
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "packages" / "looseleaf-text" / "tests"))
-from decoder_families import FAMILIES, small_model  # noqa: E402
 
 TABLE = ROOT / "docs" / "how-to" / "attention-families.md"
 SAMPLE = ["llama", "gpt2", "gemma3_text", "deepseek_v2", "gpt_bigcode", "bamba", "gpt_oss", "falcon", "bloom"]
 LENGTH, KEPT = 24, 15
-
-
-@dataclasses.dataclass
-class Exact(AttentionBackend):
-    """Exact attention for all calls."""
-
-    phases = frozenset({"prefill", "decode", "bidirectional"})
-    score_changes = frozenset({"softcap", "s_aux", "position_bias", "dropout"})
-    paper: ClassVar[Paper] = SlidingWindow.paper
-
-    def attend(self, call: AttentionCall) -> torch.Tensor:
-        return call.dense()
 
 
 @dataclasses.dataclass
@@ -80,7 +66,7 @@ def looked_at(model: Any) -> Found:
     """Forwards, generation in every way and queries after a cache, plain and attached."""
     layers = None
     try:
-        attach(model, Exact()).detach()
+        attach(model, Takes()).detach()
         way = "attention interface"
     except UnsupportedModelError:
         if not (layers := fused(model)):
@@ -103,7 +89,7 @@ def looked_at(model: Any) -> Found:
             expected = run()
         except Exception:  # not every model can do everything by itself
             continue
-        with attach(model, Exact(), layers):
+        with attach(model, Takes(), layers):
             agrees &= close(run(), expected)
     with attach(model, Prefill(), layers) as attached:
         runs[0]()
@@ -196,17 +182,3 @@ family of transformers that can be built from its configuration with two small l
 | family | way in | layers | sparse prefill | agrees |
 |---|---|---|---|---|
 """
-
-
-@contextmanager
-def at_most(seconds: int) -> Iterator[None]:
-    def stop(*_: Any) -> None:
-        raise TimeoutError(f"not within {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import random
 import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -106,6 +109,21 @@ def small_model(family: str, auto: Any = transformers.AutoModelForCausalLM, **ow
                 if parameter.is_floating_point():
                     parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+@contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    """TimeoutError where the block takes longer: some families are large whatever their configuration says."""
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"not within {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class Letters:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +14,7 @@ from looseleaf_text import LocalModel
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
-sys.path.insert(0, str(Path(__file__).parent))
-from decoder_families import FAMILIES, Letters, alone, deviation, rows, small_model  # noqa: E402
+from decoder_families import FAMILIES, Letters, alone, at_most, deviation, rows, small_model  # noqa: E402
 
 TABLE = Path(__file__).parents[3] / "docs" / "how-to" / "decoder-families.md"
 SAMPLE = ["llama4_text", "gpt_neo", "opt", "roberta", "mpt", "jamba", "recurrent_gemma", "xlm", "rwkv", "bart"]
@@ -125,17 +120,3 @@ packages/looseleaf-text/tests/test_text_families.py` writes it.
 | family | rows are | shared | agrees | positions |
 |---|---|---|---|---|
 """
-
-
-@contextmanager
-def at_most(seconds: int) -> Iterator[None]:
-    def stop(*_: Any) -> None:
-        raise TimeoutError(f"not within {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)

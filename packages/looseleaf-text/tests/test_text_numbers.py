@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from looseleaf_text.testing import ToyLanguageModel, toy_task
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
-sys.path.insert(0, str(Path(__file__).parent))
 from decoder_families import Letters, alone, deviation, rows, small_model  # noqa: E402
 
 

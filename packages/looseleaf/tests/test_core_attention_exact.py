@@ -5,37 +5,21 @@ from __future__ import annotations
 import copy
 import dataclasses
 from contextlib import nullcontext
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from recording_backends import Takes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from looseleaf import AttentionBackend, AttentionCall, Paper, SlidingWindow, attach, register_attention
+from looseleaf import AttentionCall, attach, register_attention
 from looseleaf.testing.models import seeded, tiny_gemma3, tiny_llama
 
 
 @dataclasses.dataclass
-class Exact(AttentionBackend):
-    """Exact attention in every phase that keeps its calls."""
-
-    phases = frozenset({"prefill", "decode", "bidirectional"})
-    score_changes = frozenset({"softcap", "s_aux", "position_bias", "dropout"})
-    paper: ClassVar[Paper] = SlidingWindow.paper
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.calls: list[AttentionCall] = []
-
-    def attend(self, call: AttentionCall) -> torch.Tensor:
-        self.calls.append(call)
-        return call.dense()
-
-
-@dataclasses.dataclass
-class Halved(Exact):
+class Halved(Takes):
     """Another result than exact attention: half of it."""
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
@@ -92,7 +76,7 @@ def test_several_queries_after_a_cache_are_exact(model: Any, cache: str) -> None
 
     for mask in (None, left):
         expected, only = run(mask, None, None), HalvedPrefill()
-        close(run(mask, Exact(), Exact()), expected)
+        close(run(mask, Takes(), Takes()), expected)
         close(run(mask, None, only), expected)
         assert not only.calls
         close(run(mask, HalvedPrefill(), HalvedPrefill()), run(mask, HalvedPrefill(), None))
@@ -126,7 +110,7 @@ def test_cross_attention_to_a_cache_alone(registered: bool) -> None:
     with torch.no_grad():
         past = model(ids, **picture).past_key_values
         expected = model(ids_of(1, 5), past_key_values=copy.deepcopy(past)).logits
-        for backend in (Exact(), HalvedPrefill()):
+        for backend in (Takes(), HalvedPrefill()):
             if registered:
                 with register_attention("after-a-picture", backend):
                     model.set_attn_implementation("after-a-picture")
@@ -167,7 +151,7 @@ def test_masks_that_a_model_writes_to(implementation: str, way: str, mode: Any) 
     model.model.layers[0] = Writing(model.model.layers[0], way)
     with mode():
         expected = model(ids_of(), attention_mask=padded()).logits[padded().bool()]
-        with attach(model, Exact()):
+        with attach(model, Takes()):
             close(model(ids_of(), attention_mask=padded()).logits[padded().bool()], expected)
 
 
@@ -214,7 +198,7 @@ def test_keys_that_a_module_adds(first: bool, extends: bool, registered: bool) -
     for mask in (torch.ones_like(padded()), padded(left=True)):
         fails = not extends and (registered or not bool(mask.all()))  # the model does by itself: its mask is short
         expected = None if fails else run(mask)[mask.bool()]
-        with register_attention("with-memory", Exact()) if registered else attach(model, Exact()):
+        with register_attention("with-memory", Takes()) if registered else attach(model, Takes()):
             if registered:
                 model.set_attn_implementation("with-memory")
             if fails:
@@ -237,7 +221,7 @@ def test_masks_that_are_added_to_scores(registered: bool) -> None:
     given = {"input_ids": ids_of(), "attention_mask": padded(), "decoder_input_ids": ids_of(seed=2)}
     with torch.no_grad():
         expected = model(**given).logits
-        with register_attention("added", Exact()) if registered else attach(model, Exact()):
+        with register_attention("added", Takes()) if registered else attach(model, Takes()):
             if registered:
                 model.set_attn_implementation("added")
             close(model(**given).logits, expected)
@@ -249,7 +233,7 @@ def test_attention_weights_are_given_where_the_model_gives_them(implementation: 
     model.set_attn_implementation(implementation)
     with torch.no_grad():
         expected = model(ids_of(), output_attentions=True).attentions
-        with attach(model, Exact()) as attached:
+        with attach(model, Takes()) as attached:
             got = model(ids_of(), output_attentions=True).attentions
     assert len(got) == len(expected) == (2 if implementation == "eager" else 0)
     for one, other in zip(got, expected, strict=True):

@@ -10,51 +10,18 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from recording_backends import ALL, PAPER, Halved, Spy, Takes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from looseleaf import AttentionBackend, AttentionCall, Geometry, Paper, SlidingWindow, UnsupportedModelError, attach
-from looseleaf.attention.call import Phase
 from looseleaf.testing.common import assert_unchanged, snapshot
 from looseleaf.testing.models import seeded, tiny_bert, tiny_gemma3, tiny_llama
 from looseleaf.unwrap import unwrapped
 
-ALL: frozenset[Phase] = frozenset({"prefill", "decode", "bidirectional"})
-PAPER = SlidingWindow.paper
 SEQ2SEQ = {"vocab_size": 99, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
            "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64,
            "init_std": 0.3}
-
-
-@dataclasses.dataclass
-class Spy(AttentionBackend):
-    """Exact attention in every phase that keeps its calls."""
-
-    phases = ALL
-    paper: ClassVar[Paper] = PAPER
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.calls: list[AttentionCall] = []
-
-    def attend(self, call: AttentionCall) -> torch.Tensor:
-        self.calls.append(call)
-        return call.dense()
-
-
-@dataclasses.dataclass
-class Takes(Spy):
-    """As Spy, of layers that change their scores."""
-
-    score_changes = frozenset({"softcap", "s_aux", "position_bias", "dropout"})
-
-
-@dataclasses.dataclass
-class Halved(Spy):
-    """Another result than exact attention: half of it."""
-
-    def attend(self, call: AttentionCall) -> torch.Tensor:
-        return call.dense() / 2
 
 
 def ids_of(batch: int = 2, length: int = 20) -> torch.Tensor:

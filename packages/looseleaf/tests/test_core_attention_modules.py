@@ -4,34 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from recording_backends import Halved
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from looseleaf import AttentionBackend, AttentionCall, Paper, SlidingWindow, UnsupportedModelError, attach
-from looseleaf.attention.call import Phase
+from looseleaf import AttentionCall, UnsupportedModelError, attach
 from looseleaf.testing.common import assert_unchanged, mixed_modes, snapshot
 from looseleaf.testing.models import seeded
-
-
-@dataclasses.dataclass
-class Halved(AttentionBackend):
-    """Half of exact attention, in every phase."""
-
-    phases: ClassVar[frozenset[Phase]] = frozenset({"prefill", "decode", "bidirectional"})
-    paper: ClassVar[Paper] = SlidingWindow.paper
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.calls: list[AttentionCall] = []
-
-    def attend(self, call: AttentionCall) -> torch.Tensor:
-        self.calls.append(call)
-        return call.dense() / 2
 
 
 class Attention(nn.Module):

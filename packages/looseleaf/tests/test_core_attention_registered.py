@@ -8,29 +8,24 @@ import gc
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
+from recording_backends import Spy
 
 import looseleaf
-from looseleaf import AttentionBackend, AttentionCall, Paper, SlidingWindow, attach, register_attention
-from looseleaf.attention.call import Phase
+from looseleaf import AttentionCall, SlidingWindow, attach, register_attention
 from looseleaf.testing.models import tiny_bert, tiny_llama, tiny_text_llama, tiny_tokenizer
 
 BACKEND = SlidingWindow(sink=1, window=6)
 
 
 @dataclasses.dataclass
-class Near(AttentionBackend):
+class Near(Spy):
     """Bidirectional attention to the three nearest keys on each side."""
 
-    phases: ClassVar[frozenset[Phase]] = frozenset({"bidirectional"})
-    paper: ClassVar[Paper] = SlidingWindow.paper
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.calls: list[AttentionCall] = []
+    phases = frozenset({"bidirectional"})
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         self.calls.append(call)
