@@ -20,6 +20,9 @@ _HOME = {
     "PromptSpec": "prompt", "PromptLearner": "prompt", "VisionPrompt": "prompt", "TemplatePrompt": "prompt",
     "PicturePredictor": "prompt", "PHOTO": "prompt",
     "Recipe": "tuning", "Batch": "tuning", "Tuned": "tuning", "tune": "tuning",
+    "VisionOptimizer": "baselines", "LearnedPrompt": "baselines", "CoOp": "baselines", "CoCoOp": "baselines",
+    "KgCoOp": "baselines", "MaPLe": "baselines", "ZeroShot": "baselines", "TemplateEnsemble": "baselines",
+    "LinearProbe": "baselines", "LinearPrompt": "baselines", "IMAGENET_TEMPLATES": "baselines",
     "few_shot": "tasks", "few_shot_task": "tasks", "from_torchvision": "tasks", "read_split": "tasks",
     "BaseToNew": "tasks", "base_to_new": "tasks", "cross_domain": "tasks", "harmonic_mean": "tasks",
     "calibration_error": "tasks", "scores_by_class": "tasks", "LazyExamples": "tasks",
@@ -34,6 +37,19 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from looseleaf_vision.baselines import (
+        IMAGENET_TEMPLATES,
+        CoCoOp,
+        CoOp,
+        KgCoOp,
+        LearnedPrompt,
+        LinearProbe,
+        LinearPrompt,
+        MaPLe,
+        TemplateEnsemble,
+        VisionOptimizer,
+        ZeroShot,
+    )
     from looseleaf_vision.classifier import ImageClassifier
     from looseleaf_vision.encoder import DualEncoder, Tokens, spaced
     from looseleaf_vision.modules import ConditionalContext, CoupledTokens, PixelFrame, TextContext, VisionTokens

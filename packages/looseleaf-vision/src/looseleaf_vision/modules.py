@@ -28,6 +28,7 @@ class TextContext(nn.Module):
         classes: one set of vectors for each of so many classes; None: one for all. Names must then be as many.
         position: where the *name* stands: ``end``, ``middle`` (half of the vectors before it) or ``front``; without
             effect where ``start`` has ``{}``.
+        lead: fixed words between the vectors and the name.
         ending: text after all.
         depth: layers whose input has vectors of its own at these places, the first one included.
         seed: of the vectors that are drawn.
@@ -38,7 +39,8 @@ class TextContext(nn.Module):
     """
 
     def __init__(self, encoder: DualEncoder, *, length: int = 16, start: str | None = None, classes: int | None = None,
-                 position: Position = "end", ending: str = ".", depth: int = 1, seed: int = 0) -> None:
+                 position: Position = "end", lead: str = "", ending: str = ".", depth: int = 1,
+                 seed: int = 0) -> None:
         super().__init__()
         if position not in ("end", "middle", "front"):
             raise ValueError(f"position: expected 'end', 'middle' or 'front', got {position!r}")
@@ -63,7 +65,7 @@ class TextContext(nn.Module):
             self.before = len(rows[0]) if len(parts) == 2 else {
                 "end": len(vectors), "middle": len(vectors) // 2, "front": 0}[position]
             vectors = vectors if classes is None else vectors.expand(classes, -1, -1).clone()
-        self.length, self.ending = vectors.shape[-2], ending
+        self.length, self.lead, self.ending = vectors.shape[-2], lead, ending
         self.context = nn.Parameter(vectors.to(encoder.device))
         self.deep = nn.Parameter((0.02 * torch.randn(depth - 1, self.length, encoder.width, generator=draw)).to(
             encoder.device))
@@ -83,7 +85,7 @@ class TextContext(nn.Module):
         if key not in self._tokens:
             after = self.length - self.before
             pieces: list[list[Piece]] = []
-            for name in key:
+            for name in (f"{self.lead} {name}".strip() for name in key):
                 tail: list[Piece] = [name, after, self.ending] if after else [f"{name}{self.ending}"]
                 pieces.append([self.before, *tail])
             self._tokens[key] = self._encoder[0].tokens(pieces)

@@ -30,7 +30,7 @@ class PromptSpec:
     Attributes:
         text: context in the texts: ``shared`` by all classes, one for each ``class``, ``conditional`` on the picture,
             or None: the hand-written :attr:`templates` stay.
-        length, start, position, ending, text_depth: see :class:`TextContext`.
+        length, start, position, lead, ending, text_depth: see :class:`TextContext`.
         vision: vectors beside the patches: its ``own``, ``coupled`` to those of the text, or None.
         vision_length: how many, where they are its own.
         vision_depth: layers that have vectors of their own.
@@ -41,6 +41,7 @@ class PromptSpec:
     length: Annotated[int, In(">= 1")] = 16
     start: str | None = None
     position: Literal["end", "middle", "front"] = "end"
+    lead: str = ""
     ending: str = "."
     text_depth: Annotated[int, In(">= 1")] = 1
     vision: Literal["own", "coupled"] | None = None
@@ -83,7 +84,7 @@ class PromptLearner(nn.Module):
         if spec.text is not None:
             kind = ConditionalContext if spec.text == "conditional" else TextContext
             self.context = kind(encoder, length=spec.length, start=spec.start, position=spec.position,
-                                ending=spec.ending, depth=spec.text_depth, seed=seed,
+                                lead=spec.lead, ending=spec.ending, depth=spec.text_depth, seed=seed,
                                 classes=classes if spec.text == "class" else None)
         if spec.vision == "own":
             self.vision = VisionTokens(encoder, length=spec.vision_length, depth=spec.vision_depth, seed=seed + 1)
