@@ -17,6 +17,7 @@ from looseleaf_vision import (
     cross_domain,
     few_shot,
     few_shot_task,
+    from_arrays,
     from_torchvision,
     harmonic_mean,
     read_split,
@@ -55,6 +56,20 @@ def test_few_shot_tasks_and_base_to_new() -> None:
                                                               parts.new.name: found["new"]}
     with pytest.raises(ValueError, match="three classes"):
         base_to_new(toy_pictures(2))
+
+
+def test_arrays_have_the_same_test_examples_for_every_seed() -> None:
+    images = np.arange(60, dtype=np.uint8).reshape(60, 1, 1) + np.zeros((1, 4, 4), np.uint8)
+    labels = ["a", "b", "c"] * 20
+    one, two = (from_arrays(images, labels, 4, seed, name="t", test=6) for seed in (0, 1))
+    assert one.test == two.test and one.train != two.train and len(one.test) == 18
+    assert (len(one.train), len(one.dev), one.classes) == (12, 12, ["a", "b", "c"])
+    one.validate()
+    assert from_arrays(images, labels, 4, 0, name="t", classes=["c", "a"]).classes == ["c", "a"]
+    with pytest.raises(ValueError, match="as many labels"):
+        from_arrays(images, labels[1:], 1, 0, name="t")
+    with pytest.raises(ValueError, match="two classes"):
+        from_arrays(images, labels, 1, 0, name="t", least=30)
 
 
 class Dataset:

@@ -24,6 +24,7 @@ _HOME = {
     "KgCoOp": "baselines", "MaPLe": "baselines", "ZeroShot": "baselines", "TemplateEnsemble": "baselines",
     "LinearProbe": "baselines", "LinearPrompt": "baselines", "IMAGENET_TEMPLATES": "baselines",
     "few_shot": "tasks", "few_shot_task": "tasks", "from_torchvision": "tasks", "read_split": "tasks",
+    "from_arrays": "tasks",
     "BaseToNew": "tasks", "base_to_new": "tasks", "cross_domain": "tasks", "harmonic_mean": "tasks",
     "calibration_error": "tasks", "scores_by_class": "tasks", "LazyExamples": "tasks",
 }
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
         cross_domain,
         few_shot,
         few_shot_task,
+        from_arrays,
         from_torchvision,
         harmonic_mean,
         read_split,

@@ -93,6 +93,48 @@ def few_shot_task(name: str, train: Sequence[Example], test: Sequence[Example], 
     return Task(name, [train[n] for n in few], chosen, test, classes=names)
 
 
+def from_arrays(images: Sequence[Any], labels: Sequence[Any], shots: int, seed: int, *, name: str,
+                classes: Sequence[Any] | None = None, test: int = 40, least: int = 12) -> Task:
+    """A few-shot task from pictures and their labels, with the same test examples for every seed and number of shots.
+
+    Of each class half, but at most ``test``, is for the test; shots and examples to choose by are drawn from the rest.
+
+    Args:
+        images: such as uint8 (n, H, W, 3 or 4).
+        labels: as many.
+        shots: of each class; a smaller class gives all.
+        seed: of the draw of the shots.
+        name: of the task.
+        classes: those to be told apart, in their order; None: all with ``least`` pictures or more, sorted.
+        test: most test examples of a class.
+        least: smallest class.
+
+    Raises:
+        ValueError: not as many labels as pictures, or fewer than two classes.
+    """
+    if len(images) != len(labels):
+        raise ValueError(f"from_arrays: expected as many labels as pictures, got {len(labels)} and {len(images)}")
+    groups: dict[Any, list[int]] = {}
+    for place, label in enumerate(labels):
+        groups.setdefault(label, []).append(place)
+    names = list(classes) if classes is not None else sorted(n for n, group in groups.items() if len(group) >= least)
+    if len(names) < 2 or any(n not in groups for n in names):
+        raise ValueError(f"from_arrays: expected two classes or more of {least} pictures and more, got {names}")
+    held: list[int] = []
+    rest: list[int] = []
+    for label in names:
+        drawn = random.Random(f"test {label}").sample(groups[label], len(groups[label]))
+        cut = min(test, len(drawn) // 2)
+        held, rest = held + drawn[:cut], rest + drawn[cut:]
+
+    def example(place: int) -> Example:
+        return Example({"image": np.array(images[place])}, labels[place])
+
+    train, dev = few_shot([labels[n] for n in rest], shots, seed, min(shots, 4))
+    return Task(name, [example(rest[n]) for n in train], [example(rest[n]) for n in dev], [example(n) for n in held],
+                classes=names)
+
+
 def from_torchvision(dataset: Any, shots: int, seed: int, *, test: Any = None, name: str | None = None) -> Task:
     """A few-shot task from any dataset with ``classes``, such as those of torchvision.
 
@@ -275,4 +317,4 @@ def _opened(path: Path) -> Any:
 
 
 __all__ = ["BaseToNew", "LazyExamples", "base_to_new", "calibration_error", "cross_domain", "few_shot",
-           "few_shot_task", "from_torchvision", "harmonic_mean", "read_split", "scores_by_class"]
+           "few_shot_task", "from_arrays", "from_torchvision", "harmonic_mean", "read_split", "scores_by_class"]
