@@ -6,11 +6,21 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from looseleaf import Budget, Example, UnsupportedModelError
 from looseleaf.testing.common import assert_unchanged, interrupt, mixed_modes, same_random_state, snapshot
 from looseleaf.testing.models import seeded
-from looseleaf_vision import ConditionalContext, CoupledTokens, DualEncoder, PixelFrame, TextContext, VisionTokens
+from looseleaf_vision import (
+    ConditionalContext,
+    CoupledTokens,
+    DualEncoder,
+    PixelFrame,
+    PromptSpec,
+    TextContext,
+    VisionTokens,
+)
 from looseleaf_vision.testing import SIZE, toy_clip, toy_pictures, toy_processor, toy_tokenizer
 
 TEXTS = ["a photo of a cat.", "a large photo of a red dog.", "house"]
@@ -229,6 +239,36 @@ def test_pixel_frames() -> None:
     assert torch.equal(frame(pixels[..., :16, :16]), pixels[..., :16, :16])
     with pytest.raises(ValueError, match=r"\[1, 222\]"):
         PixelFrame(224, inner=223)
+
+
+def test_learners_work_with_parameters_given_by_functional_call_and_to_second_order() -> None:
+    """What meta-learning does: a step on the vectors, and the gradient through it."""
+    encoder, task = toy_clip(), toy_pictures(3)
+    encoder.model.requires_grad_(False)
+    pixels, targets = encoder.read(task.train[:6]), torch.tensor([0, 1, 2] * 2)
+    for spec in (PromptSpec(length=2), PromptSpec("conditional", length=2), PromptSpec(length=2, vision="own")):
+        learner = spec.build(encoder, 3)
+        start = dict(learner.named_parameters())
+
+        def loss(values, learner=learner):
+            return F.cross_entropy(torch.func.functional_call(
+                learner, values, (encoder, task.classes), {"pixels": pixels}), targets)
+
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+            gradients = torch.autograd.grad(loss(start), list(start.values()), create_graph=True)
+            assert all(g.numel() for g in gradients)
+            moved = {name: p - 0.1 * g for (name, p), g in zip(start.items(), gradients)}
+            outer = torch.autograd.grad(loss(moved), list(start.values()))
+        assert all(o.isfinite().all() for o in outer) and not torch.allclose(outer[0], gradients[0])
+
+
+def test_features_before_normalisation() -> None:
+    encoder = toy_clip()
+    pixels = encoder.read(toy_pictures().train[:2])
+    for raw, unit in ((encoder.images(pixels, normalize=False), encoder.images(pixels)),
+                      (encoder.texts(["cat"], normalize=False), encoder.texts(["cat"]))):
+        assert not torch.allclose(raw, unit)
+        torch.testing.assert_close(F.normalize(raw, dim=-1), unit)
 
 
 def test_calls_are_charged() -> None:

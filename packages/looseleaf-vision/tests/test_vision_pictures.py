@@ -35,6 +35,13 @@ def test_pictures_of_all_kinds_are_read_alike() -> None:
         as_image(np.zeros((4, 4, 3)))
 
 
+def test_pictures_can_be_read_at_another_size() -> None:
+    pixels, whole = toy_pictures(size=9).train[0].inputs["image"], torch.from_numpy
+    for source in (toy_clip().preprocess, toy_classifier().preprocess):
+        assert torch.equal(source.read([pixels], 9)[0], whole(pixels).permute(2, 0, 1).float() / 255)
+        assert source.read([pixels], 5).shape == (1, 3, 5, 5)
+
+
 def test_random_crops_depend_on_the_generator_alone() -> None:
     source, picture = toy_classifier().preprocess, toy_pictures(size=40).train[0].inputs["image"]
     one, two, other = (source.crops([picture] * 4, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))

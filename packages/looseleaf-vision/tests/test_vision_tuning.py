@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from looseleaf import Budget, Prompt, UnsupportedModelError
+from looseleaf import Budget, LearnedMasks, Prompt, Threshold, UnsupportedModelError
 from looseleaf.resume import StateError
 from looseleaf.testing.common import assert_unchanged, mixed_modes, same_random_state, snapshot
 from looseleaf_vision import PixelFrame, PromptSpec, Recipe, TemplatePrompt, VisionPrompt, tune
@@ -154,6 +154,42 @@ def test_what_is_learned_may_be_part_of_the_model() -> None:
     assert tuned.epochs[-1] < tuned.epochs[0]
     assert torch.equal(clip.model.visual_projection.weight, other)
     assert all(p.requires_grad and p.grad is None for p in clip.model.parameters())
+
+
+def test_masks_of_the_models_own_weights_are_learned(tmp_path) -> None:
+    """What mask tuning does: scores that lie inside the model, two losses, gradients of the caller's own making."""
+    clip, task, found = toy_clip(), toy_pictures(3), []
+    names = [n for n, _ in clip.model.named_parameters() if "vision_model" in n and "q_proj.weight" in n]
+    recipe = dataclasses.replace(SHORT, lr=0.05, optimizer="adam", weight_decay=0.0)
+    before = snapshot(clip.model)
+    for limit in (None, 60):
+        with LearnedMasks(clip.model, Threshold(0.005), names) as masks:
+            scores = torch.nn.ParameterList(masks.parameters())
+
+            def loss(batch, model):
+                logits = model.logits(model.images(batch.pixels), batch.kept["texts"])
+                teacher = batch.kept["teacher"][batch.index].softmax(-1)
+                return torch.stack([F.cross_entropy(logits, batch.targets), F.cross_entropy(logits, teacher)])
+
+            def backward(losses, scores=scores):
+                first, second = (torch.autograd.grad(loss, list(scores), retain_graph=True) for loss in losses)
+                for score, a, b in zip(scores, first, second):
+                    score.grad = torch.where(a.sign() == b.sign(), a, 0.0)
+
+            def setup(model):
+                texts = model.ensemble(task.classes, ["a {}"])
+                return {"texts": texts, "teacher": model.logits(model.images(model.read(task.train)), texts)}
+
+            def run(budget=None, folder=None, scores=scores):
+                return tune(scores, loss, task, clip, recipe, setup=setup, backward=backward, budget=budget,
+                            state_dir=folder, progress=False)
+
+            if limit is not None:
+                assert run(Budget(calls=limit), tmp_path).stopped == "budget: calls"
+            run(folder=limit and tmp_path)
+            found.append(masks.harden())
+    assert all(torch.equal(found[0][n], found[1][n]) for n in names) and not all(found[0][n].all() for n in names)
+    assert_unchanged(before, clip.model)
 
 
 def test_bad_input() -> None:

@@ -90,7 +90,8 @@ class PicturePrompts:
         """
         seeds = range(seed, seed + self.seeds)
         tasks = {name: {s: lab_task(name, self.shots, s) for s in seeds} for name in self.pictures}
-        clip = DualEncoder(*_lab("models").load(self.clip))
+        ours = self.clip in _lab("models").own()
+        clip = DualEncoder(*_lab("models").load(self.clip)) if ours else DualEncoder.from_pretrained(self.clip)
         made: dict[str, Any] = {}
         failed: dict[str, str] = {}
         for name, plugin in {**(BASELINES if self.baselines else {}), **plugins}.items():
@@ -99,7 +100,7 @@ class PicturePrompts:
             except Exception as error:  # a plugin without defaults for all its fields
                 failed[name] = _reason(error)
         report = compare_picture_prompts(clip, made, tasks, state=state, progress=progress)
-        trained = "self-trained, " if self.clip in _lab("models").own() else ""
+        trained = "self-trained, " if ours else ""
         report.facts.update(model=f"{self.clip} ({trained}{clip.name})", shots=self.shots,
                             crops="random" if self.crops else "none: whole pictures")
         _left_out(report, failed)

@@ -99,28 +99,35 @@ class DualEncoder(PictureModel):
 
     # ------------------------------------------------------------------------------------------------- features
     @costs(calls=lambda self, pixels, *_, **__: len(pixels))
-    def images(self, pixels: Tensor, tokens: Sequence[Tensor] = ()) -> Tensor:
+    def images(self, pixels: Tensor, tokens: Sequence[Tensor] = (), *, normalize: bool = True) -> Tensor:
         """L2-normalised features (B, d), float32, of fractions (B, 3, H, W); see :meth:`PictureModel.read`.
 
         Args:
             pixels: between 0 and 1, before normalisation.
             tokens: vectors (n, width) or (B, n, width) that the vision tower reads beside the patches: the first
                 joins them after the position embedding, the others take its places before layer 1, 2, ...
+            normalize: False: features as the projection gives them.
         """
-        model: Any = self.model
+        model: Any = unwrapped(self.model)
         values = self.preprocess.normalize(pixels).to(self.dtype)
         with contextlib.ExitStack() as hooks:
             if len(tokens):
                 self._join(tokens, len(pixels), hooks)
             found = model.get_image_features(pixel_values=values)
-        return _unit(found)
+        return _features(found, normalize)
 
     @costs(calls=lambda self, texts, *_, **__: len(texts))
-    def texts(self, texts: Sequence[str] | Tokens) -> Tensor:
-        """L2-normalised features (N, d), float32, of texts or of :class:`Tokens` with vectors in them."""
+    def texts(self, texts: Sequence[str] | Tokens, *, normalize: bool = True) -> Tensor:
+        """L2-normalised features (N, d), float32, of texts or of :class:`Tokens` with vectors in them.
+
+        Args:
+            texts: padded as the model was trained; CLIP's are as long as the longest of them.
+            normalize: False: features as the projection gives them.
+        """
         tokens = texts if isinstance(texts, Tokens) else self.tokens([[text] for text in texts])
         rows = range(0, len(tokens), 4 * self.batch_size)
-        return torch.cat([self._encode(tokens.part(slice(at, at + 4 * self.batch_size))) for at in rows])
+        return torch.cat([self._encode(tokens.part(slice(at, at + 4 * self.batch_size)), normalize)
+                          for at in rows])
 
     def logits(self, images: Tensor, texts: Tensor) -> Tensor:
         """Scaled cosines (B, C) of features (B, d) and (C, d), or (B, C, d) where each picture has texts of its own."""
@@ -249,8 +256,8 @@ class DualEncoder(PictureModel):
         special = {*self.tokenizer.all_special_ids, self._text.config.eos_token_id, self._text.config.pad_token_id}
         return next(n for n in range(len(self.tokenizer)) if n not in special)
 
-    def _encode(self, tokens: Tokens) -> Tensor:
-        model: Any = self.model
+    def _encode(self, tokens: Tokens, normalize: bool) -> Tensor:
+        model: Any = unwrapped(self.model)
         mask = {} if tokens.mask is None else {"attention_mask": tokens.mask}
         with contextlib.ExitStack() as hooks:
             if tokens.vectors is not None:
@@ -261,7 +268,7 @@ class DualEncoder(PictureModel):
                                  f"{len(tokens.deep)}")
             for layer, vectors in zip(layers[1:], tokens.deep):
                 hooks.enter_context(_before(layer, _writer(tokens.slots, vectors)))
-            return _unit(model.get_text_features(input_ids=tokens.ids, **mask))
+            return _features(model.get_text_features(input_ids=tokens.ids, **mask), normalize)
 
     # ------------------------------------------------------------------------------------------------- vision
     def _join(self, tokens: Sequence[Tensor], rows: int, hooks: contextlib.ExitStack) -> None:
@@ -293,9 +300,9 @@ def spaced(name: Any) -> str:
     return str(name).replace("_", " ")
 
 
-def _unit(found: Any) -> Tensor:
-    features = found if isinstance(found, Tensor) else found.pooler_output
-    return F.normalize(features.float(), dim=-1)
+def _features(found: Any, normalize: bool) -> Tensor:
+    features = (found if isinstance(found, Tensor) else found.pooler_output).float()
+    return F.normalize(features, dim=-1) if normalize else features
 
 
 def _image_size(model: Any) -> int | tuple[int, int] | None:

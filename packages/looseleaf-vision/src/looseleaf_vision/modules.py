@@ -35,7 +35,7 @@ class TextContext(nn.Module):
 
     Attributes:
         context: (length, width) or (classes, length, width).
-        deep: (depth - 1, length, width).
+        deep: (depth - 1, length, width); None at depth 1.
     """
 
     def __init__(self, encoder: DualEncoder, *, length: int = 16, start: str | None = None, classes: int | None = None,
@@ -67,8 +67,8 @@ class TextContext(nn.Module):
             vectors = vectors if classes is None else vectors.expand(classes, -1, -1).clone()
         self.length, self.lead, self.ending = vectors.shape[-2], lead, ending
         self.context = nn.Parameter(vectors.to(encoder.device))
-        self.deep = nn.Parameter((0.02 * torch.randn(depth - 1, self.length, encoder.width, generator=draw)).to(
-            encoder.device))
+        self.deep = None if depth == 1 else nn.Parameter(
+            (0.02 * torch.randn(depth - 1, self.length, encoder.width, generator=draw)).to(encoder.device))
         self._tokens: dict[tuple[str, ...], Tokens] = {}
         self._encoder = (encoder,)  # in a tuple, so that it is no part of this module
 
@@ -99,12 +99,12 @@ class TextContext(nn.Module):
             shift: (B, width), added to all vectors: the texts are then those of picture 1, of picture 2, ...
                 (B * names in all).
         """
-        tokens = self.tokens(names)
+        tokens, deep = self.tokens(names), [] if self.deep is None else list(self.deep)
         if shift is None:
-            return tokens.with_vectors(self.context, list(self.deep))
+            return tokens.with_vectors(self.context, deep)
         vectors = self.context if self.context.dim() == 3 else self.context.expand(len(names), -1, -1)
         shifted = vectors[None] + shift[:, None, None]  # (B, C, length, width)
-        return tokens.repeated(len(shift)).with_vectors(shifted.flatten(0, 1), list(self.deep))
+        return tokens.repeated(len(shift)).with_vectors(shifted.flatten(0, 1), deep)
 
 
 class ConditionalContext(TextContext):
@@ -178,7 +178,7 @@ class CoupledTokens(nn.Module):
 
     def forward(self, context: TextContext) -> list[Tensor]:
         """The vectors of each layer, made of those of ``context``."""
-        vectors = [context.context, *context.deep]
+        vectors = [context.context, *([] if context.deep is None else context.deep)]
         return [linear(rows) for linear, rows in zip(self.maps, vectors, strict=True)]
 
 

@@ -89,22 +89,30 @@ class Preprocess:
         self.resize, self.resample = settings["resize"], settings["resample"]
         self.mode = "L" if len(self.mean) == 1 else "RGB"
 
-    def read(self, pictures: Sequence[Any]) -> Tensor:
-        """Pictures as fractions (B, C, H, W) of the model's size, not normalised yet; see :func:`as_image`.
+    def read(self, pictures: Sequence[Any], size: int | None = None) -> Tensor:
+        """Pictures as fractions (B, C, H, W), not normalised yet; see :func:`as_image`.
 
         Tensors of fractions keep their precision, and are only resized where their size is another.
+
+        Args:
+            pictures: see :func:`as_image`.
+            size: height and width to which they are squeezed (bicubic; a picture of that size stays as it is), for
+                learned pixels around them; None: the model's own way to its own size.
         """
         rows: list[Tensor] = []
+        wanted = self.size if size is None else (size, size)
         for picture in pictures:
             if isinstance(picture, Tensor) and picture.is_floating_point() and picture.dim() == 3 \
                     and picture.shape[0] == len(self.mean):
                 one = picture.detach().float()[None]
-                if tuple(one.shape[-2:]) != self.size:
-                    one = F.interpolate(one, self.size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+                if tuple(one.shape[-2:]) != wanted:
+                    one = F.interpolate(one, wanted, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
                 rows.append(one[0].cpu())
                 continue
             image = as_image(picture, self.mode)
-            if self.processor is not None:
+            if size is not None:
+                rows.append(_pixels(image if image.size == wanted else image.resize(wanted, 3)))
+            elif self.processor is not None:
                 rows.append(self.processor(images=image, do_normalize=False, return_tensors="pt").pixel_values[0])
             elif self.function is not None:
                 rows.append(self.function(image))
@@ -173,9 +181,9 @@ class PictureModel:
         """A short hash of the weights."""
         return fingerprint(unwrapped(self.model))
 
-    def read(self, examples: Sequence[Example]) -> Tensor:
+    def read(self, examples: Sequence[Example], size: int | None = None) -> Tensor:
         """The pictures of examples as fractions (B, C, H, W), on the model's device; see :meth:`Preprocess.read`."""
-        return self.preprocess.read([picture_of(e) for e in examples]).to(self.device)
+        return self.preprocess.read([picture_of(e) for e in examples], size).to(self.device)
 
     def crops(self, examples: Sequence[Example], generator: torch.Generator,
               scale: tuple[float, float] = (0.08, 1.0), flip: bool = True) -> Tensor:

@@ -222,10 +222,12 @@ class PicturePredictor(Predictor):
         model: whose preprocessing reads the pictures; it is in evaluation mode meanwhile.
         classes: in the order of the logits.
         logits: fractions (B, C, H, W) -> (B, classes).
+        size: of the pictures that ``logits`` gets; None: the model's.
     """
 
-    def __init__(self, model: PictureModel, classes: Sequence[Any], logits: Callable[[Tensor], Tensor]) -> None:
-        self.model, self.classes, self.logits = model, list(classes), logits
+    def __init__(self, model: PictureModel, classes: Sequence[Any], logits: Callable[[Tensor], Tensor],
+                 size: int | None = None) -> None:
+        self.model, self.classes, self.logits, self.size = model, list(classes), logits, size
 
     @torch.no_grad()
     def scores(self, examples: Sequence[Example]) -> Tensor:
@@ -234,8 +236,10 @@ class PicturePredictor(Predictor):
         if not len(examples):
             return torch.zeros(0, len(self.classes or ()))
         with evaluating(self.model.model):
-            return torch.cat([F.log_softmax(self.logits(self.model.read([examples[i] for i in range(
-                at, min(at + size, len(examples)))])).float(), dim=-1).cpu() for at in range(0, len(examples), size)])
+            rows = ([examples[i] for i in range(at, min(at + size, len(examples)))]
+                    for at in range(0, len(examples), size))
+            return torch.cat([F.log_softmax(self.logits(self.model.read(part, self.size)).float(), dim=-1).cpu()
+                              for part in rows])
 
 
 __all__ = ["PHOTO", "PicturePredictor", "PromptLearner", "PromptSpec", "TemplatePrompt", "VisionPrompt"]

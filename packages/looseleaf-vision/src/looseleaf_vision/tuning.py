@@ -122,6 +122,10 @@ class Batch:
                 self._model.crops(self.examples, self.generator, crop, self._recipe.flip)
         return self._pixels
 
+    def read(self, size: int) -> Tensor:
+        """(B, C, size, size): whole pictures squeezed to ``size``; see :meth:`looseleaf_vision.Preprocess.read`."""
+        return self._model.read(self.examples, size)  # type: ignore[no-any-return]
+
     @property
     def features(self) -> Tensor:
         """(B, d) L2-normalised features by the frozen picture tower, without gradient; kept where nothing is random."""
