@@ -259,7 +259,7 @@ class CInGS(PromptOptimizer):
                             max_tokens=3)
 
         return {"task": task, "model": model, "calls": 200, "make": lambda: cls(
-            steps=10, batch_size=4, learning_rate=0.02, lora_rank=4)}
+            steps=8, batch_size=4, learning_rate=0.02, lora_rank=4)}
 
     def optimize(self, task: TextTask, model: LanguageModel, *, budget: Budget | None = None,
                  start: GroundedPrompt | None = None, seed: int = 0, state_dir: str | Path | None = None,
@@ -331,7 +331,7 @@ def _draw(wrapped: Any, seed: int) -> None:
     """First weights of a LoRA from a generator of its own: A as PEFT draws them, B zero."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in wrapped.named_parameters():
-        if ".lora_A." in name:
+        if f".lora_A.{ADAPTER}." in name:
             bound = 1 / math.sqrt(parameter.shape[-1])
             drawn = torch.rand(parameter.shape, generator=generator) * 2 * bound - bound
             parameter.data.copy_(drawn.to(parameter))

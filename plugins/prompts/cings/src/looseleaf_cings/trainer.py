@@ -105,6 +105,13 @@ def lora_config(model: Any, rank: int, alpha: float, fraction: float = 1.0) -> d
     return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha, "target_modules": names}
 
 
+class _Adapted(peft.PeftModel):
+    """A model with an adapter, whose checkpoints are for going on with, not for people."""
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """None is written: it takes longer than all the rest."""
+
+
 @contextlib.contextmanager
 def adapter_in(model: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> Iterator[Any]:
     """An adapter of PEFT in ``model`` while the block lasts; afterwards every module and mode is the former one.
@@ -133,7 +140,7 @@ def adapter_in(model: Any, config: Mapping[str, Any], tensors: Mapping[str, Tens
         try:
             with own_random_state(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that there is another adapter already
-                wrapped = peft.PeftModel(inner, peft.LoraConfig(**config), ADAPTER)  # type: ignore[arg-type]
+                wrapped = _Adapted(inner, peft.LoraConfig(**config), ADAPTER)  # type: ignore[arg-type]
                 if tensors is not None:
                     load_adapter(wrapped, tensors)
             for name, (module, active) in former.items():
