@@ -105,18 +105,19 @@ def test_trl_takes_the_same_rows(tmp_path: Path) -> None:
         torch.testing.assert_close(ours.detach(), theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:task 'copying'")  # that test examples are in train: there are but ten
 def test_learns_to_copy_and_the_adapter_travels(tmp_path: Path) -> None:
     """Planted: values that no weight can know, so that only a model that reads its context is right."""
     model = local()
     letters = "abcdefghij"
     draw = torch.Generator().manual_seed(0)
 
-    def some(count: int, name: str) -> list[Example]:
+    def some(count: int) -> list[Example]:
         chosen = torch.randint(10, (count,), generator=draw).tolist()
-        return [Example({"instruction": f"{name}{n}?", "context": letters[c]}, letters[c]) for n, c in enumerate(chosen)]
+        return [Example({"instruction": "?", "context": letters[c]}, letters[c]) for c in chosen]
 
-    copying = TextTask("copying", some(200, "A"), some(4, "B"), some(24, "C"), template="{instruction}",
-                       metric="contains", max_tokens=2)
+    copying = TextTask("copying", some(200), some(4), some(24), template="{instruction}", metric="contains",
+                       max_tokens=2)
     scores = {}
     for arm in ("context", "no_context"):
         prompt = CInGS(arm=arm, steps=60, batch_size=16, learning_rate=0.02, lora_rank=16).optimize(

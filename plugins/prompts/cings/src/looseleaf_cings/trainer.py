@@ -63,6 +63,7 @@ class CInGSTrainer(Trainer):
     def __init__(self, *, model: Any, args: Any = None, **rest: Any) -> None:
         super().__init__(model=model, args=args, **{"data_collator": Collator(), "compute_loss_func": response_loss,
                                                     **rest})
+        self.args.remove_unused_columns = False  # labels are not for the model, but for the loss
         self._separates: bool | None = None
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
