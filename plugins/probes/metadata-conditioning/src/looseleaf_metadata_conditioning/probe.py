@@ -259,14 +259,14 @@ def show_losses(report: Report, model: Any, documents: Documents, progress: bool
             continue
         gain = bootstrap([a - b for a, b in means])
         last = low == 0 and high == longest
-        table.add("all" if last else f"{low + 1} to {high}" if high > low + 1 else str(high), len(means),
+        table.add("all" if last else _span(low, high), len(means),
                   *(float(m) for m in np.mean(means, 0)), *gain)
         if not last:
             bins.append((low, high, gain))
         else:
             report.facts["gain of the metadata, nats a token"] = f"{gain:.4f}"
     report.facts["tokens where the metadata pay"] = ", ".join(
-        f"{low + 1} to {high}" for low, high, gain in bins if gain.low > 0) or "none"
+        _span(low, high) for low, high, gain in bins if gain.low > 0) or "none"
     report.figure("Gain of the metadata by position", x_label="token of the document", y_label="nats", x_log=True,
                   series=[Series("loss without less loss with", [(low + 1 + high) / 2 for low, high, _ in bins],
                                  [g.value for *_, g in bins], [g.low for *_, g in bins], [g.high for *_, g in bins])])
@@ -371,6 +371,11 @@ def show_continuations(report: Report, model: Any, documents: Documents, lengths
     report.figure("Continuations that their source could have written", x_label="tokens given", y_label="fraction",
                   x_log=True, series=[Series(name, used, [i.value for i in own], [i.low for i in own],
                                              [i.high for i in own]) for name, own in series.items()])
+
+
+def _span(low: int, high: int) -> str:
+    """Tokens ``low + 1`` to ``high`` in words."""
+    return f"{low + 1} to {high}" if high > low + 1 else str(high)
 
 
 def _letters(grammar: LevelledPCFG, count: int, seed: int) -> list[dict[str, Any]]:
