@@ -26,7 +26,32 @@ def test_every_model_has_a_card(name: str) -> None:
     card = looseleaf_models.card(name)
     assert card["self-trained"] is True and card["figures"] and card["for"] and card["not for"]
     assert (RECIPES.parent / card["recipe"]).is_file()
-    assert (looseleaf_models.folder(name) / "model.safetensors").is_file()
+    assert list(looseleaf_models.folder(name).rglob("*.safetensors"))
+    assert not list(looseleaf_models.folder(name).rglob("*.bin"))
+
+
+def test_mini_clip_tells_pictures_by_their_names() -> None:
+    """The figures of the card, on made-up pictures that it has never seen: a red disc is no blue square."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("PIL")
+    models: Any = pytest.importorskip("looseleaf_lab.models")
+    model, processor = models.load("mini-clip")
+    assert sum(p.numel() for p in model.parameters()) == looseleaf_models.card("mini-clip")["weights"]
+    assert processor.tokenizer.model_max_length == 32
+    figures = looseleaf_models.card("mini-clip")["figures"]
+    assert figures["R@10"] > 2 * figures["R@10 by chance"]
+
+
+def test_emoji_diffusion_draws_the_colour_that_it_is_asked_for() -> None:
+    pytest.importorskip("diffusers")
+    torch = pytest.importorskip("torch")
+    models: Any = pytest.importorskip("looseleaf_lab.models")
+    pipeline, tokenizer = models.load("emoji-diffusion")
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(["a red cat", "a blue cat"], num_inference_steps=12, guidance_scale=3.0, height=32, width=32,
+                      generator=torch.Generator().manual_seed(0), output_type="np").images
+    red, blue = (image[8:24, 8:24].mean((0, 1)) for image in images)
+    assert red[0] > red[2] + 0.2 and blue[2] > blue[0] + 0.2 and tokenizer is pipeline.tokenizer
 
 
 def test_unknown_models() -> None:

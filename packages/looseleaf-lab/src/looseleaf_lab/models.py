@@ -98,7 +98,8 @@ def load(name: str = "smollm2", dtype: Any = None, *, device: str | None = None)
     Returns:
         ``(model, tokenizer)``; a causal language model where there is one, for ``minilm`` the bare encoder. For models
         of pictures ``(model, preprocessor)``: it makes the input of uint8 (B, height, width, 3 or 4). For our own
-        models their class of transformers and its processor, as their card says.
+        models the class that their card names: of transformers, with its processor, or a pipeline of diffusers, with
+        its tokenizer.
 
     Raises:
         MissingModelError: what loads the model is absent; the message has the pip command.
@@ -122,6 +123,11 @@ def load(name: str = "smollm2", dtype: Any = None, *, device: str | None = None)
         return model.to(device or "cpu"), preprocessor
     if name in own():
         card = json.loads((Path(source) / "card.json").read_text(encoding="utf-8"))
+        if card.get("library") == "diffusers":
+            import diffusers
+
+            pipeline = getattr(diffusers, card["model_class"]).from_pretrained(source).to(kind)
+            return pipeline.to(device or "cpu"), pipeline.tokenizer
         model = getattr(transformers, card["model_class"]).from_pretrained(source, dtype=kind).eval()
         return model.to(device or "cpu"), getattr(transformers, card["processor_class"]).from_pretrained(source)
     with _quiet(transformers):

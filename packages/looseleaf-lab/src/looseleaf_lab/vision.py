@@ -1,4 +1,7 @@
-"""Small images and networks that train in seconds on one core, for methods that need many trainings."""
+"""Small images and networks that train in seconds on one core, for methods that need many trainings.
+
+Both are made on the GPU where there is one (:func:`looseleaf_lab.models.device`), from the numbers drawn on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from looseleaf_lab import data
+from looseleaf_lab import data, models
 from looseleaf_lab.data import MissingDataError
 from looseleaf_lab.training import fit as fit_
 from looseleaf_tickets import TrainingRun
@@ -63,7 +66,8 @@ def _divided(name: str, images: Tensor, classes: Tensor, seed: int, train: int, 
                          f"got train={train}, validation={validation}")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     cuts = [train, validation, len(images) - train - validation]
-    return Images(*zip(images[order].split(cuts), classes[order].split(cuts)))
+    images, classes = images[order].to(models.device()), classes[order].to(models.device())
+    return Images(*zip(images.split(cuts), classes.split(cuts)))
 
 
 def glorot(model: nn.Module) -> None:
@@ -87,7 +91,7 @@ def mlp(seed: int = 0, inputs: int = 64, widths: Iterable[int] = (300, 100), cla
             layers += [nn.Linear(i, o), nn.ReLU()]
         model = nn.Sequential(*layers[:-1])
         glorot(model)
-    return model
+    return model.to(models.device())
 
 
 class Block(nn.Module):
@@ -121,7 +125,8 @@ def resnet(seed: int = 0, width: int = 8, blocks: int = 2, classes: int = 10) ->
             for block in range(blocks):
                 layers.append(Block(channels, width << stage, 2 if stage and not block else 1))
                 channels = width << stage
-        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+        whole = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+    return whole.to(models.device())
 
 
 def fit(model: nn.Module, images: Images, run: TrainingRun, optimizer: Callable[[Any], torch.optim.Optimizer], *,
