@@ -61,6 +61,7 @@ class Painter:
 
     def __init__(self, *, made_up: bool = False, style: str = "emoji") -> None:
         found = data.stand_in(style, 64) if made_up else data.pictures(style)
+        assert isinstance(found, data.Pictures)
         captions = found.column("caption")
         rows = [i % len(captions) if made_up else captions.index(EMOJI.get(name, name))
                 for i, name in enumerate(NAMES)]
