@@ -76,7 +76,6 @@ def test_a_whole_run_on_stand_ins(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(data, "pictures", lambda name: data.stand_in(name, 96))
     monkeypatch.setattr(models, "own", lambda: {"mini-clip": tmp_path})
     monkeypatch.setattr(models, "load", lambda name: (clip.model, Processor()))
-    monkeypatch.setitem(__import__("looseleaf_vision.bench", fromlist=["SETS"]).SETS, "stamps", "sublabel")
     bench = PicturePrompts(shots=2, seeds=1, epochs=2, baselines=False)
     report = bench.run({"coop": CoOp, "probe": LinearProbe(iterations=10)}, state=tmp_path, progress=False)
     assert [row[0] for row in report.tables[0].rows] == ["coop", "probe"]

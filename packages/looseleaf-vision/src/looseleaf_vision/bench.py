@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -27,9 +28,11 @@ from looseleaf_vision.encoder import DualEncoder, spaced
 from looseleaf_vision.pictures import as_image, picture_of
 from looseleaf_vision.tasks import base_to_new, calibration_error, from_arrays, harmonic_mean
 
-SETS = {"stamps": "label", "clip-art": "label", "emoji": "label", "emoji-other-style": "label", "mnist": "label"}
-"""Name of a data set of the lab -> what its classes are."""
-UNNAMED = ("", "unsorted", "special", "Component")
+SETS = {"clip-art": "sublabel", "stamps": "sublabel", "emoji": "sublabel", "emoji-other-style": "sublabel",
+        "mnist": "label"}
+"""Name of a data set of the lab -> what its classes are; of finer classes in folders the last folder."""
+LARGEST = 12
+"""Most classes of a task: the largest."""
 BASELINES: dict[str, Callable[[], PromptOptimizer]] = {
     "(zero-shot)": ZeroShot, "(template ensemble)": TemplateEnsemble, "(linear probe)": LinearProbe, "(CoOp)": CoOp,
     "(CoCoOp)": CoCoOp, "(KgCoOp)": KgCoOp, "(MaPLe)": MaPLe}
@@ -44,7 +47,8 @@ class PicturePrompts:
 
     Args:
         clip: short name of a model of the lab, folder or hub id of a dual encoder.
-        pictures: data sets of the lab, or module:function (shots, seed) -> Task for tasks of your own.
+        pictures: data sets of the lab (mini-clip has seen clip-art and emoji in training, the others not), or
+            module:function (shots, seed) -> Task for tasks of your own.
         shots: training pictures of each class.
         seeds: draws of the shots, each with its own training, from --seed on.
         crops: random crops in training, as the authors have them; without, whole pictures, whose features are
@@ -54,7 +58,7 @@ class PicturePrompts:
     """
 
     clip: str = "mini-clip"
-    pictures: tuple[str, ...] = ("stamps",)
+    pictures: tuple[str, ...] = ("clip-art",)
     shots: Annotated[int, In(">= 1")] = 4
     seeds: Annotated[int, In(">= 1")] = 5
     crops: bool = False
@@ -209,16 +213,17 @@ def learned_numbers(value: Any) -> int:
 
 
 def lab_task(name: str, shots: int, seed: int) -> Task:
-    """A few-shot task of a data set of the lab, or the one that ``module:function`` makes of shots and seed."""
+    """A few-shot task of the largest classes of a data set of the lab, or what ``module:function`` makes."""
     if ":" in name:
         module, _, function = name.partition(":")
         made: Task = getattr(importlib.import_module(module), function)(shots, seed)
         return made
     pictures = _lab("data").pictures(name)
     labels = pictures.column(SETS[name])
-    places = [n for n, label in enumerate(labels) if label not in UNNAMED]
-    words = [spaced(labels[n]).replace("&", "and").lower() for n in places]
-    return from_arrays([pictures.images[n] for n in places], words, shots, seed, name=name, least=max(20, 2 * shots))
+    words = [spaced(str(label).split("/")[-1]).replace("-", " ").replace("&", "and").lower() for label in labels]
+    counts = Counter(word for word in words if word)
+    classes = sorted(word for word, count in counts.most_common(LARGEST) if count >= max(20, 2 * shots))
+    return from_arrays(pictures.images, words, shots, seed, name=name, classes=classes)
 
 
 def _show(report: Report, name: str, cells: Mapping[str, Mapping[int, Mapping[str, Any]]], task: Task) -> None:
