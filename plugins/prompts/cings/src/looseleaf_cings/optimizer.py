@@ -22,8 +22,8 @@ from looseleaf.plugin import In
 from looseleaf.progress import bar
 from looseleaf.prompts.optimizer import Search
 from looseleaf.resume import StateError
+from looseleaf_cings.decoding import ContextAware
 from looseleaf_cings.features import Arm, Rows
-from looseleaf_cings.grounding import ContextAware
 from looseleaf_cings.trainer import ADAPTER, CInGSTrainer, adapter_in, load_adapter, lora_config, own_random_state
 from looseleaf_text import LanguageModel, LocalModel, TextTask
 from looseleaf_text.prompts import Labels, TextPredictor

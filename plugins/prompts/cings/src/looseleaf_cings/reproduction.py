@@ -14,6 +14,7 @@ import torch
 from looseleaf import Claim, Example, Report
 from looseleaf.statistics import Interval
 from looseleaf_cings.data import Quiz, World, quiz
+from looseleaf_cings.decoding import context_aware
 from looseleaf_cings.features import Collator, Rows
 from looseleaf_cings.grounding import (
     ALONE,
@@ -22,7 +23,6 @@ from looseleaf_cings.grounding import (
     SUPPORTED,
     Fact,
     add_fractions,
-    context_aware,
     grounding,
     names,
 )
