@@ -186,6 +186,15 @@ def test_schema_only_and_one_shot() -> None:
     assert all("Answer to this question" not in m["content"] for _, messages, _ in model.said for m in messages)
 
 
+def test_texts_are_scored_per_token() -> None:
+    prompt, model = made(score="text"), Scripted()
+    [answer] = prompt.on(model).answers([question("Mali")])
+    _, messages, replies = model.said[-1]
+    candidates = question("Mali").inputs["candidates"]
+    assert replies == [f" {c}" for c in candidates] and messages[-1]["content"].endswith("Give its text alone.")
+    assert answer.scores == pytest.approx([v / len(c) for v, c in zip((-2.0, -1.0, -4.0), candidates, strict=True)])
+
+
 def test_several_examples_and_explanations() -> None:
     solved = task(train=[question(c, explanation=f"because {c}") for c in list(CAPITALS)[:3]])
     prompt, model = SAICL(encoder=vectors, top_k=2).optimize(solved, Scripted(), progress=False), Scripted()

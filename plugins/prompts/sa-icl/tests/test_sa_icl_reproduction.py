@@ -12,7 +12,7 @@ from looseleaf_sa_icl.data import PlantedModel, kinds, question_task
 pytest.importorskip("looseleaf_lab")
 from looseleaf_lab.study import Results
 from looseleaf_sa_icl import reproduction
-from looseleaf_sa_icl.reproduction import ONE, OURS, RELATIVES, WRONG, Scale, claims, planted, study
+from looseleaf_sa_icl.reproduction import ONE, OURS, RELATIVES, SEEN, WRONG, Scale, claims, planted, study
 
 TOPICS = {"elements": ("element", "symbol", "number"), "capitals": ("country", "capital"),
           "states": ("state", "capital"), "young": ("adult", "young"), "collectives": ("individuals", "collective"),
@@ -59,7 +59,7 @@ def test_planted_case() -> None:
 def test_report() -> None:
     rng = random.Random(0)
     rows = [{"correct": {name: [float(rng.random() < 0.4) for _ in range(10)] for name in (
-        "zero-shot", ONE, "one-shot, worked explanation", "five-shot", "schema only", OURS, WRONG, *RELATIVES)},
+        "zero-shot", ONE, "one-shot, worked explanation", "five-shot", "schema only", OURS, WRONG, SEEN, *RELATIVES)},
         "costs": {n: {"calls": 1.0, "tokens": 2.0, "seconds": 3.0} for n in (ONE, "five-shot", OURS)},
         "nearest": {"question": [0.0] * 10, "schema by the model": [1.0] * 10, "schema by rule": [1.0] * 10},
         "complete": 0.5, "schemas": ["s"]} for _ in range(2)]
@@ -67,4 +67,4 @@ def test_report() -> None:
     report = study.report(results)
     assert len(report.tables) == 5 and "SA-ICL" in report.to_text()
     verdicts = [c.verdict for c in claims(results)]
-    assert verdicts[:2] == ["holds", "holds"] and verdicts[-2] == "holds" and len(verdicts) == 10
+    assert verdicts[:2] == ["holds", "holds"] and verdicts[-2] == "holds" and len(verdicts) == 11

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from looseleaf import Budget, BudgetExhausted, Example, Paper, Predictor, Prompt
 from looseleaf.fingerprint import content_fingerprint
@@ -84,6 +84,9 @@ class SAICL(TextOptimizer):
         encoder: what embeds schemas. "minilm": the sentence encoder of looseleaf-sa-icl[minilm]; "model": the language
             model's own ``embed``, each text a call; "auto": MiniLM where it is installed, else the model; any name of
             sentence-transformers (the code: Alibaba-NLP/gte-base-en-v1.5); or a function from texts to vectors.
+        score: what a model that scores is scored on: the "number" of a candidate, or its "text", per token, which is
+            nearer to the code (it restricts the output to the candidates' texts) and better for small models, many of
+            which prefer one number whatever the question. [ours]
         batch: questions asked together. [ours]
     """
 
@@ -99,6 +102,7 @@ class SAICL(TextOptimizer):
     max_reattempts: Annotated[int, In(">= 0")] = 3
     max_schema_tokens: Annotated[int, In(">= 1")] = 4096
     encoder: Choice = "auto"
+    score: Literal["number", "text"] = "number"
     batch: Annotated[int, In(">= 1")] = 8
     paper: ClassVar[Paper] = PAPER
 
@@ -245,7 +249,8 @@ class Answer:
         shown: numbers of the examples in the memory.
         similarities: their cosines; empty where the examples were given.
         messages: the last conversation, to which the model gave the answer; empty: it was not asked.
-        scores: log-probability of each choice; None where the answer was written.
+        scores: log-probability of each choice (with ``score="text"`` its mean over the tokens); None where the answer
+            was written.
     """
 
     prediction: Any
@@ -349,7 +354,7 @@ class SchemaPredictor(Predictor):
         method = self.method
         ask = "Answer the new question." if choices is None else "Choose the best answer to the new question."
         if choices is not None and not self.talk.serves:
-            ask += f" Give its {'number' if choices[0].number else 'name'} alone."
+            ask += f" Give its {method.score if choices[0].number else 'name'} alone."
         system = ZERO_SHOT if not found else ONE_SHOT if not method.use_schema else SOLVE if refined else SCHEMA_ONLY
         if not found or not method.use_schema:
             body = f"Below is the new question.\n\n{question}"
@@ -399,7 +404,12 @@ class SchemaPredictor(Predictor):
         if self.talk.serves:
             self._choose(conversations, chosen, out)
         elif chosen:
-            rows = self.talk.score([conversations[n] for n in chosen], [[o.reply for o in c] for c in chosen.values()])
+            texts = self.method.score == "text"
+            said = [[o.text if texts and o.number else o.reply for o in c] for c in chosen.values()]
+            rows = self.talk.score([conversations[n] for n in chosen], said)
+            if texts:  # per token: else the shortest candidate would be preferred
+                rows = [[v / max(1, self.talk.model.count_tokens(t)) for v, t in zip(row, replies, strict=True)]
+                        for row, replies in zip(rows, said, strict=True)]
             for (n, c), row in zip(chosen.items(), rows, strict=True):
                 out[n] = _Reply(c[row.index(max(row))].label, row)
         return out
