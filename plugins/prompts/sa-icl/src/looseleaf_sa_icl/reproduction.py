@@ -157,7 +157,8 @@ def show(report: Report, results: Results) -> None:
                      "schema tokens": SCHEMA_TOKENS, "schemas with all fields": results.mean("complete")}
     add_table(report, "Accuracy, four candidates", (
         {"method": name, "accuracy": bootstrap(results.joined("correct", name)),
-         "against one-shot": better(results, name, ONE)} for name in (ZERO, ONE, WORKED, FIVE, ONLY, OURS, WRONG, SEEN)),
+         "against one-shot": better(results, name, ONE)}
+        for name in (ZERO, ONE, WORKED, FIVE, ONLY, OURS, WRONG, SEEN)),
         "95 % bootstrap over questions; differences paired by question; a guess is right in 0.25")
     add_table(report, "SA-ICL with a relative that is given", (
         {"relative": name, "accuracy": bootstrap(results.joined("correct", name))} for name in RELATIVES))
