@@ -9,6 +9,7 @@ import mkdocs_gen_files
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
+import claims  # noqa: E402
 import readme_table  # noqa: E402
 
 with mkdocs_gen_files.open("gallery.md", "w") as page:
@@ -21,7 +22,12 @@ for readme in sorted(ROOT.glob("plugins/*/*/README.md")):
     with mkdocs_gen_files.open(f"papers/{kind}/{name}.md", "w") as page:
         page.write(readme.read_text(encoding="utf-8"))
 
+with mkdocs_gen_files.open("claims.md", "w") as page:
+    for line in claims.page("papers").splitlines():
+        print(line.replace("/) |", ".md) |", 1), file=page)
+
 LIBRARIES = {"The core": "packages/looseleaf", "Language models and text prompts": "packages/looseleaf-text",
+             "Dual encoders and prompts for pictures": "packages/looseleaf-vision",
              "Train, prune, rewind": "packages/looseleaf-tickets", "The kernels": "kernels",
              "The lab": "packages/looseleaf-lab"}
 INNER = ("cli", "templates", "__main__")
