@@ -355,6 +355,7 @@ def test_pitfalls_of_the_authors_code_are_none_here() -> None:
     parsed = parse(f"<div {element}></div>\n</html>\n<div class=", CANVAS, LABELS)  # no canvas, and more behind
     assert parsed.layout == Layout(("text",), ((0, 2.5 / 160, 1, 4 / 160),))
     assert parse("text 7 12 24 45 48", CANVAS, LABELS, "seq").layout.pixels(CANVAS).tolist() == [[12, 24, 45, 48]]
+    assert len(parse("text 0 1 2 3 4|text 1 5 6 7 8 |", CANVAS, LABELS, "seq").layout) == 2
     assert parse("text button 0 1 2 3 4", CANVAS, LABELS, "seq").layout.labels == ("text button",)
     assert parse("text 1 2 3 4\ntext 1 2", CANVAS, LABELS, "seq", index=False).layout.labels == ("text",)
 

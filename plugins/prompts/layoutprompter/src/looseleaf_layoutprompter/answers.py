@@ -81,7 +81,7 @@ def _read_html(text: str, labels: Sequence[str], index: bool) -> Elements:
 
 
 def _read_sequence(text: str, labels: Sequence[str], index: bool) -> Elements:
-    line = next((line for line in text.splitlines() if line.strip()), "")
+    line = next((line for line in text.splitlines() if line.strip()), "").replace("|", " | ")
     known = "|".join(map(re.escape, sorted(labels, key=len, reverse=True)))
     element = re.compile(rf"(?<!\S)({known})" + r"\s+\d+" * index + rf"\s+{_PIXELS}" * 4 + r"(?!\S)")
     rest = element.sub("", line).replace("|", " ").split()
