@@ -86,8 +86,8 @@ class MetadataProbe(Probe):
         rule_sets: K of the built-in grammar; 2 in the paper [2nd].
         rules_per_symbol: rules of a symbol in a rule set (ours).
         rule_lengths: lengths of rules; 2 and 3 in the paper [memory].
-        depths: levels that are told in training, one small model each, where the subject is None; 0: never any. Those of
-            the default that are above ``levels`` are left out.
+        depths: levels that are told in training, one small model each, where the subject is None; 0: never any. Those
+            of the default that are above ``levels`` are left out.
         share: fraction of the training documents that have metadata [memory].
         cooldown: last fraction of the steps without metadata, as an arm of its own at the largest depth; 0: no such
             arm.
