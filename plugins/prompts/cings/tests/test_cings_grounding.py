@@ -129,7 +129,9 @@ def test_report_of_readers_whose_answers_are_known() -> None:
 
 def test_report_of_models_and_perplexity() -> None:
     model = local()
-    report = grounding_report({"plain": model, "aware": context_aware(model)}, FACTS, prose=["some words", "a"])
+    prompt = GroundedPrompt("{question}", context="passage")
+    report = grounding_report({"plain": model, "aware": prompt.on(context_aware(model))}, FACTS,
+                              prose=["some words", "a"])
     [table] = [t for t in report.tables if t.title == "Perplexity on prose"]
     ids = torch.tensor([model.tokenize("some words")])
     with torch.no_grad():
@@ -182,6 +184,8 @@ def test_reproduction_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reproduction.models, "load", lambda name, dtype=None: (small.model, small.tokenizer))
     monkeypatch.setattr(reproduction.data, "rows", sets.__getitem__)
     monkeypatch.setattr(reproduction, "names", lambda text, answers: True)
+    full = reproduction.World.model
+    monkeypatch.setattr(reproduction.World, "model", lambda world, *given: full(world, *given, width=16, layers=1))
     reproduction.known.cache_clear()
     scale = reproduction.Scale(known=4, new=8, recall=2, steps=1, batch=4, language_steps=1, facts=2)
     row = reproduction.measure(0, scale)

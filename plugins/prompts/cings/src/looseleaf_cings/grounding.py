@@ -11,7 +11,8 @@ from typing import Any
 from looseleaf import Example, Predictor, Report, Series
 from looseleaf.prompts.prompt import storable
 from looseleaf.statistics import Interval, bootstrap, paired
-from looseleaf_cings.optimizer import GroundedPrompt
+from looseleaf_cings.optimizer import GroundedPredictor, GroundedPrompt
+from looseleaf_text.slots import fill, slots
 
 
 @storable
@@ -89,8 +90,8 @@ def grounding_report(models: Any, facts: Sequence[Fact], *, prose: Sequence[str]
     Args:
         models: a :class:`looseleaf_text.LocalModel` or :func:`context_aware` one, which reads the context at the
             beginning of the assistant's turn; any predictor of texts for the inputs ``instruction`` and ``context``
-            (``prompt.on(model)``, so that servers, other placements and your own pipelines can be measured); or name
-            -> one of these. Differences are taken from the first.
+            (so that servers and pipelines of your own can be measured), or ``prompt.on(model)`` of a
+            :class:`GroundedPrompt`, whatever its template; or name -> one of these. Differences are from the first.
         facts: best those that the model answers rightly without context.
         prose: texts whose perplexity is measured too, where the predictor has ``perplexity``.
         shown: of how many facts the answers are listed.
@@ -104,7 +105,7 @@ def grounding_report(models: Any, facts: Sequence[Fact], *, prose: Sequence[str]
     if not facts or not all(isinstance(f, Fact) for f in facts):
         raise ValueError(f"facts: expected one or more Fact, got {list(facts)[:1] or 'none'}")
     given = models if isinstance(models, Mapping) else {"model": models}
-    predictors = {name: m if isinstance(m, Predictor) else GroundedPrompt().on(m) for name, m in given.items()}
+    predictors = {name: _asked(m) if isinstance(m, Predictor) else GroundedPrompt().on(m) for name, m in given.items()}
     results = {name: grounding(predictor, facts) for name, predictor in predictors.items()}
     first = next(iter(results))
     report = Report("Grounding: does the model answer from the context?", facts={"facts": len(facts)})
@@ -127,6 +128,16 @@ def grounding_report(models: Any, facts: Sequence[Fact], *, prose: Sequence[str]
             table.add(fact.question, fact.conflicting_answers[0], fact.answers[0],
                       *(answers["conflicting"][n].strip() for _, answers in results.values()))
     return report
+
+
+def _asked(predictor: Predictor) -> Predictor:
+    """The predictor of a grounded prompt with the question of a fact where its template has its only slot."""
+    if not isinstance(predictor, GroundedPredictor):
+        return predictor
+    prompt = predictor.grounded
+    inputs = slots(prompt.template)
+    template = fill(prompt.template, {inputs[0]: "{instruction}"}) if len(inputs) == 1 else "{instruction}"
+    return dataclasses.replace(prompt, template=template, context="context", labels=None).on(predictor.model)
 
 
 def add_fractions(report: Report, rows: Mapping[str, Mapping[str, Interval]]) -> None:

@@ -56,7 +56,7 @@ class GroundedPrompt(Prompt):
     separator: str = "\n"
     labels: Labels = None
     max_tokens: int = 32
-    stop: tuple[str, ...] = ("\n",)
+    stop: tuple[str, ...] = ()
     max_length: int = 2048
     context_keep: Literal["head", "tail"] = "head"
     chat_template: str | None = None
