@@ -167,7 +167,7 @@ class LayoutPrompt(Prompt):
         validation: real layouts that the ranker compares answers with; none: it does without.
         k, samples, temperature, weights, max_chars, max_tokens, chat: see :class:`LayoutPrompter`.
         retrieve: False takes random exemplars; for comparison.
-        seed: of shuffling and sampling; each example's own seed is made of it and of its inputs.
+        seed: of shuffling and sampling; exemplars are shuffled by it and the example's inputs.
     """
 
     serializer: LayoutSerializer
@@ -244,34 +244,31 @@ class LayoutPredictor(Predictor):
         with bar("layouts", len(examples), self.progress) as progress_bar:
             for begin in range(0, len(examples), size):
                 chunk = examples[begin:begin + size]
-                out += map(self.choose, self._answers(self.render(chunk), chunk, weights))
+                out += map(self.choose, self._answers(self.render(chunk), weights))
                 progress_bar.update(len(chunk))
         return out
 
-    def _answers(self, prompts: list[str], examples: Sequence[Example], weights: str | None) -> list[list[str]]:
+    def _answers(self, prompts: list[str], weights: str | None) -> list[list[str]]:
         """:attr:`LayoutPrompt.samples` answers to each prompt, those on disk among them."""
         wanted, options = self.prompt.samples, {"max_tokens": self.prompt.max_tokens, "stop": ["\n\n"],
                                                 "temperature": self.prompt.temperature}
-        seeds = [int(_own_seed(self.prompt.seed, e)[:8], 16) for e in examples]
-        states = [self._state(text, seed, weights) for text, seed in zip(prompts, seeds, strict=True)]
+        first = 1000 * self.prompt.seed  # those of two prompts should not overlap
+        states = [self._state(text, first, weights) for text in prompts]
         answers = [list((state.load() or {"texts": []})["texts"]) for state in states]
         if isinstance(self.model, LocalModel):  # one batch: each row draws on
-            for text, seed, texts, state in zip(prompts, seeds, answers, states, strict=True):
+            for text, texts, state in zip(prompts, answers, states, strict=True):
                 if len(texts) < wanted:
-                    texts[:] = self.model.generate([text] * wanted, seed=seed, **options)  # type: ignore[arg-type]
+                    texts[:] = self.model.generate([text] * wanted, seed=first, **options)  # type: ignore[arg-type]
                     state.save({"texts": texts})
             return answers
         # on a server the same prompt with the same seed has the same answer, so each sample has a seed of its own
         for sample in range(wanted):
-            todo: dict[int, list[int]] = {}
-            for n, texts in enumerate(answers):
-                if len(texts) == sample:
-                    todo.setdefault(seeds[n] + sample, []).append(n)
-            for seed, rows in todo.items():
-                for n, text in zip(rows, self.model.generate([prompts[n] for n in rows], seed=seed,
-                                                             **options), strict=True):  # type: ignore[arg-type]
-                    answers[n].append(text)
-                    states[n].save({"texts": answers[n]})
+            rows = [n for n, texts in enumerate(answers) if len(texts) == sample]
+            texts = self.model.generate([prompts[n] for n in rows], seed=first + sample,
+                                        **options) if rows else []  # type: ignore[arg-type]
+            for n, text in zip(rows, texts, strict=True):
+                answers[n].append(text)
+                states[n].save({"texts": answers[n]})
         return answers
 
     def _state(self, text: str, seed: int, weights: str | None) -> SearchState:
