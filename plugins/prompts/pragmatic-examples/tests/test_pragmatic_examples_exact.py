@@ -163,7 +163,7 @@ def test_the_table_of_107_languages() -> None:
     # a random speaker says + or - with equal chance, then any such string; one draw of it is rough
     rng = np.random.default_rng(0)
     drawn = []
-    for _ in range(1):
+    for _ in range(3):
         specs = []
         for row in matrix:
             spec: list[int] = []
@@ -173,7 +173,7 @@ def test_the_table_of_107_languages() -> None:
                 spec += [int(rng.choice(left))] if left else []
             specs.append(spec)
         drawn.append(accuracies(matrix, specs))
-    assert np.abs(np.mean(drawn, axis=0) - [[.03, .06, .12, .17], [.06, .19, .38, .45]]).max() < 0.12
+    assert np.abs(np.mean(drawn, axis=0) - [[.03, .06, .12, .17], [.06, .19, .38, .45]]).max() < 0.09
 
 
 def test_samples_follow_the_speaker() -> None:

@@ -12,6 +12,7 @@ pytest.importorskip("looseleaf_lab")
 reproduction = pytest.importorskip("looseleaf_pragmatic_examples.reproduction")
 
 
+@pytest.mark.slow
 def test_it_runs_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     from looseleaf_text.testing import ToyLanguageModel
 

@@ -169,7 +169,7 @@ def gpt2() -> Any:
         vocab_size=384, n_embd=16, n_layer=1, n_head=2, n_positions=128, bos_token_id=None, eos_token_id=1))
 
 
-FAST = {"learning_rate": 3e-2, "num_train_epochs": 5, "per_device_train_batch_size": 8}
+FAST = {"learning_rate": 3e-2, "num_train_epochs": 4, "per_device_train_batch_size": 8}
 SPECS = [[("a", "+")], [("ab", "-"), ("b", "+"), ("aaa", "-")]]
 
 

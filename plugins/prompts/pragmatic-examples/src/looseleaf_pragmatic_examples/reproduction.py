@@ -119,7 +119,7 @@ def neural(seed: int, scale: Scale) -> dict[str, Any]:
     """Method -> alpha of the informative user -> whether each target is ranked first, after 1 to 4 examples."""
     tokenizer = ByT5Tokenizer()
     tokenizer.add_tokens(["[U]", "[P]", *(f"[{n}]" for n in range(1, 6))])
-    first = {"learning_rate": 3e-3, "num_train_epochs": scale.epochs, "per_device_train_batch_size": 64,
+    first = {"learning_rate": 3e-3, "num_train_epochs": scale.epochs, "per_device_train_batch_size": 32,
              "lr_scheduler_type": "linear", "warmup_steps": 20}
     later = {**first, "learning_rate": 1e-3, "num_train_epochs": 2, "lr_scheduler_type": "constant"}
     options: dict[str, Any] = {"max_new_tokens": 16, "batch_size": 4096, "training": first}
@@ -279,5 +279,5 @@ def claims(results: Results) -> Iterator[Claim]:
 
 
 study = Study("Pragmatic examples: RSA, exact and learnt by self-play", measure, claims, show, once=exact, full=Scale(),
-              quick=Scale(programs=400, epochs=3, rounds=1, targets=40, samples=10, tested=20, queries=10),
+              quick=Scale(programs=800, epochs=6, rounds=1, targets=40, samples=10, tested=20, queries=10),
               quick_seeds=1)
