@@ -60,11 +60,11 @@ def test_five_minutes_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_claims_of_every_plugin_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     claims: Any = pytest.importorskip("claims")
-    assert claims.rows("| claim | paper | here | |\n|---|---|---|---|\n| a \\| b | - | 3 | **does not hold** |\n\n| x | y |") \
-        == [("a \\| b", "-", "3", "**does not hold**")]
+    readme = "| claim | paper | here | |\n|---|---|---|---|\n| a \\| b | - | 3 | **does not hold** |\n\n| x | y |"
+    assert claims.rows(readme) == [("a \\| b", "-", "3", "**does not hold**")]
     assert claims.verdict("holds by its rule") == "holds" and claims.verdict("**does not hold**") == "does not hold"
-    for readme in ROOT.glob("plugins/*/*/README.md"):
-        assert claims.rows(readme.read_text(encoding="utf-8")), f"{readme}: no table with the headings claim, paper"
+    for path in ROOT.glob("plugins/*/*/README.md"):
+        assert claims.rows(path.read_text(encoding="utf-8")), f"{path}: no table with the headings claim, paper"
     assert "| verdict |" in claims.page()
 
 

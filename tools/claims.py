@@ -52,8 +52,8 @@ def page(link: str = "../plugins") -> str:
     summary = ", ".join(f"{counts[name]} {name}" for name in (*VERDICTS, "see text") if counts[name])
     return "\n".join([
         "# Claims", "", f"{len(lines)} claims of papers and of ours: {summary}. Each row is from the plugin's README, "
-        "which says how it was measured, on how many seeds and in how many minutes; `looseleaf reproduce NAME` measures it "
-        "again.",
+        "which says how it was measured, on how many seeds, in how many minutes; `looseleaf reproduce NAME` measures it"
+        " again.",
         "", "| plugin | claim | paper | measured | verdict |", "|---|---|---|---|---|", *lines])
 
 
