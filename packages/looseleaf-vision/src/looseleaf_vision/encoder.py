@@ -201,7 +201,8 @@ class DualEncoder(PictureModel):
     def embed_tokens(self, text: str) -> Tensor:
         """The token embeddings (tokens, width) of ``text``, float32, detached; special tokens left out."""
         table = self.embedding
-        return table.weight.detach()[torch.tensor(self._ids(text), device=table.weight.device)].float().clone()
+        ids = torch.tensor(self._ids(text), dtype=torch.long, device=table.weight.device)
+        return table.weight.detach()[ids].float().clone()
 
     def tokens(self, texts: Sequence[Sequence[Piece]]) -> Tokens:
         """Texts in pieces, as :class:`Tokens` without vectors yet: ``[4, "cat."]`` is four vectors before ``cat.``
