@@ -117,7 +117,7 @@ class MoCoOp(VisionOptimizer):
         tuned = tune(learner, lambda batch, metered: self.loss(learner, batch, names, len(classes), metered), task,
                      model, self.recipe(), setup=lambda metered: self._setup(spec, names, metered),
                      on_epoch=begin, budget=budget, seed=seed,
-                     factors={"norms.*": LAYER_NORM_RATE} if spec.layer_norm else None, state_dir=state_dir,
+                     factors={"norms.*.*": LAYER_NORM_RATE} if spec.layer_norm else None, state_dir=state_dir,
                      identity=self.identity(task, model, start, seed), progress=progress, label=type(self).__name__)
         seen = tuned.steps and (tuned.steps - 1) % max(1, len(task.train) // self.batch_size) + 1
         seen *= min(self.batch_size, len(task.train))
