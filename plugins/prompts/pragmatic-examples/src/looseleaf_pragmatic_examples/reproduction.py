@@ -43,7 +43,7 @@ class Scale:
     """Programs and epochs of the literal models, rounds and their programs, samples, targets tested, few-shot tests."""
 
     programs: int = 2000
-    epochs: int = 12
+    epochs: int = 30
     rounds: int = 3
     targets: int = 200
     samples: int = 20
