@@ -138,6 +138,7 @@ class WeightKit(PrunerKit):
         assert not wrong, "; ".join(wrong[:3])
 
     def check_sparsity_is_validated(self) -> None:
+        needs("sparsity" in self.make().hyperparameters(), "there is no field called sparsity")
         for wrong in (1.0, 1.5, -0.1, float("nan")):
             assert_refused(functools.partial(self.with_sparsity, wrong), f"sparsity={wrong}", names="sparsity",
                            remedy="declare it with In('[0, 1)')")
