@@ -29,8 +29,8 @@ RUN_NEEDS = ["torch", "triton", "transformers", "accelerate", "gguf", "gt-all-mi
              "tqdm", "tyro", "httpx", "packaging", "jaxtyping", "Jinja2", "filelock"]
 TEST_NEEDS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-tqdm", "types-PyYAML",
               "hatchling", "editables", "build", "beartype", "virtualenv", "diffusers", "sentence-transformers",
-              "playwright", "ray", "fastapi", "uvicorn", "openai", "pydantic", "peft", "trl", "greenery", "pillow", "lm-eval", "dspy", "mkdocs",
-              "mkdocs-material", "mkdocs-gen-files", "mkdocstrings[python]", "nox"]
+              "playwright", "ray", "fastapi", "uvicorn", "openai", "pydantic", "peft", "trl", "greenery", "pillow",
+              "lm-eval", "dspy", "mkdocs", "mkdocs-material", "mkdocs-gen-files", "mkdocstrings[python]", "nox"]
 
 VISION_TESTS = ["packages/looseleaf/tests/test_core_attention_modules.py"]
 """What runs once more with timm and torchvision on the path."""
