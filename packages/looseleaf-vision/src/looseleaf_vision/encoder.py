@@ -137,8 +137,9 @@ class DualEncoder(PictureModel):
         bias = getattr(inner, "logit_bias", None)
         return scaled if bias is None else scaled + bias.detach().float()
 
+    @costs(calls=lambda self, examples, *_, **__: len(examples))
     def all_images(self, examples: Sequence[Any], tokens: Sequence[Tensor] = ()) -> Tensor:
-        """:meth:`images` of the pictures of examples, a batch at a time; charged there."""
+        """:meth:`images` of the pictures of examples, a batch at a time."""
         return torch.cat([self.images(self.read(examples[at:at + self.batch_size]), tokens)
                           for at in range(0, len(examples), self.batch_size)])
 
