@@ -109,7 +109,7 @@ def test_memory_is_written_with_the_answer_in_view() -> None:
     for item, (kind, messages, (longest, temperature, _)) in zip(prompt.memory.items, model.said, strict=True):
         assert kind == "generate" and [m["role"] for m in messages] == ["system", "user"]
         assert messages[0]["content"] == TEMPLATES["schema"].system()
-        assert messages[1]["content"] == f"{item.question}\nAnswer to this question is: {item.answer}"
+        assert messages[1]["content"] == f"{item.question}\nThe answer is: {item.answer}"
         assert re.search(r"^Question: .*\nCandidates:\n1\. .*\n2\. .*\n3\. .*$", item.question)
         assert (longest, temperature) == (4096, 0.0)
     assert prompt.info["fitness"] == 1.0 and prompt.info["incomplete"] == 0 and prompt.info["evaluations"] == 3
@@ -124,7 +124,7 @@ def test_messages_of_a_query() -> None:
     preliminary = template.text({"broad_category": "plain Mali", "refinement": "r", "specific_scope": "{braces}",
                                  "goal": "g", "extra": "1"})
     refined = preliminary.replace("plain", "refined")
-    assert preliminary.startswith("#### Schema:\n##### broad_category:\nplain Mali\n")
+    assert preliminary.startswith("Schema:\n##### broad_category:\nplain Mali\n")
     assert preliminary.endswith("#### Extra:\n1")
     (one, first, _), (two, second, _), (three, third, replies) = model.said
     assert (one, two, three) == ("generate", "generate", "score") and model.calls == 3
@@ -133,7 +133,7 @@ def test_messages_of_a_query() -> None:
     assert first[1]["content"].startswith("Question: What is the capital of Mali?\nCandidates:\n1. ")
 
     assert [m["role"] for m in second] == ["system", "user"] and second[0]["content"] == template.system()
-    example = f"{shown.question}\nAnswer to this question is: {shown.answer}\n\n{template.text(shown.schema)}"
+    example = f"{shown.question}\nThe answer is: {shown.answer}\n\n{template.text(shown.schema)}"
     parts = [first[1]["content"], preliminary, "Refine the preliminary schema", example]
     places = [second[1]["content"].index(p) for p in parts]
     assert places == sorted(places) and second[1]["content"].endswith(example)
@@ -147,7 +147,7 @@ def test_messages_of_a_query() -> None:
     assert replies == [" 1", " 2", " 3"]
     assert answer.prediction == "2" and answer.scores == [-2.0, -1.0, -4.0] and answer.messages == third
 
-    answer_line = re.compile("Answer to this question is: (.*)")
+    answer_line = re.compile("The answer is: (.*)")
     for _, messages, _ in model.said:  # the answer line of the example alone
         text = "\n".join(m["content"] for m in messages)
         assert set(answer_line.findall(text)) <= {shown.answer}
@@ -179,7 +179,7 @@ def test_schema_only_and_one_shot() -> None:
         prompt.on(model).predict([question("Mali")])
         _, messages, _ = model.said[-1]
         assert [m["role"] for m in messages] == ["system", "user"]
-        assert ("#### Schema" in messages[1]["content"]) == has_schema
+        assert ("Schema:" in messages[1]["content"]) == has_schema
         assert "Answer to this question is" in messages[1]["content"]
     prompt, model = made(include_answer=False), Scripted()
     prompt.on(model).predict([question("Mali")])
@@ -346,7 +346,7 @@ def test_prompt_extended() -> None:
     ' "goal": "d"}}\n```',
     '{"broad_category": "a", "refinement": "b", "specific_scope": "c", "goal": "d',
     "Broad Category: a\nRefinement: b\n- **Specific scope**: c\ngoal: d",
-    "#### Schema:\n##### broad_category:\na\n\n##### refinement:\nb\n##### specific_scope:\nc\n##### goal\nd",
+    "Schema:\n##### broad_category:\na\n\n##### refinement:\nb\n##### specific_scope:\nc\n##### goal\nd",
 ])
 def test_schemas_are_read_tolerantly(text: str) -> None:
     assert TEMPLATES["schema"].parse(text) == {"broad_category": "a", "refinement": "b", "specific_scope": "c",

@@ -511,7 +511,7 @@ def _new(question: str, schema: str, what: str) -> str:
 
 
 def _answer(problem: SolvedProblem) -> str:
-    answer = f"Answer to this question is: {problem.answer}"
+    answer = f"The answer is: {problem.answer}"
     return f"{answer}\nExplanation: {problem.explanation}" if problem.explanation else answer
 
 

@@ -113,7 +113,7 @@ class SchemaTemplate:
         fields = [f"##### {name}:\n{schema.get(name, '')}\n" for name in self.names]
         further = [f"#### {key.replace('_', ' ').capitalize()}:\n{value}" for key, value in schema.items()
                    if key not in self.names]
-        return "\n".join(["#### Schema:", *fields, *further]).rstrip()
+        return "\n".join(["Schema:", *fields, *further]).rstrip()
 
 
 def _key(name: str) -> str:
