@@ -21,7 +21,11 @@ from looseleaf_text.testing.servers import letters_model, toy_server, transforme
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-OPTIMIZERS = [e.name for e in looseleaf.plugins("prompts")]
+ELSEWHERE = {"cings", "layoutprompter", "pragmatic-examples", "sa-icl"}
+"""Methods that train the model, or whose tasks are not a text and its answer: their own tests have a server or say why
+there is none."""
+OF_PICTURES = {"gram", "mocoop", "reprogram-lt", "gensam", "rmask-tuning"}
+OPTIMIZERS = [e.name for e in looseleaf.plugins("prompts") if e.name not in ELSEWHERE | OF_PICTURES]
 SMALLER: dict[str, dict[str, Any]] = {
     "ease": {"k": 2, "total_iterations": 4, "n_init": 2, "domain": 50, "keep": 4, "hidden": 8, "train_steps": 10,
              "encoder": ToyLanguageModel().embed},

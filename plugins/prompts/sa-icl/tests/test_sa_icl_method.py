@@ -180,7 +180,7 @@ def test_schema_only_and_one_shot() -> None:
         _, messages, _ = model.said[-1]
         assert [m["role"] for m in messages] == ["system", "user"]
         assert ("Schema:" in messages[1]["content"]) == has_schema
-        assert "Answer to this question is" in messages[1]["content"]
+        assert "The answer is" in messages[1]["content"]
     prompt, model = made(include_answer=False), Scripted()
     prompt.on(model).predict([question("Mali")])
     assert all("Answer to this question" not in m["content"] for _, messages, _ in model.said for m in messages)
