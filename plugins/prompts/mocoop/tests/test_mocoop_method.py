@@ -360,9 +360,9 @@ def test_bad_input() -> None:
     long = dataclasses.replace(
         task, train=[Example(e.inputs, "green tree " * 20 if e.target == "green" else e.target) for e in task.train],
         classes=["green tree " * 20 if c == "green" else c for c in task.classes], dev=(), test=())
-    with pytest.raises(ValueError, match="expected at most 40 tokens, .*green tree"):
+    with pytest.raises(ValueError, match=r"expected at most 40 tokens, .*green tree"):
         quick().optimize(long, clip)
-    with pytest.raises(ValueError, match="expected at most 40 tokens, .*green tree"):
+    with pytest.raises(ValueError, match=r"expected at most 40 tokens, .*green tree"):
         quick(groups=None).optimize(long, clip)
     with pytest.raises(UnsupportedModelError, match="expected a DualEncoder"):
         quick().optimize(task, clip.model)
