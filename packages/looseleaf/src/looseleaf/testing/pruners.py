@@ -148,8 +148,7 @@ class WeightKit(PrunerKit):
             pruner = self.with_sparsity(0.0)
         except ValueError as error:
             raise Skip(f"the sparsity is fixed: {error}") from None
-        model = small_network()
-        assert pruner.prune(model, self.data(model)).removed() == 0, "weights are removed"
+        assert not pruner.prune(model := small_network(), self.data(model)).removed(), "weights are removed"
 
     def with_sparsity(self, sparsity: float) -> WeightPruner:
         """The pruner with another sparsity; skips those without."""
