@@ -267,16 +267,19 @@ class Gram(VisionOptimizer):
             episode: one of them.
             model: the dual encoder, metered or not.
         """
-        targets = episode.targets.to(episodes.images.device)
+        targets = episode.targets.to(model.device)
+
+        def features(places: Tensor) -> Tensor:
+            return episodes.images[places.to(episodes.images.device)].to(model.device)
 
         def of(places: Tensor) -> Loss:
             seen = {"pixels": model.read([episodes.pairs[n].example for n in places.tolist()])} \
-                if learner.changes_images else {"features": episodes.images[places.to(episodes.images.device)]}
+                if learner.changes_images else {"features": features(places)}
             return lambda parameters: F.cross_entropy(functional_call(
                 learner, dict(parameters), (model, episode.names), seen), targets)
 
         if regulator.kind == "gated":
-            regulator.observe(episodes.images[episode.support.to(episodes.images.device)])
+            regulator.observe(features(episode.support))
         return meta_loss(dict(learner.named_parameters()), of(episode.support), of(episode.query), regulator,
                          lr=self.inner_lr, steps=self.inner_steps, second_order=self.second_order)
 
