@@ -136,8 +136,8 @@ def test_planted_start_and_planted_regulator_are_found() -> None:
     centre, scales = torch.tensor([2.0, -1.0, 0.5]), torch.tensor([1.0, 4.0, 0.5])
     theta, regulator = nn.Parameter(torch.zeros(3)), Regulator({"t": 3}, 1, "affine")
     for learned, lr, factor in (([theta], 0.1, 1.0), (list(regulator.parameters()), 1.0, scales)):
-        optimizer = torch.optim.Adam(learned, lr=0.02)
-        for _ in range(600):
+        optimizer = torch.optim.Adam(learned, lr=0.03)
+        for _ in range(350):
             answer = centre + (0.3 if factor is not scales else 2.0) * torch.randn(3)
             optimizer.zero_grad()
             meta_loss({"t": theta}, lambda p, a=answer, f=factor: (f * (p["t"] - a) ** 2).sum() / 2,  # type: ignore[misc]
