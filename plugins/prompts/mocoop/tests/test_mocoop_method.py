@@ -171,8 +171,7 @@ def test_the_router_learns_the_groups_that_hand_templates_point_to() -> None:
 
 def test_learning_beats_the_hand_templates_and_serves_new_classes() -> None:
     clip, task = toy_clip(layers=2, width=48), toy_pictures(4, each=8)
-    method = quick(epochs=30, lr=0.1, text_weight=0.5, tune_layer_norm=True)
-    before, after = (dataclasses.replace(method, epochs=n, warmup=n % 2).optimize(task, clip) for n in (1, 30))
+    before, after = (quick(epochs=n, lr=0.2, text_weight=0.5).optimize(task, clip) for n in (1, 10))
     scores = [task.evaluate(prompt.on(clip)).score for prompt in (before, after)]
     assert scores[1] > scores[0] + 0.2, scores
     parts = base_to_new(task)
