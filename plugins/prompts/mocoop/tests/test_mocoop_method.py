@@ -126,6 +126,15 @@ def test_experts_begin_at_the_first_template_of_their_group() -> None:
         assert torch.allclose(row, clip.texts([template.format(n) for n in NAMES]), atol=1e-5)
 
 
+def test_every_published_template_with_a_real_tokenizer() -> None:
+    pytest.importorskip("looseleaf_models", reason="needs looseleaf-models")
+    models = pytest.importorskip("looseleaf_lab.models", reason="needs looseleaf-lab")
+    clip, names = DualEncoder(*models.load("mini-clip")), ["red apple", "St. Bernard's dog"]
+    with torch.no_grad():
+        own = MixedText(MixtureSpec(IMAGENET, (1,) * 32), clip).texts(clip, names)
+        assert torch.allclose(own, torch.stack([clip.texts([t.format(n) for n in names]) for t in IMAGENET]), atol=1e-5)
+
+
 def test_vectors_are_counted_by_the_tokenizer_and_the_end_of_text_stays() -> None:
     clip = toy_clip()
     expert = MixedText(SPEC, clip).experts[2]  # "{} texture": a splitter at spaces would count two tokens after
