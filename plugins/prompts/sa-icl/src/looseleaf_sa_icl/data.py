@@ -132,7 +132,7 @@ class PlantedModel(LanguageModel):
         out = []
         for prompt in prompts:
             code, number = re.findall(r"In the (\w+) code, what does (\d+) become", prompt)[0]
-            solved = re.search(r"this question is: (\d+)", prompt)
+            solved = re.search(r"The answer is: (\d+)", prompt)
             written = re.findall(rf"the {code} code adds (\d+)", prompt)
             shift = written[-1] if written else "?"
             if solved and "example" not in prompt:
