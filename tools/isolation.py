@@ -110,6 +110,9 @@ def _asked_for(project: dict[str, object], module: str) -> bool:
 
 def main(argv: list[str]) -> int:
     """Check all wheels, or those named."""
+    unknown = set(argv) - {package.name for package in PACKAGES}
+    if unknown:
+        raise SystemExit(f"expected names of {', '.join(sorted(p.name for p in PACKAGES))}, got {', '.join(unknown)}")
     site = base()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         wheels, work = Path(folder) / "wheels", Path(folder) / "layers"
