@@ -164,15 +164,6 @@ def test_classifiers_of_pictures(network: Callable[[], nn.Module]) -> None:
     assert all(module.training for module in model.modules()), "modes come back"
 
 
-def test_a_network_of_timm() -> None:
-    timm = pytest.importorskip("timm", reason="timm is not installed")
-    task = toy_pictures(4)
-    model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, depth=2, num_classes=4).eval()
-    classifier = ImageClassifier(model, size=16, classes=task.classes)
-    masks = RMaskTuning(**QUICK).prune(model, classifier_task(classifier, task))
-    assert len(masks) == 2 * 2 + 1 and 0 < masks.removed() < masks.total()
-
-
 def test_a_classifier_of_texts() -> None:
     model, labels = bert(), torch.arange(12) % 3
     ids = torch.randint(1, 50, (12, 9), generator=torch.Generator().manual_seed(0))
