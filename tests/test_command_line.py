@@ -47,10 +47,12 @@ LEFT_OUT = {
     "attention": {("prefill", "sparsed"), ("prefill", "paroattention"), *(
         ("denoising", name) for name in ("flexprefill", "minference", "sliding-window", "sparsed", "paroattention"))},
     "pruners": {("pruned-weights", "lottery-ticket"), ("pruned-weights", "lottery-rewinding"),
-                ("pruned-weights", "(Wanda), (SparseGPT)"), *(
+                ("pruned-weights", "(Wanda), (SparseGPT)"), ("pruned-weights", "rmask-tuning"),
+                ("lotteries", "rmask-tuning"), *(
         (bench, name) for bench in ("pruned-weights", "lotteries") for name in ("outlandish", "leaf"))},
-    "prompts": set(), "probes": set()}
-"""(bench, plugin): methods for other phases of attention, or that train, or that remove something else; with
+    "prompts": {("picture-prompts", "tapruning")}, "probes": set()}
+"""(bench, plugin): methods for other phases of attention, or that train or need pictures with classes, or that remove
+something else, or are for another kind of model; with
 ``--denoising`` and no name none is compared in denoising."""
 
 
