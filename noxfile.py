@@ -32,7 +32,9 @@ TEST_NEEDS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", 
               "playwright", "ray", "fastapi", "uvicorn", "openai", "pydantic", "peft", "trl", "greenery", "pillow",
               "lm-eval", "dspy", "mkdocs", "mkdocs-material", "mkdocs-gen-files", "mkdocstrings[python]", "nox"]
 
-VISION_TESTS = ["packages/looseleaf/tests/test_core_attention_modules.py"]
+VISION_TESTS = ["packages/looseleaf/tests/test_core_attention_modules.py",
+                "plugins/prompts/reprogram-lt/tests/test_reprogram_lt_probe.py",
+                "plugins/pruners/rmask-tuning/tests/test_rmask_timm.py"]
 """What runs once more with timm and torchvision on the path."""
 
 nox.options.default_venv_backend = "virtualenv"
