@@ -104,8 +104,14 @@ def check(package: Path, wheels: Path, site: Path, work: Path) -> None:
 
 
 def _asked_for(project: dict[str, object], module: str) -> bool:
+    """Whether a package depends on a module, by itself or through a library of ours."""
     wanted = {"sklearn": "scikit-learn"}.get(module, module)
-    return any(wanted in str(d) for d in project.get("dependencies", []))  # type: ignore[attr-defined]
+    needs = [str(d) for d in project.get("dependencies", [])]  # type: ignore[attr-defined]
+    libraries = [p for p in PACKAGES if p.parent.name == "packages" and p.name != "looseleaf"
+                 and any(re.match(rf"{p.name}\b(?!-)", d) for d in needs)]
+    return any(wanted in d for d in needs) or any(
+        _asked_for(tomllib.loads((p / "pyproject.toml").read_text(encoding="utf-8"))["project"], module)
+        for p in libraries)
 
 
 def main(argv: list[str]) -> int:
