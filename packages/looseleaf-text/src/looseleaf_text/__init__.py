@@ -16,6 +16,7 @@ _HOME = {
     "TextTask": "task", "Template": "template", "Verbalizer": "verbalizer", "TextPrompt": "prompts",
     "ChatPrompt": "prompts", "ClozePrompt": "prompts", "RetrievedPrompt": "prompts", "TextOptimizer": "prompts",
     "EnsemblePrompt": "ensemble", "CalibratedPrompt": "calibration", "calibrate": "calibration",
+    "ChatEndpoint": "chat", "JSONEndpoint": "chat",
     "SoftPrompt": "soft", "LogitLens": "lens", "decoder_layers": "layers", "scale_layers": "layers",
 }
 
@@ -29,6 +30,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from looseleaf_text.calibration import CalibratedPrompt, calibrate
+    from looseleaf_text.chat import ChatEndpoint, JSONEndpoint
     from looseleaf_text.endpoint import EndpointModel
     from looseleaf_text.ensemble import EnsemblePrompt
     from looseleaf_text.layers import decoder_layers, scale_layers

@@ -168,7 +168,7 @@ class EndpointModel(LanguageModel):
             404: f"not found: check base_url (it usually ends with /v1) and model={self.model!r}"
                  + ("; a server without text completions needs api=\"chat\"" if self.api == "completions" else ""),
         }.get(code, "the server does not take this request")
-        error = EndpointError(f"{url}: status {code}, {advice}. The server said: {_server_message(response)}")
+        error = EndpointError(f"{url} refuses: status {code}, {advice}. The server said: {_server_message(response)}")
         error.status = code  # type: ignore[attr-defined]
         return error
 

@@ -11,9 +11,12 @@ import pytest
 
 from looseleaf import EndpointError
 from looseleaf_ease import EASE, sentence_encoder
-from looseleaf_ease import encoder as module
-from looseleaf_ease.encoder import encode, resolve
+from looseleaf_ease.search import ENCODERS
+from looseleaf_text import encoders as module
+from looseleaf_text.encoders import encode
 from looseleaf_text.testing import ToyLanguageModel, toy_task
+
+resolve = ENCODERS.resolve
 
 
 def numbers(texts: list[str]) -> list[list[float]]:

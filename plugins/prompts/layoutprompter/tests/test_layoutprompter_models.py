@@ -16,7 +16,6 @@ import pytest
 from looseleaf import Budget, BudgetExhausted, EndpointError, Example, Prompt, Task, UnsupportedModelError
 from looseleaf_layoutprompter import (
     Canvas,
-    JSONEndpoint,
     Layout,
     LayoutPrompter,
     LayoutSerializer,
@@ -25,7 +24,7 @@ from looseleaf_layoutprompter import (
     layout_task,
 )
 from looseleaf_layoutprompter.optimizer import EchoModel, LayoutPrompt, LayoutTask, likeness_to_target, toy_layout_task
-from looseleaf_text import EndpointModel, LocalModel
+from looseleaf_text import EndpointModel, JSONEndpoint, LocalModel
 from looseleaf_text.testing import ToyLanguageModel
 from looseleaf_text.testing.servers import letters_model, transformers_server
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from looseleaf import Budget, EndpointError, Example
-from looseleaf_sa_icl import SAICL, ChatEndpoint, SchemaTemplate, multiple_choice
+from looseleaf_sa_icl import SAICL, SchemaTemplate, multiple_choice
 from looseleaf_sa_icl.chat import as_text
-from looseleaf_text import EndpointModel, LocalModel, TextTask
+from looseleaf_text import ChatEndpoint, EndpointModel, LocalModel, TextTask
 from looseleaf_text.testing import ToyLanguageModel
 from looseleaf_text.testing.servers import letters_model, toy_server, transformers_server
 

@@ -12,10 +12,10 @@ from looseleaf import Budget, BudgetExhausted, Paper
 from looseleaf.budget import reason
 from looseleaf.plugin import In
 from looseleaf_ease.bandit import NeuralUCB
-from looseleaf_ease.encoder import Choice
 from looseleaf_ease.search import Arm, Search, draw, generator, sets_of
 from looseleaf_ease.transport import closest
 from looseleaf_text import LanguageModel, TextOptimizer, TextPrompt, TextTask
+from looseleaf_text.encoders import Choice
 
 PAPER = Paper(
     title="Prompt Optimization with EASE? Efficient Ordering-aware Automated Selection of Exemplars",

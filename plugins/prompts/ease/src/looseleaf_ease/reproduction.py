@@ -16,8 +16,8 @@ import torch
 
 from looseleaf import Claim, Report
 from looseleaf.statistics import Interval, bootstrap, spearman
+from looseleaf_ease import sentence_encoder
 from looseleaf_ease.bandit import NeuralUCB
-from looseleaf_ease.encoder import sentence_encoder
 from looseleaf_ease.optimizer import EASE, INITIAL_FRACTION, KEEP
 from looseleaf_ease.search import draw, generator, sets_of
 from looseleaf_ease.transport import closest

@@ -21,10 +21,12 @@ from torch import Tensor
 from looseleaf import Budget, Example
 from looseleaf.progress import bar
 from looseleaf.resume import SearchState
-from looseleaf_ease.encoder import Choice, Vectors, encode, resolve
 from looseleaf_text import LanguageModel, TextPrompt, TextTask
+from looseleaf_text.encoders import Choice, Encoders, Vectors, encode
 from looseleaf_text.slots import slots
 
+ENCODERS = Encoders("EASE", "looseleaf-ease")
+"""MiniLM sees 512 tokens of a prompt; the rest is cut off, as in the authors' code."""
 Arm = tuple[int, tuple[int, ...]]
 """Place of the instruction among the candidates, and places of the exemplars in the pool, in their order."""
 
@@ -134,7 +136,7 @@ class Search:
         k: exemplars in a prompt.
         total_iterations: evaluations after which the search ends.
         pool, validation: at most so many examples are used.
-        encoder: what embeds prompts, see :func:`looseleaf_ease.encoder.resolve`.
+        encoder: what embeds prompts, see :meth:`looseleaf_text.encoders.Encoders.resolve`.
         instructions: candidates beside the start's own, or none.
         propose: how many more the model writes.
         target: a score that ends the search.
@@ -175,7 +177,7 @@ class Search:
                              "are used)")
         self.first = self._first(start)
         self.warn_of_shared()
-        self.encoder_name, self.encoder = resolve(encoder, self.model)
+        self.encoder_name, self.encoder = ENCODERS.resolve(encoder, self.model)
         self.tried: dict[Arm, Result] = {}
         self.instructions: list[str] = []
         self.vectors: Vectors | None = None

@@ -1,6 +1,6 @@
 """LayoutPrompter: layouts from types, sizes, relations, a partial or noisy layout, saliency or text."""
 
-from looseleaf_layoutprompter.answers import JSONEndpoint, Parsed, layout_schema, parse
+from looseleaf_layoutprompter.answers import Parsed, layout_schema, parse
 from looseleaf_layoutprompter.layout import CANVASES, Canvas, Layout, draw, saliency_boxes
 from looseleaf_layoutprompter.optimizer import (
     GeneratedLayout,
@@ -13,6 +13,6 @@ from looseleaf_layoutprompter.optimizer import (
 from looseleaf_layoutprompter.serializer import LayoutSerializer, layout_example
 
 __version__ = "0.1.0"
-__all__ = ["CANVASES", "Canvas", "GeneratedLayout", "JSONEndpoint", "Layout", "LayoutPrompt", "LayoutPrompter",
+__all__ = ["CANVASES", "Canvas", "GeneratedLayout", "Layout", "LayoutPrompt", "LayoutPrompter",
            "LayoutSerializer", "Parsed", "__version__", "draw", "layout_example", "layout_schema", "layout_task",
            "parse", "rank", "saliency_boxes", "select"]

@@ -1,19 +1,16 @@
-"""What a language model answers, read as a layout, whatever it is; and servers that answer in JSON by a schema."""
+"""What a language model answers, read as a layout, whatever it is."""
 
 from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from looseleaf import EndpointError
 from looseleaf_layoutprompter.layout import Canvas, Layout
 from looseleaf_layoutprompter.serializer import Output
-from looseleaf_text import EndpointModel
 
 _PIXELS = r"(-?\d+(?:\.\d+)?)"
 _SIDES = ("left", "top", "width", "height")
@@ -117,34 +114,3 @@ def layout_schema(canvas: Canvas, labels: Sequence[str]) -> dict[str, Any]:
         "type": "object", "properties": {"type": {"type": "string", "enum": list(labels)}, **sides},
         "required": ["type", *_SIDES], "additionalProperties": False}}},
         "required": ["elements"], "additionalProperties": False}
-
-
-class JSONEndpoint(EndpointModel):
-    """A model behind a server, whose answers keep to a JSON schema where the server can make them.
-
-    The schema goes along as ``response_format``; a server that refuses it (status 400 or 422) is asked without from
-    then on, and :attr:`schema` is None.
-
-    Args:
-        base_url, model, options: see :class:`looseleaf_text.EndpointModel`.
-        schema: of the answers, see :func:`layout_schema`.
-    """
-
-    def __init__(self, base_url: str, model: str, *, schema: dict[str, Any], **options: Any) -> None:
-        super().__init__(base_url, model, **options)
-        self.schema: dict[str, Any] | None = schema
-
-    def _post(self, path: str, body: dict[str, Any], stop: threading.Event | None = None, *,
-              root: bool = False) -> dict[str, Any]:
-        schema = self.schema
-        if schema is None or not path.endswith("completions") or "logprobs" in body:
-            return super()._post(path, body, stop, root=root)
-        form = {"type": "json_schema", "json_schema": {"name": "layout", "strict": True, "schema": schema}}
-        try:
-            return super()._post(path, {**body, "response_format": form}, stop, root=root)
-        except EndpointError as error:
-            if getattr(error, "status", None) not in (400, 422):
-                raise
-            answer = super()._post(path, body, stop, root=root)  # the request itself may be what is wrong
-            self.schema = None
-            return answer

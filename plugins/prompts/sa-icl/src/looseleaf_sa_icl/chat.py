@@ -1,123 +1,20 @@
-"""Conversations with a language model: as text by its chat template, or as messages to a server."""
+"""Conversations with a language model: as text by its chat template, or as messages to a server; answers are kept."""
 
 from __future__ import annotations
 
-import concurrent.futures
 import json
 import os
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
-
-from looseleaf import EndpointError, Example
-from looseleaf.budget import costs
+from looseleaf import Example
 from looseleaf.files import read_text, write_text
 from looseleaf.resume import digest
 from looseleaf.unwrap import unwrapped
-from looseleaf_text import ChatPrompt, EndpointModel, LanguageModel
+from looseleaf_text import ChatEndpoint, ChatPrompt, LanguageModel
 from looseleaf_text.batching import positions, text_config
-
-Conversation = list[dict[str, str]]
-"""Messages: ``{"role": "system" | "user" | "assistant", "content": text}``."""
-REFUSED = (400, 422)
-"""Status of a server that does not know a field of the request, such as ``response_format``."""
-
-
-def _chat_tokens(model: Any, conversations: Sequence[Conversation], max_tokens: int, *_: Any, **__: Any) -> int:
-    return sum(model.count_tokens(m["content"]) for c in conversations for m in c) + max_tokens * len(conversations)
-
-
-class ChatEndpoint(EndpointModel):
-    """A chat model behind an OpenAI-compatible server, given whole conversations and, where it can, a JSON schema.
-
-    All else is as in :class:`looseleaf_text.EndpointModel`, of which this is one that speaks to ``/chat/completions``.
-
-    Args:
-        base_url, model, api_key, timeout, options: as there.
-        json_schema: constrain what is written (``response_format``); a server that refuses is asked without.
-    """
-
-    def __init__(self, base_url: str, model: str, api_key: str | None = None, timeout: float = 60, *,
-                 json_schema: bool = True, **options: Any) -> None:
-        super().__init__(base_url, model, api_key, timeout, api="chat", **options)
-        self.json_schema = json_schema
-        self.timeout = timeout
-        key = api_key if api_key is not None else os.environ.get("OPENAI_API_KEY")
-        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
-
-    @costs(calls=lambda model, conversations, *_, **__: len(conversations), tokens=_chat_tokens)
-    def chat(self, conversations: Sequence[Conversation], max_tokens: int, temperature: float = 0.0, seed: int = 0,
-             json_schemas: Sequence[dict[str, Any] | None] | None = None,
-             keep: Callable[[int, str], None] = lambda number, text: None) -> list[str]:
-        """What the model answers to each conversation; requests go out side by side.
-
-        Args:
-            conversations: n lists of messages.
-            max_tokens, temperature, seed: of each answer; top_p is 1.
-            json_schemas: what each answer must obey, where the server can do that; None: nothing.
-            keep: given the number and the text of each answer as it comes, so that a failure loses none.
-
-        Raises:
-            EndpointError: the server cannot be reached, or refuses.
-        """
-        def one(number: int) -> tuple[str, int]:
-            body: dict[str, Any] = {"model": self.model, "messages": conversations[number], "max_tokens": max_tokens,
-                                    "temperature": temperature, "top_p": 1.0, "seed": seed}
-            answer = self._ask(client, body, json_schemas[number] if json_schemas else None)
-            try:
-                text = answer["choices"][0]["message"]["content"] or ""
-            except (KeyError, IndexError, TypeError):
-                raise EndpointError(f"{self.base_url}: expected a message, got {answer!r:.200}") from None
-            used = (answer.get("usage") or {}).get("total_tokens")
-            keep(number, text)
-            return text, int(used or _chat_tokens(self, [conversations[number]], 0) + self.count_tokens(text))
-
-        with httpx.Client(timeout=self.timeout, headers=self.headers) as client, \
-                concurrent.futures.ThreadPoolExecutor(self.concurrency) as pool:
-            futures = [pool.submit(one, n) for n in range(len(conversations))]
-            try:
-                results = [future.result() for future in futures]
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
-        self.calls += len(results)
-        self.tokens += sum(tokens for _, tokens in results)
-        return [text for text, _ in results]
-
-    def _ask(self, client: httpx.Client, body: dict[str, Any], json_schema: dict[str, Any] | None) -> dict[str, Any]:
-        pause, last = self.backoff, ""
-        for attempt in range(self.retries + 1):
-            constrained = json_schema is not None and self.json_schema
-            form = {"response_format": {"type": "json_schema", "json_schema": {
-                "name": "answer", "strict": True, "schema": json_schema}}} if constrained else {}
-            try:
-                response = client.post(f"{self.base_url}/chat/completions", json={**body, **form})
-                if constrained and response.status_code in REFUSED:
-                    response = client.post(f"{self.base_url}/chat/completions", json=body)
-                    # it is the schema that the server refused, not the request
-                    self.json_schema = response.status_code in REFUSED
-            except httpx.TransportError as error:
-                last = f"{type(error).__name__}: {error}"
-            else:
-                last = f"status {response.status_code}: {response.text[:200]}"
-                if response.status_code == 200:
-                    try:
-                        answer: dict[str, Any] = response.json()
-                        return answer
-                    except ValueError:
-                        raise EndpointError(f"{self.base_url}: expected JSON, got {response.text[:200]!r}") from None
-                if response.status_code != 429 and response.status_code < 500:
-                    raise EndpointError(f"{self.base_url}/chat/completions refuses: {last}. Check base_url, model and "
-                                        "api_key")
-            if attempt < self.retries:
-                time.sleep(pause)
-                pause *= 2
-        raise EndpointError(f"{self.base_url}/chat/completions failed {self.retries + 1} times, last: {last}. Is the "
-                            f"server running, and is timeout={self.timeout} s enough? What came back is kept where a "
-                            "folder is given for it (state_dir, cache)")
+from looseleaf_text.chat import Conversation
 
 
 def as_text(model: LanguageModel, messages: Conversation) -> str:
@@ -247,4 +144,4 @@ class Talk:
             raise ValueError(f"{path}: expected a kept answer, got {error}: remove the file") from None
 
 
-__all__ = ["ChatEndpoint", "Conversation", "Talk", "as_text"]
+__all__ = ["Talk", "as_text"]

