@@ -13,7 +13,7 @@ __version__ = "0.3.0"
 
 _HOME = {
     "IterativePruner": "iterative", "find_tickets": "iterative", "Grouped": "iterative", "magnitudes": "iterative",
-    "Ticket": "tickets", "TrainingRun": "training", "train_ticket": "training", "own_randomness": "training",
+    "Ticket": "tickets", "TrainingRun": "training", "train_ticket": "training",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]
@@ -27,4 +27,4 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from looseleaf_tickets.iterative import Grouped, IterativePruner, find_tickets, magnitudes
     from looseleaf_tickets.tickets import Ticket
-    from looseleaf_tickets.training import TrainingRun, own_randomness, train_ticket
+    from looseleaf_tickets.training import TrainingRun, train_ticket

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from looseleaf.modes import evaluating, with_gradients
+from looseleaf.modes import evaluating, own_random_state, with_gradients
 from looseleaf.pruning.applied import applied
 from looseleaf.pruning.targets import holders, stored_parameter
 from looseleaf_tickets.tickets import Ticket, load_state, snapshot
@@ -143,7 +143,7 @@ class TrainingRun:
         with own_generators(loader) as seed_them:
             for step in self.steps(total):
                 if epoch is None or step % size == 0:
-                    with own_randomness(self.seed, 1 + step // size):
+                    with own_random_state(mixed(self.seed, 1 + step // size)):
                         seed_them(self.seed, step // size)
                         epoch = iter(loader)
                         batch = next(epoch)
@@ -251,7 +251,7 @@ def train_ticket(ticket: Ticket, model: nn.Module, train: Train, evaluate: Evalu
         ticket.masks.places(copied)
         load_state(copied, ticket.start)
     run = TrainingRun(copied, round=ticket.round, start=ticket.step, seed=seed, rewind_to=rewind_to)
-    with own_randomness(seed, ticket.step), with_gradients():
+    with own_random_state(mixed(seed, ticket.step)), with_gradients():
         returned = train(copied, run=run) if reports else train(copied)
     check_numbers(copied, ticket.round, run.done)
     if masked:
@@ -272,7 +272,7 @@ def train_ticket(ticket: Ticket, model: nn.Module, train: Train, evaluate: Evalu
                          "run.steps(total) or run.batches(loader, total), or call run.step()")
     metrics = _numbers(returned, copied, "train")
     if evaluate is not None:
-        with evaluating(copied), torch.no_grad(), own_randomness(seed, 0):
+        with evaluating(copied), torch.no_grad(), own_random_state(mixed(seed, 0)):
             scores = _numbers(evaluate(copied), copied, "evaluate")
         twice = sorted(set(scores) & set(metrics))
         if twice:
@@ -310,24 +310,6 @@ def check_numbers(model: nn.Module, round: int, step: int) -> None:
     raise ValueError(f"round {round}: {when}the weights of {wrong[0]!r} are NaN or infinite{cause} ({len(wrong)} of "
                      f"{len(parameters)} parameters are): lower the learning rate, clip gradients, or check the loss. "
                      "Rounds before this one are kept where a state folder was given")
-
-
-@contextlib.contextmanager
-def own_randomness(seed: int, step: int) -> Iterator[None]:
-    """Seed torch's, numpy's and Python's global generators, and give them their former states back afterwards."""
-    import numpy
-
-    python, arrays, cpu = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
-    seed_all(seed, step)
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        numpy.random.set_state(arrays)
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
 
 
 def _seed_bits(bits: Any, seed: int) -> None:

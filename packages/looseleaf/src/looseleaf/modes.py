@@ -1,9 +1,9 @@
-"""Putting a model into another mode for a while; everything comes back as it was, after an exception too."""
+"""Another mode or random state for a while; everything comes back as it was, after an exception too."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 
@@ -47,6 +47,27 @@ def with_gradients() -> Iterator[None]:
 
 
 @contextmanager
+def own_random_state(seed: int | None = None) -> Iterator[None]:
+    """The global generators of Python, NumPy and torch, ``seed``-ed for the block, are as they were after it."""
+    import random
+
+    import numpy as np
+    import torch
+
+    with ExitStack() as undo:
+        undo.callback(random.setstate, random.getstate())
+        undo.callback(np.random.set_state, np.random.get_state())
+        undo.callback(torch.set_rng_state, torch.get_rng_state())
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            undo.callback(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
+        if seed is not None:
+            random.seed(seed)
+            np.random.seed(seed % 2 ** 32)
+            torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
 def _restored(model: Any, parts: str, attribute: str) -> Iterator[list[Any]]:
     """The parts of a model, each of which has its own value of the attribute again after the block."""
     owners = list(getattr(model, parts)()) if hasattr(model, parts) else []
@@ -58,4 +79,4 @@ def _restored(model: Any, parts: str, attribute: str) -> Iterator[list[Any]]:
             setattr(owner, attribute, value)
 
 
-__all__ = ["evaluating", "frozen", "training", "with_gradients"]
+__all__ = ["evaluating", "frozen", "own_random_state", "training", "with_gradients"]

@@ -308,5 +308,4 @@ def _compiled(module: nn.Module) -> bool:
             or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"))
 
 
-__all__ = ["CaptureLimitError", "capture", "first_tensor", "intervene", "matching_modules", "patch",
-           "uncompiled"]
+__all__ = ["CaptureLimitError", "capture", "first_tensor", "intervene", "matching_modules", "patch", "uncompiled"]

@@ -170,8 +170,7 @@ def _with_properties(cls: type[nn.Module], attributes: tuple[str, ...]) -> type[
         return property(lambda module: module._modules[_beside(attribute)].pruned(module._parameters[attribute]))
 
     properties = {attribute: pruned(attribute) for attribute in attributes}
-    return type(cls.__name__, (_WithScores, cls), {
-        **properties, "_looseleaf_plain": cls, "__module__": cls.__module__})
+    return type(cls.__name__, (_WithScores, cls), {**properties, "_looseleaf_plain": cls, "__module__": cls.__module__})
 
 
 class _StraightThrough(torch.autograd.Function):

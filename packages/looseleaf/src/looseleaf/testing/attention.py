@@ -251,8 +251,7 @@ class AttentionKit(Kit):
             assert torch.equal(seen["position"][1, :short], positions[1, :short]), "context does not move"
         _same(outs[0], outs[1], "the side of the padding changes the item")
         if self.causal:
-            _same(self.attended(model, self.ids[1:, :short])[0], outs[0],
-                  "the padded item differs from the item alone")
+            _same(self.attended(model, self.ids[1:, :short])[0], outs[0], "the padded item differs from the item alone")
 
     @torch.no_grad()
     def check_in_a_model_layers_with_a_sliding_window_are_left_alone(self) -> None:

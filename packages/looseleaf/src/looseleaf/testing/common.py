@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from looseleaf.fingerprint import content_fingerprint
+from looseleaf.modes import own_random_state
 from looseleaf.paper import Paper
 from looseleaf.plugin import Plugin
 
@@ -158,7 +159,7 @@ class Kit:
     def same_result(self, build: Callable[[], Any]) -> None:
         """The same again, whatever the state of the global generators is."""
         one = self.compared(self.first(build).result)
-        with random_state(12345):
+        with own_random_state(12345):
             two = self.compared(self.again(build).result)
         for name in {**one, **two}:
             assert content_fingerprint(one.get(name)) == content_fingerprint(two.get(name)), \
@@ -317,33 +318,15 @@ def interrupt(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt("by the kit")
 
 
-_GENERATORS: dict[str, tuple[Callable[..., Any], ...]] = {
-    "torch": (torch.get_rng_state, torch.set_rng_state, torch.default_generator.manual_seed),
-    "numpy": (np.random.get_state, np.random.set_state, np.random.seed),
-    "Python": (random.getstate, random.setstate, random.seed)}
-
-
-@contextlib.contextmanager
-def random_state(seed: int) -> Iterator[None]:
-    """The global generators of torch (on the CPU), numpy and Python seeded; their former states come back."""
-    with contextlib.ExitStack() as undo:
-        for get, put, begin in _GENERATORS.values():
-            undo.callback(put, get())
-            begin(seed)
-        yield
-
-
 @contextlib.contextmanager
 def same_random_state(*_: Any) -> Iterator[None]:
     """AssertionError unless the global generators of torch, numpy and Python are left as they are."""
-    def states() -> dict[str, str]:
-        return {library: content_fingerprint(get()) for library, (get, *_) in _GENERATORS.items()}
-
-    with random_state(12345):  # which no usual seed gives
-        before = states()
+    states: dict[str, Any] = {"torch": torch.get_rng_state, "numpy": np.random.get_state, "Python": random.getstate}
+    with own_random_state(12345):  # which no usual seed gives
+        before = {name: content_fingerprint(get()) for name, get in states.items()}
         yield
-        for library, state in states().items():
-            assert state == before[library], f"the global generator of {library} was used or seeded"
+        for name, get in states.items():
+            assert content_fingerprint(get()) == before[name], f"the global generator of {name} was used or seeded"
 
 
 def mixed_modes(model: nn.Module) -> nn.Module:
@@ -360,4 +343,4 @@ def mixed_modes(model: nn.Module) -> nn.Module:
 
 
 __all__ = ["Check", "Kit", "Outcome", "Run", "Skip", "assert_refused", "assert_unchanged", "interrupt", "mixed_modes",
-           "needs", "random_state", "reloaded", "run", "same_random_state", "snapshot"]
+           "needs", "reloaded", "run", "same_random_state", "snapshot"]

@@ -305,8 +305,7 @@ class PromptKit(Kit):
         bad: dict[str, list[Example]] = {"a task without examples": []}
         if task.classes is not None:
             bad["a task of one class"] = [e for e in task.train if e.target == task.train[0].target]
-            bad["a task with a target that is no class"] = [
-                *task.train, Example(task.train[0].inputs, "no such class")]
+            bad["a task with a target that is no class"] = [*task.train, Example(task.train[0].inputs, "no such class")]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for what, train in bad.items():

@@ -17,14 +17,14 @@ from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from looseleaf import Budget, Example, Paper, Prompt, PromptOptimizer, UnsupportedModelError
-from looseleaf.modes import training, with_gradients
+from looseleaf.modes import own_random_state, training, with_gradients
 from looseleaf.plugin import In
 from looseleaf.progress import bar
 from looseleaf.prompts.optimizer import Search
 from looseleaf.resume import StateError
 from looseleaf_cings.decoding import ContextAware
 from looseleaf_cings.features import Arm, Rows
-from looseleaf_cings.trainer import ADAPTER, CInGSTrainer, adapter_in, load_adapter, lora_config, own_random_state
+from looseleaf_cings.trainer import ADAPTER, CInGSTrainer, adapter_in, load_adapter, lora_config
 from looseleaf_text import LanguageModel, LocalModel, TextTask
 from looseleaf_text.prompts import Labels, TextPredictor
 from looseleaf_text.slots import fill, slots

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -17,7 +15,7 @@ from transformers import Trainer
 from transformers.pytorch_utils import Conv1D
 
 from looseleaf import UnsupportedModelError, unwrapped
-from looseleaf.modes import evaluating, frozen
+from looseleaf.modes import evaluating, frozen, own_random_state
 from looseleaf_cings.features import IGNORED, Collator
 from looseleaf_text import decoder_layers
 
@@ -189,17 +187,3 @@ def _remove(inner: nn.Module, former: Mapping[str, tuple[nn.Module, list[str]]])
         if isinstance(module, BaseTunerLayer) and ADAPTER in getattr(module, "lora_A", ()):
             module.delete_adapter(ADAPTER)
             module.set_adapter(active)
-
-
-@contextlib.contextmanager
-def own_random_state(seed: int | None = None) -> Iterator[None]:
-    """The global generators of Python, NumPy and torch come back after the block; ``seed`` sets torch's for it."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        try:
-            if seed is not None:
-                torch.manual_seed(seed)
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import random
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import torch
 from torch import Tensor
 
 from looseleaf.files import load_tensors, save_tensors
-from looseleaf.modes import evaluating
+from looseleaf.modes import evaluating, own_random_state
 from looseleaf.unwrap import unwrapped
 from looseleaf_pragmatic_examples.regexes import Utterance
 from looseleaf_pragmatic_examples.self_play import ListenerRow, SpeakerRow, Spec
@@ -280,19 +278,6 @@ def rank_by_rsa(listener: ModelListener, speaker: ModelSpeaker, specs: Sequence[
         order = sorted(range(len(programs)), key=lambda k: (-scores[k], -programs[k][1]))
         out.append([(programs[k][0], float(last[k])) for k in order])
     return out
-
-
-@contextlib.contextmanager
-def own_random_state(seed: int) -> Iterator[None]:
-    """The global generators seeded for the block; their former states come back. ``Trainer`` draws from all of them."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        try:
-            torch.manual_seed(seed)
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 __all__ = ["ModelListener", "ModelSpeaker", "Ranked", "Seq2Text", "rank", "rank_by_rsa"]

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from looseleaf import Masks
+from looseleaf.modes import own_random_state
 from looseleaf_tickets import Ticket
 from looseleaf_tickets.tickets import snapshot
-from looseleaf_tickets.training import own_randomness
 
 
 def random_reinit(ticket: Ticket, model: nn.Module, seed: int,
@@ -38,7 +38,7 @@ def random_reinit(ticket: Ticket, model: nn.Module, seed: int,
     ticket.apply(fresh)  # an error when it is for another model
     ticket.masks.remove(fresh)
     before = {name: p.detach().clone() for name, p in fresh.named_parameters()}
-    with own_randomness(seed, 0):
+    with own_random_state(seed):
         if init is not None:
             init(fresh)
         else:
