@@ -17,8 +17,8 @@ _HOME = {
     "ImageClassifier": "classifier",
     "TextContext": "modules", "ConditionalContext": "modules", "VisionTokens": "modules", "CoupledTokens": "modules",
     "PixelFrame": "modules",
-    "PromptSpec": "prompt", "PromptLearner": "prompt", "VisionPrompt": "prompt", "TemplatePrompt": "prompt",
-    "PicturePredictor": "prompt", "PHOTO": "prompt",
+    "PromptSpec": "prompt", "PromptLearner": "prompt", "VectorPrompt": "prompt", "VisionPrompt": "prompt",
+    "TemplatePrompt": "prompt", "PicturePredictor": "prompt", "PHOTO": "prompt",
     "Recipe": "tuning", "Batch": "tuning", "Tuned": "tuning", "tune": "tuning",
     "VisionOptimizer": "baselines", "LearnedPrompt": "baselines", "CoOp": "baselines", "CoCoOp": "baselines",
     "KgCoOp": "baselines", "MaPLe": "baselines", "ZeroShot": "baselines", "TemplateEnsemble": "baselines",
@@ -61,6 +61,7 @@ if TYPE_CHECKING:
         PromptLearner,
         PromptSpec,
         TemplatePrompt,
+        VectorPrompt,
         VisionPrompt,
     )
     from looseleaf_vision.tasks import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -132,26 +132,26 @@ class PromptLearner(nn.Module):
 
 
 @dataclasses.dataclass
-class VisionPrompt(Prompt):
-    """Vectors learned for a dual encoder: context of texts, tokens beside patches, or both.
+class VectorPrompt(Prompt):
+    """Vectors learned for a dual encoder, as the module that a spec builds holds them.
 
     Attributes:
         classes: what it tells apart, in the order of the scores.
-        spec: which vectors there are.
-        tensors: their values by name, as a :class:`PromptLearner` has them.
+        spec: which vectors there are; ``spec.build(encoder, classes)`` makes the module, whose ``spec`` it is.
+        tensors: their values by name, as in the module.
     """
 
     classes: Sequence[Any]
-    spec: PromptSpec
+    spec: Any
     tensors: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, learner: PromptLearner, classes: Sequence[Any], **info: Any) -> VisionPrompt:
+    def of(cls, learner: Any, classes: Sequence[Any], **info: Any) -> Self:
         """The vectors of a learner as they are now."""
         tensors = {name: value.detach().cpu().clone() for name, value in learner.state_dict().items()}
         return cls(list(classes), learner.spec, tensors, info=info)
 
-    def learner(self, model: DualEncoder) -> PromptLearner:
+    def learner(self, model: DualEncoder) -> Any:
         """The module with these vectors, to be used or trained further.
 
         Raises:
@@ -169,7 +169,24 @@ class VisionPrompt(Prompt):
         learner.load_state_dict(self.tensors)
         return learner
 
-    def for_classes(self, classes: Sequence[Any]) -> VisionPrompt:
+    def for_classes(self, classes: Sequence[Any]) -> Self:
+        """The same vectors around other names."""
+        return dataclasses.replace(self, classes=list(classes))
+
+
+@dataclasses.dataclass
+class VisionPrompt(VectorPrompt):
+    """Vectors learned for a dual encoder: context of texts, tokens beside patches, or both.
+
+    Attributes:
+        classes: what it tells apart, in the order of the scores.
+        spec: which vectors there are.
+        tensors: their values by name, as a :class:`PromptLearner` has them.
+    """
+
+    spec: PromptSpec
+
+    def for_classes(self, classes: Sequence[Any]) -> Self:
         """The same vectors around other names.
 
         Raises:
@@ -178,7 +195,7 @@ class VisionPrompt(Prompt):
         if self.spec.text == "class" and len(classes) != len(self.classes):
             raise ValueError("for_classes: expected as many classes as the context was learned for, got "
                              f"{len(classes)} for {len(self.classes)}: a context of each class has nothing for others")
-        return dataclasses.replace(self, classes=list(classes))
+        return super().for_classes(classes)
 
     def on(self, model: DualEncoder) -> PicturePredictor:
         """See :meth:`looseleaf.Prompt.on`; ``model`` is a :class:`DualEncoder`."""
@@ -242,4 +259,4 @@ class PicturePredictor(Predictor):
                               for part in rows])
 
 
-__all__ = ["PHOTO", "PicturePredictor", "PromptLearner", "PromptSpec", "TemplatePrompt", "VisionPrompt"]
+__all__ = ["PHOTO", "PicturePredictor", "PromptLearner", "PromptSpec", "TemplatePrompt", "VectorPrompt", "VisionPrompt"]

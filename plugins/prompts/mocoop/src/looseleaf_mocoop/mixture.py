@@ -55,6 +55,10 @@ class MixtureSpec:
         """The templates of each group."""
         return parts(self.templates, self.groups)
 
+    def build(self, encoder: DualEncoder, classes: int, seed: int = 0) -> MixedText:
+        """The module with the vectors at their start, whatever the classes are."""
+        return MixedText(self, encoder, seed)
+
 
 class Router(nn.Linear):
     """A linear layer (B, d) -> (B, experts), whose largest outputs choose and weigh the experts.

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from looseleaf import Budget, BudgetExhausted, Example, Paper, Prompt, Task, UnsupportedModelError
+from looseleaf import Budget, BudgetExhausted, Example, Paper, Task
 from looseleaf.budget import reason
 from looseleaf.modes import evaluating
 from looseleaf.plugin import In
 from looseleaf_mocoop.mixture import FEW, MixedText, MixtureSpec, gate_loss, text_loss
 from looseleaf_mocoop.templates import GENERAL, GROUPS, check_groups, group_templates
-from looseleaf_vision import Batch, DualEncoder, PicturePredictor, Recipe, VisionOptimizer, spaced, tune
+from looseleaf_vision import Batch, DualEncoder, PicturePredictor, Recipe, VectorPrompt, VisionOptimizer, spaced, tune
 
 LAYER_NORM_RATE = 0.1
 """Factor of the learning rate of LayerNorms, as in the official code."""
@@ -106,9 +106,9 @@ class MoCoOp(VisionOptimizer):
         except BudgetExhausted as error:  # no groups yet: every template in turn, half as many groups
             sizes = (2,) * (len(self.templates) // 2) + (1,) * (len(self.templates) % 2)
             spec = self._made(tuple(self.templates), sizes if len(sizes) >= self.top_k else (1,) * len(self.templates))
-            return MixturePrompt.of(MixedText(spec, model, seed), classes, fitness=-math.log(len(classes)),
+            return MixturePrompt.of(spec.build(model, len(classes), seed), classes, fitness=-math.log(len(classes)),
                                     evaluations=0, stopped=reason(error), groups=list(map(list, spec.parts)))
-        learner = MixedText(spec, model, seed) if start is None else start.learner(model)
+        learner = spec.build(model, len(classes), seed) if start is None else start.learner(model)
 
         def begin(epoch: int, metered: Any) -> None:
             learner.usage.zero_()
@@ -183,7 +183,7 @@ class MoCoOp(VisionOptimizer):
 
 
 @dataclasses.dataclass
-class MixturePrompt(Prompt):
+class MixturePrompt(VectorPrompt):
     """A mixture of soft prompts, learned for a dual encoder.
 
     Attributes:
@@ -192,37 +192,7 @@ class MixturePrompt(Prompt):
         tensors: ``experts.g.context``, ``gate.weight``, ``gate.bias``, ``correction``, ``norms.n.weight``, ...
     """
 
-    classes: Sequence[Any]
     spec: MixtureSpec
-    tensors: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def of(cls, learner: MixedText, classes: Sequence[Any], **info: Any) -> MixturePrompt:
-        """The vectors of a learner as they are now."""
-        tensors = {name: value.detach().cpu().clone() for name, value in learner.state_dict().items()}
-        return cls(list(classes), learner.spec, tensors, info=info)
-
-    def learner(self, model: DualEncoder) -> MixedText:
-        """The module with these vectors.
-
-        Raises:
-            UnsupportedModelError: ``model`` is no dual encoder.
-            ValueError: the vectors are for a model of other sizes.
-        """
-        if not isinstance(model, DualEncoder):
-            raise UnsupportedModelError(f"MixturePrompt: expected a DualEncoder, got {type(model).__name__}")
-        learner = MixedText(self.spec, model)
-        expected = {name: tuple(value.shape) for name, value in learner.state_dict().items()}
-        own = {name: tuple(value.shape) for name, value in self.tensors.items()}
-        if expected != own:
-            raise ValueError(f"MixturePrompt: expected vectors of the shapes {expected} for {model.name}, got {own}: "
-                             "it was learned for another model")
-        learner.load_state_dict(self.tensors)
-        return learner
-
-    def for_classes(self, classes: Sequence[Any]) -> MixturePrompt:
-        """The same experts around other names."""
-        return dataclasses.replace(self, classes=list(classes))
 
     def on(self, model: DualEncoder) -> MixturePredictor:
         """See :meth:`looseleaf.Prompt.on`; ``model`` is a :class:`looseleaf_vision.DualEncoder`."""
