@@ -13,12 +13,12 @@ from torch import Tensor
 from looseleaf import Claim, Masks, Report, Series, Task
 from looseleaf.modes import evaluating
 from looseleaf_lab import data, models
+from looseleaf_lab.benches.picture_prompts import lab_task
 from looseleaf_lab.study import Results, Study, above, add_table, below, curve
 from looseleaf_rmask_tuning.data import clip_task
 from looseleaf_rmask_tuning.pruner import RMaskTuning
 from looseleaf_rmask_tuning.pruner import show as show_masks
 from looseleaf_vision import CoOp, DualEncoder, LinearProbe, TemplatePrompt, base_to_new
-from looseleaf_vision.bench import lab_task
 
 TEMPLATE = "a drawing of a {}."
 ZERO, PROBE, COOP, AMT, RAMT = "zero-shot", "linear probe", "CoOp", "AMT", "R-AMT"

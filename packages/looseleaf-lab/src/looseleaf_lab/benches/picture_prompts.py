@@ -10,23 +10,39 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from looseleaf.budget import Budget
 from looseleaf.errors import did_you_mean
 from looseleaf.fingerprint import content_fingerprint
-from looseleaf.plugin import In, Plugin, check_fields
+from looseleaf.plugin import In, Plugin
 from looseleaf.progress import track
 from looseleaf.prompts.optimizer import PromptOptimizer
 from looseleaf.report import Report, Series
-from looseleaf.resume import as_plain, digest
+from looseleaf.resume import digest
 from looseleaf.statistics import bootstrap
 from looseleaf.tasks import Task
-from looseleaf_vision.baselines import CoCoOp, CoOp, KgCoOp, LinearProbe, MaPLe, TemplateEnsemble, ZeroShot
-from looseleaf_vision.encoder import DualEncoder, spaced
-from looseleaf_vision.pictures import as_image, picture_of
-from looseleaf_vision.tasks import base_to_new, calibration_error, from_arrays, harmonic_mean
+from looseleaf_lab import data, models
+from looseleaf_lab.benches.bench import Bench, State, ready
+from looseleaf_lab.facts import facts, identity, left_out, reason
+from looseleaf_lab.results import ResultCache
+from looseleaf_vision import (
+    CoCoOp,
+    CoOp,
+    DualEncoder,
+    KgCoOp,
+    LinearProbe,
+    MaPLe,
+    TemplateEnsemble,
+    ZeroShot,
+    as_image,
+    base_to_new,
+    calibration_error,
+    from_arrays,
+    harmonic_mean,
+    picture_of,
+    spaced,
+)
 
 SETS = {"clip-art": "sublabel", "stamps": "sublabel", "emoji": "sublabel", "emoji-other-style": "sublabel",
         "mnist": "label"}
@@ -42,7 +58,7 @@ SHOWN = 8
 
 
 @dataclasses.dataclass
-class PicturePrompts:
+class PicturePrompts(Bench):
     """Prompt optimisers for CLIP and its kin on few-shot tasks, with new classes, against published baselines.
 
     Args:
@@ -66,23 +82,21 @@ class PicturePrompts:
     baselines: bool = True
     interface: ClassVar[type[Plugin]] = PromptOptimizer
 
-    def __post_init__(self) -> None:
-        check_fields(self)
+    def validate(self) -> None:
+        """See :class:`Bench`."""
         for name in self.pictures:
             if name not in SETS and ":" not in name:
                 raise ValueError(f"PicturePrompts.pictures: expected {', '.join(SETS)} or module:function, got "
                                  f"{name!r}.{did_you_mean(name, SETS)}")
-        if not self.pictures:
-            raise ValueError("PicturePrompts.pictures: expected one data set or more, got none")
+        self.check("pictures", len(self.pictures) > 0, "one data set or more")
 
     def suits(self, plugin: Any) -> str | None:
         """Why a plugin cannot be compared here, or None where it can: it must accept a dual encoder."""
-        cls = plugin if isinstance(plugin, type) else type(plugin)
-        if not issubclass(cls, PromptOptimizer):
-            return f"expected a PromptOptimizer, got {cls.__name__}"
-        return None if issubclass(DualEncoder, cls.accepts) else f"for a {cls.accepts.__name__}, not for dual encoders"
+        cls: Any = plugin if isinstance(plugin, type) else type(plugin)
+        return super().suits(plugin) or (
+            None if issubclass(DualEncoder, cls.accepts) else f"for a {cls.accepts.__name__}, not for dual encoders")
 
-    def run(self, plugins: Mapping[str, Any], *, state: Any = None, seed: int = 0,
+    def run(self, plugins: Mapping[str, Any], *, state: State = None, seed: int = 0,
             progress: bool | None = None) -> Report:
         """The comparison; see :func:`compare_picture_prompts`.
 
@@ -94,20 +108,15 @@ class PicturePrompts:
         """
         seeds = range(seed, seed + self.seeds)
         tasks = {name: {s: lab_task(name, self.shots, s) for s in seeds} for name in self.pictures}
-        ours = self.clip in _lab("models").own()
-        clip = DualEncoder(*_lab("models").load(self.clip)) if ours else DualEncoder.from_pretrained(self.clip)
-        made: dict[str, Any] = {}
-        failed: dict[str, str] = {}
-        for name, plugin in {**(BASELINES if self.baselines else {}), **plugins}.items():
-            try:
-                made[name] = self._set(plugin() if isinstance(plugin, type) else plugin)
-            except Exception as error:  # a plugin without defaults for all its fields
-                failed[name] = _reason(error)
+        ours = self.clip in models.own()
+        clip = DualEncoder(*models.load(self.clip)) if ours else DualEncoder.from_pretrained(self.clip)
+        made, failed = ready({**(BASELINES if self.baselines else {}), **plugins})
+        made = {name: self._set(method) for name, method in made.items()}
         report = compare_picture_prompts(clip, made, tasks, state=state, progress=progress)
         trained = "self-trained, " if ours else ""
         report.facts.update(model=f"{self.clip} ({trained}{clip.name})", shots=self.shots,
                             crops="random" if self.crops else "none: whole pictures")
-        _left_out(report, failed)
+        left_out(report, failed)
         return report
 
     def _set(self, method: Any) -> Any:
@@ -122,7 +131,7 @@ class PicturePrompts:
 
 
 def compare_picture_prompts(clip: DualEncoder, methods: Mapping[str, PromptOptimizer],
-                            tasks: Mapping[str, Mapping[int, Task]], *, state: Any = None,
+                            tasks: Mapping[str, Mapping[int, Task]], *, state: State = None,
                             progress: bool | None = None) -> Report:
     """Every method on every task: learned from all classes, and from the first half of them.
 
@@ -144,30 +153,28 @@ def compare_picture_prompts(clip: DualEncoder, methods: Mapping[str, PromptOptim
     """
     if not methods or not tasks or not all(tasks.values()):
         raise ValueError(f"compare_picture_prompts: expected methods and tasks, got {len(methods)} and {len(tasks)}")
-    weights, failed = clip.fingerprint(), dict[str, str]()
+    weights, failed, kept = clip.fingerprint(), dict[str, str](), ResultCache(state)
     cells: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     jobs = [(t, m, s) for t in tasks for m in methods for s in tasks[t]]
     for task_name, name, seed in track(jobs, "searches", show=progress):
         task, method = tasks[task_name][seed], methods[name]
         key = {"what": "picture-prompt", "task": task_name, "method": name, "seed": seed, "weights": weights,
                "examples": task.fingerprint(), "test": content_fingerprint(list(task.test)),
-               "class": f"{type(method).__module__}:{type(method).__qualname__}",
-               "parameters": as_plain(method.hyperparameters())}
+               "plugin": identity(method)}
         folder = None if state is None else Path(state) / "searches" / digest(key)
         try:
-            found = _kept(state, key, lambda m=method, t=task, s=seed, f=folder: measure(  # type: ignore[misc]
+            found = kept.do(key, lambda m=method, t=task, s=seed, f=folder: measure(  # type: ignore[misc]
                 m, t, clip, s, f, progress))
             cells.setdefault((task_name, name), {})[seed] = found
         except Exception as error:  # one method that fails must not cost the others their figures
-            failed[f"{name} on {task_name}, seed {seed}"] = _reason(error)
+            failed[f"{name} on {task_name}, seed {seed}"] = reason(error)
     seeds = sorted({s for by_seed in tasks.values() for s in by_seed})
-    report = Report("Prompts for pictures side by side", {
-        "model": clip.name, "tasks": ", ".join(tasks), "seeds": ", ".join(map(str, seeds)),
-        "torch": torch.__version__, "threads": torch.get_num_threads()})
+    report = Report("Prompts for pictures side by side", facts(
+        model=clip.name, tasks=", ".join(tasks), seeds=", ".join(map(str, seeds))))
     for task_name, by_seed in tasks.items():
         _show(report, task_name, {m: cells[task_name, m] for m in methods if (task_name, m) in cells},
               by_seed[min(by_seed)])
-    _left_out(report, failed)
+    left_out(report, failed)
     return report
 
 
@@ -218,7 +225,7 @@ def lab_task(name: str, shots: int, seed: int) -> Task:
         module, _, function = name.partition(":")
         made: Task = getattr(importlib.import_module(module), function)(shots, seed)
         return made
-    pictures = _lab("data").pictures(name)
+    pictures: Any = data.pictures(name)
     labels = pictures.column(SETS[name])
     words = [spaced(str(label).split("/")[-1]).replace("-", " ").replace("&", "and").lower() for label in labels]
     counts = Counter(word for word in words if word)
@@ -266,31 +273,6 @@ def _thumbnail(example: Any) -> Any:
     image = as_image(picture_of(example))
     image.thumbnail((96, 96))
     return np.array(image)
-
-
-def _kept(state: Any, key: Mapping[str, Any], work: Callable[[], Any]) -> Any:
-    """What was measured before, or what ``work()`` measures."""
-    return as_plain(work()) if state is None else _lab("results").ResultCache(state).do(key, work)
-
-
-def _lab(module: str) -> Any:
-    """A module of the lab, which only the bench needs."""
-    try:
-        return importlib.import_module(f"looseleaf_lab.{module}")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("comparing prompts for pictures needs the lab's data and models: pip install "
-                                  "'looseleaf-vision[lab]'") from error
-
-
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]
-
-
-def _left_out(report: Report, failed: Mapping[str, str]) -> None:
-    if failed:
-        table = next((t for t in report.tables if t.title == "Left out"), None) or \
-            report.table("Left out", ["plugin", "reason"])
-        table.rows += [[name, why] for name, why in failed.items()]
 
 
 __all__ = ["BASELINES", "SETS", "PicturePrompts", "compare_picture_prompts", "lab_task", "learned_numbers", "measure"]

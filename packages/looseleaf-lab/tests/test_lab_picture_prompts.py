@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 
 from looseleaf import Report
+
+pytest.importorskip("looseleaf_vision")
+
+from looseleaf_lab.benches.picture_prompts import BASELINES, PicturePrompts, compare_picture_prompts
 from looseleaf_vision import CoOp, LinearProbe, ZeroShot, from_arrays
-from looseleaf_vision.bench import BASELINES, PicturePrompts, compare_picture_prompts
 from looseleaf_vision.testing import toy_clip, toy_pictures
 
 
