@@ -10,11 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import peft
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from looseleaf import Budget, Example, Paper, Prompt, PromptOptimizer, UnsupportedModelError
 from looseleaf.modes import own_random_state, training, with_gradients
@@ -22,9 +20,7 @@ from looseleaf.plugin import In
 from looseleaf.progress import bar
 from looseleaf.prompts.optimizer import Search
 from looseleaf.resume import StateError
-from looseleaf_cings.decoding import ContextAware
 from looseleaf_cings.features import Arm, Rows
-from looseleaf_cings.trainer import ADAPTER, CInGSTrainer, adapter_in, load_adapter, lora_config
 from looseleaf_text import LanguageModel, LocalModel, TextTask
 from looseleaf_text.prompts import Labels, TextPredictor
 from looseleaf_text.slots import fill, slots
@@ -87,6 +83,8 @@ class GroundedPrompt(Prompt):
         """
         if not self.adapter:
             raise ValueError("save_adapter: expected a prompt with an adapter, got one without")
+        import peft
+
         peft.LoraConfig(**self.adapter_config).save_pretrained(os.fspath(folder))
         save_file({name: t.contiguous() for name, t in self.adapter.items()}, Path(folder) / WEIGHTS, {"format": "pt"})
 
@@ -105,7 +103,9 @@ class GroundedPrompt(Prompt):
         missing = [name for name in (CONFIG, WEIGHTS) if not (path / name).is_file()]
         if missing:
             raise ValueError(f"{path}: expected a folder of PEFT with {CONFIG} and {WEIGHTS}, got none of {missing[0]}")
-        config = peft.PeftConfig.from_pretrained(str(path))
+        import peft
+
+        config: Any = peft.PeftConfig.from_pretrained(str(path))
         if not isinstance(config, peft.LoraConfig):
             raise ValueError(f"{path}: expected a LoRA, got {config.peft_type}")
         names = config.target_modules
@@ -119,6 +119,8 @@ class GroundedPredictor(TextPredictor):
     """A :class:`GroundedPrompt` and a local model."""
 
     def __init__(self, prompt: GroundedPrompt, model: LanguageModel) -> None:
+        from looseleaf_cings.decoding import ContextAware
+
         if not isinstance(model, (LocalModel, ContextAware)):
             raise UnsupportedModelError(
                 f"a grounded prompt: expected a LocalModel or context_aware(LocalModel), got {type(model).__name__}: "
@@ -126,6 +128,7 @@ class GroundedPredictor(TextPredictor):
                 "prompt.rows(tokenizer).text(instruction, context)")
         super().__init__(prompt, model)  # type: ignore[arg-type]
         self.grounded = prompt
+        self.aware = model if isinstance(model, ContextAware) else None
         self.local: LocalModel = model.local if isinstance(model, ContextAware) else model
         self._rows = prompt.rows(self.local.tokenizer)
 
@@ -145,8 +148,8 @@ class GroundedPredictor(TextPredictor):
         ``alpha`` times those without (ours, for answers of several tokens)."""
         with self._adapter():
             found = super().scores(examples)
-            if isinstance(self.model, ContextAware) and self.model.alpha:
-                alpha = self.model.alpha
+            if self.aware and self.aware.alpha:
+                alpha = self.aware.alpha
                 bare = super().scores([Example({k: v for k, v in e.inputs.items() if k != self.grounded.context})
                                        for e in examples])
                 found = [[(1 + alpha) * a - alpha * b for a, b in zip(*rows, strict=True)]
@@ -159,9 +162,9 @@ class GroundedPredictor(TextPredictor):
             return super().predict(examples)
         texts = self.render(examples)
         with self._adapter():
-            if isinstance(self.model, ContextAware):
+            if self.aware:
                 bare = [self._text(e, None) for e in examples]
-                return self.model.generate_pairs(texts, bare, self.grounded.max_tokens, list(self.grounded.stop))
+                return self.aware.generate_pairs(texts, bare, self.grounded.max_tokens, list(self.grounded.stop))
             return self.model.generate(texts, self.grounded.max_tokens, list(self.grounded.stop) or None)
 
     def perplexity(self, texts: Sequence[str]) -> float:
@@ -176,6 +179,8 @@ class GroundedPredictor(TextPredictor):
     def _adapter(self) -> Any:
         if not self.grounded.adapter:
             return torch.no_grad()
+        from looseleaf_cings.trainer import adapter_in
+
         return adapter_in(self.local.model, self.grounded.adapter_config, self.grounded.adapter)
 
 
@@ -280,6 +285,11 @@ class CInGS(PromptOptimizer):
             ValueError: a bad task; an example without context or response, named by its row.
             UnsupportedModelError: the model is not local, or has no layers of Linear modules.
         """
+        import peft
+
+        from looseleaf_cings.trainer import ADAPTER, adapter_in, lora_config
+        from looseleaf_cings.training import Training, draw
+
         if isinstance(task, TextTask):
             task.validate()
         self.check_model(model)
@@ -302,9 +312,11 @@ class CInGS(PromptOptimizer):
         with own_random_state(seed), adapter_in(local.model, config, tensors) as wrapped, training(wrapped), \
                 with_gradients(), tempfile.TemporaryDirectory() as scratch:
             if tensors is None:
-                _draw(wrapped, seed)
+                draw(wrapped, seed)
             folder = Path(state_dir) / "checkpoints" if state_dir is not None else None
-            trainer = _Training(self, search, wrapped, rows, folder, scratch)
+            trainer = Training(search, wrapped, rows, folder, scratch, steps=self.steps, epochs=self.epochs,
+                               batch_size=self.batch_size, micro_batch_size=self.micro_batch_size,
+                               learning_rate=self.learning_rate)
             with bar("CInGS", trainer.total, progress) as progress_bar:
                 progress_bar.update(search.done)
                 trainer.progress_bar = progress_bar
@@ -325,84 +337,3 @@ class CInGS(PromptOptimizer):
                 rated[steps] = task.evaluate(prompt.on(search.model), part).score
         prompt.info = search.info(rated.get(steps, 0.0), max(1, len(losses)), losses=list(losses), arm=self.arm)
         return prompt
-
-
-def _draw(wrapped: Any, seed: int) -> None:
-    """First weights of a LoRA from a generator of its own: A as PEFT draws them, B zero."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in wrapped.named_parameters():
-        if f".lora_A.{ADAPTER}." in name:
-            bound = 1 / math.sqrt(parameter.shape[-1])
-            drawn = torch.rand(parameter.shape, generator=generator) * 2 * bound - bound
-            parameter.data.copy_(drawn.to(parameter))
-
-
-class _Training(CInGSTrainer):
-    """The trainer of a search: what it does is charged to the budget first, and a stopped search goes on."""
-
-    def __init__(self, plugin: CInGS, search: Search, model: Any, rows: list[dict[str, list[int]]],
-                 folder: Path | None, scratch: str) -> None:
-        micro = min(plugin.micro_batch_size, plugin.batch_size)
-        accumulation = plugin.batch_size // micro
-        each = math.ceil(math.ceil(len(rows) / micro) / accumulation)
-        self.total = plugin.steps or plugin.epochs * each
-        device = next(model.parameters()).device
-        super().__init__(model=model, train_dataset=rows, callbacks=[_Steps(self)], args=TrainingArguments(
-            output_dir=str(folder or scratch), per_device_train_batch_size=micro, max_steps=self.total,
-            gradient_accumulation_steps=accumulation, learning_rate=plugin.learning_rate, seed=search.seed,
-            save_strategy="no" if folder is None else "steps", save_steps=max(1, self.total // 20), save_total_limit=2,
-            logging_strategy="no", report_to="none", disable_tqdm=True, use_cpu=device.type == "cpu"))
-        self.remove_callback(PrinterCallback)
-        self.args._n_gpu = min(1, self.args.n_gpu)  # no DataParallel
-        self.search, self.folder, self.trained = search, folder, False
-        self.progress_bar: Any = None
-        self.losses: list[float] = search.state["losses"]
-        self._sum = 0.0
-
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One micro batch."""
-        self.search.budget.spend(calls=len(inputs["input_ids"]), tokens=int(inputs["attention_mask"].sum()))
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self._sum += float(loss)
-        return loss
-
-    def run(self) -> None:
-        """Train from where the search is."""
-        checkpoint = self.search.state.get("checkpoint")
-        del self.losses[checkpoint or 0:]
-        self.search.done = checkpoint or 0
-        self.trained = True
-        self.train(resume_from_checkpoint=str(self._saved()) if checkpoint else None)
-
-    def load(self) -> None:
-        """The adapter of the last checkpoint."""
-        load_adapter(self.model, load_file(self._saved() / ADAPTER / WEIGHTS))
-
-    def _saved(self) -> Path:
-        path = Path(str(self.args.output_dir)) / f"checkpoint-{self.search.state['checkpoint']}"
-        if not (path / ADAPTER / WEIGHTS).is_file():
-            raise StateError(f"{path}: expected the checkpoint of a search that was stopped, got nothing: remove the "
-                             "state_dir to begin again")
-        return path
-
-
-class _Steps(TrainerCallback):
-    """Counts the steps, and keeps the state of the search in line with the trainer's checkpoints."""
-
-    def __init__(self, trainer: _Training) -> None:
-        self.trainer = trainer
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """The loss of the step, and whether it ends the training."""
-        trainer = self.trainer
-        trainer.losses.append(trainer._sum)
-        trainer._sum = 0.0
-        trainer.search.done = state.global_step
-        trainer.progress_bar.update()
-        if trainer.folder is not None and state.global_step == trainer.total:
-            control.should_save = True
-
-    def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """The checkpoint is complete: the search may go on from it."""
-        self.trainer.search.state["checkpoint"] = state.global_step
-        self.trainer.search.save()
