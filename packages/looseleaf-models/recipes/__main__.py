@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 def main() -> None:
     """Train one model."""
     sys.path.insert(0, str(HERE))
-    known = sorted(path.stem.replace("_", "-") for path in HERE.glob("*.py") if path.stem != "__main__")
+    known = sorted(path.stem.replace("_", "-") for path in HERE.glob("*.py") if not path.stem.startswith("_"))
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=known)
     parser.add_argument("--seed", type=int, default=0)

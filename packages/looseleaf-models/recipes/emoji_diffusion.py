@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from _reached import Reached
 from mini_clip import make_tokenizer
 from torch import Tensor, nn
 
-from looseleaf.files import replacing
 from looseleaf.progress import bar
 from looseleaf_lab import models, scenes
 
@@ -93,12 +93,9 @@ def train(folder: Path, *, steps: int = 4000, batch: int = 256, seed: int = 0, m
     optimizer = torch.optim.AdamW(whole.parameters(), lr=5e-4, weight_decay=0.01, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 500) * 0.5 * (
         1 + float(np.cos(np.pi * min(1.0, step / schedule_steps)))))
-    start, reached = 0, state / "emoji-diffusion.pt" if state else None
-    if reached and reached.is_file():
-        saved = torch.load(reached, weights_only=True, map_location=device)
-        for part, name in ((whole, "weights"), (average, "average"), (optimizer, "optimizer"), (schedule, "schedule")):
-            part.load_state_dict(saved[name])
-        start = saved["step"]
+    reached = Reached(state / "emoji-diffusion.pt" if state else None, device, weights=whole, average=average,
+                      optimizer=optimizer, schedule=schedule)
+    start = reached.load()
     levels = scheduler.alphas_cumprod.to(device)
     fast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
     with bar("emoji-diffusion", steps) as shown:
@@ -126,11 +123,8 @@ def train(folder: Path, *, steps: int = 4000, batch: int = 256, seed: int = 0, m
             shown.update()
             if step % 50 == 0:
                 shown.set_postfix(loss=f"{loss.item():.4f}")
-            if reached and (step + 1) % 1000 == 0:
-                reached.parent.mkdir(parents=True, exist_ok=True)
-                with replacing(reached) as part:
-                    torch.save({"weights": whole.state_dict(), "average": average.state_dict(), "step": step + 1,
-                                "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, part)
+            if (step + 1) % 1000 == 0:
+                reached.save(step + 1)
     from diffusers import IFPipeline
 
     average.eval().cpu().half()

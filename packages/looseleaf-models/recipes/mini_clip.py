@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _reached import Reached
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -194,13 +195,9 @@ def train(folder: Path, *, steps: int = 4000, batch: int = 128, seed: int = 0, m
     optimizer = torch.optim.AdamW(whole.parameters(), lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 100) * 0.5 * (
         1 + float(np.cos(np.pi * min(1.0, step / steps)))))
-    start, reached = 0, state / "reached.pt" if state else None
-    if reached and reached.is_file():
-        saved = torch.load(reached, weights_only=True, map_location=device)
-        whole.load_state_dict(saved["weights"])
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
-        start = saved["step"]
+    reached = Reached(state / "reached.pt" if state else None, device, weights=whole, optimizer=optimizer,
+                      schedule=schedule)
+    start = reached.load()
     whole.train()
     with bar("mini-clip", steps) as shown:
         shown.update(start)
@@ -227,10 +224,8 @@ def train(folder: Path, *, steps: int = 4000, batch: int = 128, seed: int = 0, m
             schedule.step()
             shown.update()
             shown.set_postfix(loss=f"{loss.item():.3f}")
-            if reached and (step + 1) % 100 == 0:
-                with replacing(reached) as part:
-                    torch.save({"weights": whole.state_dict(), "optimizer": optimizer.state_dict(),
-                                "schedule": schedule.state_dict(), "step": step + 1}, part)
+            if (step + 1) % 100 == 0:
+                reached.save(step + 1)
     model.eval().cpu().half().save_pretrained(folder)
     figures = measure(folder, test, made_up)
     card = {"name": "mini-clip", "self-trained": True, "model_class": "CLIPModel", "processor_class": "CLIPProcessor",

@@ -54,6 +54,31 @@ def test_emoji_diffusion_draws_the_colour_that_it_is_asked_for() -> None:
     assert red[0] > red[2] + 0.2 and blue[2] > blue[0] + 0.2 and tokenizer is pipeline.tokenizer
 
 
+def test_what_training_has_reached_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("looseleaf.files")
+    monkeypatch.syspath_prepend(str(RECIPES))
+    recipe: Any = importlib.import_module("_reached")
+
+    def parts() -> tuple[Any, Any]:
+        model = torch.nn.Linear(2, 1)
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        return model, optimizer
+
+    (model, optimizer), (other, of_other) = parts(), parts()
+    reached = recipe.Reached(tmp_path / "new" / "reached.pt", "cpu", weights=model, optimizer=optimizer)
+    assert reached.load() == 0
+    reached.save(7)
+    assert recipe.Reached(tmp_path / "new" / "reached.pt", "cpu", weights=other, optimizer=of_other).load() == 7
+    assert torch.equal(other.weight, model.weight)
+    assert of_other.state_dict()["state"][0]["step"] == 1
+    nothing = recipe.Reached(None, "cpu", weights=model)
+    nothing.save(3)
+    assert nothing.load() == 0
+
+
 def test_unknown_models() -> None:
     with pytest.raises(ValueError, match=r"expected one of .*, got 'maxi-clip'"):
         looseleaf_models.folder("maxi-clip")
@@ -70,7 +95,8 @@ def test_a_recipe_makes_what_from_pretrained_takes(tmp_path: Path, monkeypatch: 
     try:
         recipe.train(tmp_path / "mini-clip", steps=2, batch=8, made_up=True, state=tmp_path / "state")
     finally:
-        sys.modules.pop("mini_clip", None)
+        for name in ("mini_clip", "_reached"):
+            sys.modules.pop(name, None)
     card = json.loads((tmp_path / "mini-clip" / "card.json").read_text())
     assert card["self-trained"] is True and card["weights"] < 4_000_000 and 0 <= card["figures"]["R@10"] <= 1
     monkeypatch.setattr(looseleaf_models, "CHECKPOINTS", tmp_path)
