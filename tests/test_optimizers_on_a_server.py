@@ -15,17 +15,16 @@ import pytest
 
 import looseleaf
 from looseleaf import Budget, Example, Task
-from looseleaf_text import EndpointModel, LocalModel, TextTask
+from looseleaf_text import EndpointModel, LanguageModel, LocalModel, TextTask
 from looseleaf_text.testing import ToyLanguageModel, toy_task
 from looseleaf_text.testing.servers import letters_model, toy_server, transformers_server
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-ELSEWHERE = {"cings", "layoutprompter", "pragmatic-examples", "sa-icl"}
-"""Methods that train the model, or whose tasks are not a text and its answer: their own tests have a server or say why
-there is none."""
-OF_PICTURES = {"gram", "mocoop", "reprogram-lt", "gensam", "rmask-tuning"}
-OPTIMIZERS = [e.name for e in looseleaf.plugins("prompts") if e.name not in ELSEWHERE | OF_PICTURES]
+ELSEWHERE = {"layoutprompter", "pragmatic-examples", "sa-icl"}
+"""Methods whose tasks are not a text and its answer: their own tests have a server or say why there is none."""
+OPTIMIZERS = [e.name for e in looseleaf.plugins("prompts") if e.name not in ELSEWHERE
+              and issubclass(LanguageModel, looseleaf.load(e.name, kind="prompts").accepts)]
 SMALLER: dict[str, dict[str, Any]] = {
     "ease": {"k": 2, "total_iterations": 4, "n_init": 2, "domain": 50, "keep": 4, "hidden": 8, "train_steps": 10,
              "encoder": ToyLanguageModel().embed},
