@@ -37,6 +37,24 @@ def test_captions_and_colours() -> None:
     assert not any(thing.colour for s in painter.scenes(20, coloured=0.0, two=1.0) for thing in s.things)
 
 
+def test_a_hidden_thing_lies_on_top_of_copies_that_take_on_its_colours() -> None:
+    thing = np.zeros((64, 64, 4), np.uint8)
+    thing[8:56, 8:56] = (200, 40, 40, 255)
+    other = np.zeros((64, 64, 4), np.uint8)
+    other[:] = (20, 40, 220, 255)
+    plain, alike = (scenes.hidden(thing, other, random.Random(3), camouflage=c) for c in (0.0, 1.0))
+    for scene in (plain, alike):
+        assert scene.image.shape == (128, 128, 3) and scene.image.dtype == np.uint8
+        assert np.abs(scene.image[scene.mask].astype(int).mean(0) - (200, 40, 40)).max() < 12
+        assert 30 ** 2 < scene.mask.sum() < 60 ** 2 and 1 <= len(scene.copies) <= 8
+        assert not any((scene.mask & copy).any() for copy in scene.copies)
+    copies = np.any(plain.copies, axis=0)
+    assert np.abs(plain.image[copies].astype(int).mean(0) - (20, 40, 220)).max() < 25
+    assert np.abs(alike.image[copies].astype(int).mean(0) - (200, 40, 40)).max() < 12
+    alone = scenes.hidden(thing, other, random.Random(3), side=64, copies=0)
+    assert not alone.copies and alone.image.shape == (64, 64, 3) and len(np.unique(alone.image[~alone.mask][:, 0])) < 40
+
+
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="expected a name of apple"):
         scenes.Thing("unicorn")

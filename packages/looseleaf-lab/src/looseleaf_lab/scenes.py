@@ -1,4 +1,4 @@
-"""Pictures of one or two emoji on a plain ground, with captions and exact masks.
+"""Pictures of one or two emoji on a plain ground, or of one among many of another, with exact masks.
 
 An object has a name of :data:`NAMES` and a colour of :data:`COLOURS` or its own; two stand side by side. What a caption
 says can be left to chance or given, so that words can be made redundant, biased or meaningful only together.
@@ -112,4 +112,70 @@ def draw(rng: random.Random, *, two: float = 0.5, coloured: float = 0.5, names: 
     return [Thing(name, rng.choice(list(COLOURS)) if rng.random() < coloured else None) for name in chosen]
 
 
-__all__ = ["COLOURS", "EMOJI", "NAMES", "SIZE", "Painter", "Scene", "Thing", "draw"]
+@dataclass(frozen=True)
+class Hidden:
+    """A picture (side, side, 3) uint8 of a thing that lies on copies of another, and exact masks (side, side) bool.
+
+    Attributes:
+        image: the picture.
+        mask: of the thing.
+        copies: what can be seen of each copy; those that are covered are left out.
+    """
+
+    image: np.ndarray
+    mask: np.ndarray
+    copies: tuple[np.ndarray, ...]
+
+
+def hidden(thing: np.ndarray, other: np.ndarray, rng: random.Random, *, side: int = 128, copies: int = 8,
+           camouflage: float = 0.0) -> Hidden:
+    """A scene of one thing among copies of another, as things are hidden that have to be found by their name.
+
+    Args:
+        thing: uint8 RGBA, such as an emoji; it takes a third to a half of the side.
+        other: likewise; each copy takes a fifth to two fifths.
+        rng: draws ground, places and sizes.
+        side: of the picture in pixels.
+        copies: how many, 0 for a plain ground.
+        camouflage: from 0 to 1, how far copies and ground take on the mean and spread of the thing's colours.
+    """
+    centre, spread = _statistics(thing)
+    ground = np.array([rng.randint(200, 255)] * 3 if copies else [rng.randint(60, 255) for _ in range(3)], np.float32)
+    image = np.empty((side, side, 3), np.float32)
+    image[:] = (1 - camouflage) * ground + camouflage * centre
+    own = _statistics(other)
+    painted = other.astype(np.float32)
+    like = (painted[..., :3] - own[0]) / own[1] * spread + centre
+    painted[..., :3] = ((1 - camouflage) * painted[..., :3] + camouflage * like).clip(0, 255)
+    owner = np.zeros((side, side), dtype=np.int64)
+    for n in range(copies):
+        size = rng.randint(round(0.2 * side), round(0.4 * side))
+        _paste(image, owner, n + 1, painted.round().astype(np.uint8), size, rng, size // 3)
+    _paste(image, owner, copies + 1, thing, rng.randint(round(0.34 * side), round(0.52 * side)), rng, 0)
+    masks = [owner == n + 1 for n in range(copies + 1)]
+    return Hidden(image.round().astype(np.uint8), masks[-1], tuple(m for m in masks[:-1] if m.any()))
+
+
+def _statistics(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and spread of each colour where a picture is opaque."""
+    pixels = picture[..., :3][picture[..., 3] > 127].astype(np.float32).reshape(-1, 3)
+    pixels = pixels if len(pixels) else np.full((1, 3), 127, np.float32)
+    return pixels.mean(0), pixels.std(0) + 8  # flat ones would be blown up
+
+
+def _paste(image: np.ndarray, owner: np.ndarray, number: int, picture: np.ndarray, size: int, rng: random.Random,
+           beyond: int) -> None:
+    """Put a picture at a random place, at most ``beyond`` pixels outside, and its number where it is opaque."""
+    from PIL import Image
+
+    side = len(image)
+    x, y = (rng.randint(-beyond, side - size + beyond) for _ in range(2))
+    scaled: Any = Image.fromarray(picture).convert("RGBa").resize((size, size), Image.Resampling.BILINEAR)
+    whole = np.asarray(scaled.convert("RGBA"), dtype=np.float32)
+    inside = np.s_[max(0, -y):side - y, max(0, -x):side - x]
+    alpha, here = whole[..., 3:][inside] / 255, np.s_[max(0, y):y + size, max(0, x):x + size]
+    image[here] = alpha * whole[..., :3][inside] + (1 - alpha) * image[here]
+    owner[here][alpha[..., 0] > 0.5] = number
+
+
+__all__ = ["COLOURS", "EMOJI", "NAMES", "SIZE", "Hidden", "Painter", "Scene", "Thing", "draw", "hidden"]
