@@ -1,0 +1,257 @@
+"""The paper's claims on small LSTMs trained on Brown, on grammars with a known answer, and on SmolLM2-135M."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from looseleaf import Claim, Report
+from looseleaf.statistics import Interval
+from looseleaf_lab import data, models
+from looseleaf_lab.study import Results, Study, above, add_table, below, curve, every
+from looseleaf_word_class.clusters import linear_probe
+from looseleaf_word_class.planted import Grammar, PlantedModel
+from looseleaf_word_class.probe import WORDS, LayerResult, WordClassProbe, numbers
+from looseleaf_word_class.representations import representations, untrained
+from looseleaf_word_class.separation import Separation
+from looseleaf_word_class.tags import brown_class
+from looseleaf_word_class.windows import Windows
+from looseleaf_word_class.word_model import WordModel, train_word_model
+
+LAST, OURS = "layers.1", "this project's rule"
+CLASSES = ("ADJ", "ADP", "ADV", "DET", "NOUN", "VERB")
+"""Of next words before which SmolLM2 is looked at; set before measuring."""
+SPREAD, ZERO = 0.10, 0.02
+"""Highest standard deviation over seeds beside the mean's size, and a conditional GDV that counts as 0; set before."""
+CONDITIONS = (("the last word's class", "end", "given last"), ("the last word", "by word", "given last"),
+              ("the next word's frequency", "end", "frequency"))
+"""In words, and where a row has it."""
+NEXT, GIVEN = ("next", "low", "high"), ("given last value", "given last low", "given last high")
+KNOWN = ("last", "next", "frequency", "noise")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How much is trained and read: words known, width, steps on Brown and on a grammar, windows of each class (for
+    SmolLM2 apart), permutations."""
+
+    words: int = 5000
+    hidden: int = 128
+    steps: int = 700
+    grammar_steps: int = 400
+    per_class: int = 200
+    smollm2: int = 200
+    permutations: int = 100
+
+    @property
+    def checkpoints(self) -> tuple[int, ...]:
+        """Steps after which the network is looked at."""
+        return tuple(dict.fromkeys(self.steps * n // 32 for n in (0, 1, 4, 16, 32)))
+
+    @property
+    def probe(self) -> WordClassProbe:
+        """The probe of the small networks."""
+        return WordClassProbe(per_class=self.per_class, permutations=self.permutations)
+
+
+@functools.cache
+def brown() -> tuple[list[Any], list[Any]]:
+    """Files of Brown as texts, four fifths to train on and the rest to measure on."""
+    files: dict[str, list[tuple[str, str]]] = {}
+    for row in data.rows("brown"):
+        files.setdefault(row["file"], []).extend(
+            (word, brown_class(tag)) for word, tag in zip(row["words"], row["tags"], strict=True))
+    texts = [files[name] for name in sorted(files)]
+    return [t for n, t in enumerate(texts) if n % 5], texts[::5]
+
+
+def measure(seed: int, scale: Scale) -> dict[str, Any]:
+    """A network trained on Brown and looked at on the way, and one for each of two grammars."""
+    train, test = brown()
+    probe = scale.probe
+    windows = probe.windows(test, seed)
+    model = WordModel.of(train, scale.words, hidden=scale.hidden, seed=seed)
+    steps: dict[int, Any] = {}
+
+    def look(step: int) -> None:
+        found = representations(model, model.encode, windows, progress=False)
+        steps[step] = plain(probe.measure(found, windows, seed, progress=False))
+
+    losses = train_word_model(model, train, steps=scale.steps, seed=seed, watch=look, at=scale.checkpoints,
+                              progress=False)
+    found = representations(model, model.encode, windows, progress=False)
+    by_word = dataclasses.replace(probe, condition="last word")
+    states = Separation(found.states[LAST]).points.numpy()
+    score = linear_probe(states, numbers(windows.labels), numbers(windows.texts), windows.last_words, seed)
+    return {"steps": steps, "end": steps[scale.steps], "start": steps[0], "windows": len(windows),
+            "classes": windows.classes, "loss": float(np.mean(losses[-50:])),
+            "by word": plain(by_word.measure(found, windows, seed, progress=False)),
+            "probe": {"accuracy": score.accuracy, "control task": score.control, "selectivity": score.selectivity},
+            "grammar": {order: on_grammar(Grammar(order), seed, scale) for order in (1, 2)}}
+
+
+def plain(results: Sequence[LayerResult]) -> dict[str, Any]:
+    """What the study keeps of layers: layer -> name -> number."""
+    return {r.layer: {
+        "next": r.next.value, "low": r.next.interval.low, "high": r.next.interval.high, "permuted": r.next.null,
+        "p": r.next.p, "last": r.last, "dead": r.dead,
+        **{f"{name} {what}": value for name, found in (("given last", r.given_last), ("frequency", r.given_frequency))
+           if found is not None for what, value in (("value", found.value), ("low", found.interval.low), (
+               "high", found.interval.high), ("permuted", found.null), ("p", found.p))}} for r in results}
+
+
+def on_grammar(grammar: Grammar, seed: int, scale: Scale) -> dict[str, Any]:
+    """The last layer of a network before and after training on a grammar."""
+    windows = scale.probe.windows(grammar.sample(150, seed=1000 + seed), seed)
+    model = WordModel(grammar.vocabulary(), hidden=64, seed=seed)
+    out: dict[str, Any] = {}
+
+    def look(step: int) -> None:
+        found = representations(model, model.encode, windows, progress=False)
+        out["trained" if step else "untrained"] = plain(scale.probe.measure(found, windows, seed, progress=False))[LAST]
+
+    train_word_model(model, grammar.sample(2000, seed=seed), steps=scale.grammar_steps, batch=32, lr=1e-2, seed=seed,
+                     watch=look, at=(0, scale.grammar_steps), progress=False)
+    return out
+
+
+def once(scale: Scale) -> dict[str, Any]:
+    """What the probe finds where the answer is known, and in SmolLM2 and a copy with random weights."""
+    grammar = Grammar(order=2, sharp=1.0, frequent=2)
+    planted = dataclasses.replace(scale.probe, layers=KNOWN)
+    windows = planted.windows(grammar.sample(150), 0)
+    model: Any = PlantedModel(grammar)
+    found = {r.layer: r for r in planted.measure(representations(model, model.encode, windows, KNOWN, progress=False),
+                                                 windows, progress=False)}
+    given = {name: (r.given_last, r.given_frequency) for name, r in found.items()}
+    checks = {
+        "point classes have their exact value": abs(found["next"].next.value + (5 / 8) ** 0.5) < 1e-9,
+        "knowledge passes every condition": all(m is not None and m.value < -0.5 for m in given["next"]),
+        "a copy of the last class is 0 given it": given["last"][0] is not None and given["last"][0].value == 0,
+        "frequency alone looks like knowledge": found["frequency"].next.value < -0.5,
+        "and is 0 given frequency": given["frequency"][1] is not None and given["frequency"][1].value == 0,
+        "noise has no class": abs(found["noise"].next.value) < ZERO}
+    probe = WordClassProbe(per_class=scale.smollm2, permutations=scale.permutations, classes=CLASSES)
+    windows = probe.windows(brown()[1], 0)
+    model, tokenizer = models.load("smollm2")
+
+    def of(model: Any, windows: Windows = windows) -> dict[str, Any]:
+        return plain(probe.measure(representations(model, tokenizer, windows, progress=False), windows, progress=False))
+
+    return {"planted": checks, "SmolLM2": of(model), "random copy": of(untrained(model))}
+
+
+def show(report: Report, results: Results) -> None:
+    """Layers of the networks with every control, training, grammars, and the layers of SmolLM2."""
+    scale, first = results.scale, results.rows[0]
+    report.facts |= {"network": f"LSTM, 2 layers of {scale.hidden}, {scale.words} words, {scale.steps} steps of 1,280 "
+                                "words, self-trained", "windows": first["windows"],
+                     "classes": ", ".join(first["classes"]), "loss at the end, nats a word": results.mean("loss")}
+    layers = list(first["end"])
+    add_table(report, "GDV of the next word's class, networks trained on Brown", (
+        {"layer": name, "trained": results.interval("end", name, "next"),
+         "untrained": results.interval("start", name, "next"), "permuted labels": results.mean("end", name, "permuted"),
+         "last word's class": results.mean("end", name, "last"), "dead units": results.mean("end", name, "dead")}
+        for name in layers), f"means over {len(results.seeds)} seeds, 95 % bootstrap; windows of files not trained on")
+    add_table(report, "More than copying?", (
+        {"layer": name, "given": label, "trained": results.interval(key, name, f"{kind} value"),
+         "untrained": results.mean("start", name, f"{kind} value") if key == "end" else None,
+         "permuted labels": results.mean(key, name, f"{kind} permuted"),
+         "largest p": max(results.values(key, name, f"{kind} p"))}
+        for label, key, kind in (("the last word's class", "end", "given last"), ("the last word", "by word", "given last"),
+                                 ("the next word's frequency", "end", "frequency")) for name in layers),
+        "conditional GDV: classes are compared among windows that agree in the condition")
+    add_table(report, "Linear probe of the last layer", (
+        {"measure": name, "accuracy": results.interval("probe", name)} for name in first["probe"]),
+        f"{len(first['classes'])} classes of equal size; control task: a class drawn at random for each last word")
+    report.figure("GDV over training, Brown", x_label="step", y_label="GDV of the next word's class", series=[
+        curve(name, scale.checkpoints, [results.interval("steps", str(step), name, "next") for step in scale.checkpoints])
+        for name in layers])
+    add_table(report, "Grammars, last layer", (
+        {"order": order, "network": kind, "next class": results.interval("grammar", order, kind, "next"),
+         "last class": results.mean("grammar", order, kind, "last"),
+         "given the last class": results.interval("grammar", order, kind, "given last value")}
+        for order in ("1", "2") for kind in ("untrained", "trained")),
+        "5 classes of 40 words. Order 1: the last class says all there is to know; order 2: it says nothing")
+    both = [results.once[name] for name in ("SmolLM2", "random copy")]
+    add_table(report, "SmolLM2-135M on Brown", (
+        {"layer": name, "next class": _interval(own[name], *NEXT),
+         "random copy": other[name]["next"], "permuted labels": own[name]["permuted"], "last class": own[name]["last"],
+         "given the last class": _interval(own[name], *GIVEN),
+         "p": own[name]["given last p"], "random copy, given": other[name]["given last value"],
+         "given frequency": own[name]["frequency value"]}
+        for own, other in (both,) for name in own),
+        f"{scale.smollm2} windows of each of {', '.join(CLASSES)}; 95 % bootstrap over files")
+    names = list(both[0])
+    report.figure("SmolLM2-135M by layer", x_label="layer: 0 is the last word's vector", y_label="GDV", series=[
+        curve(f"{label}, {who}" if who else label, range(len(names)),
+              [_interval(own[name], *keys) for name in names])
+        for own, who in zip(both, ("", "random copy"), strict=True)
+        for label, keys in (("next class", NEXT), ("given the last class", GIVEN))])
+
+
+def claims(results: Results) -> Iterator[Claim]:
+    """Every claim with its verdict; the quick run decides the planted answers alone."""
+    claim = functools.partial(results.claim, count="seeds")
+    checks = results.once["planted"]
+    yield results.claim("Control: the probe finds a planted class and nothing else", OURS, "-", "every check holds",
+                        all(checks.values()), "; ".join(f"{k}: {'yes' if v else 'no'}" for k, v in checks.items()),
+                        any_scale=True)
+    end, start = results.interval("end", LAST, "next"), results.interval("start", LAST, "next")
+    chance = results.interval("end", LAST, "permuted")
+    yield claim("Activations after nine words cluster by the class of the tenth, without labels in training",
+                "abstract", "qualitative [abstract]", "last layer: trained below untrained below permuted labels, "
+                "intervals over seeds apart", end.high < start.low and start.high < chance.low,
+                f"trained {end:.4f}, untrained {start:.4f}, permuted {chance:.4f}")
+    deeper = [results.interval("end", name, "next", minus=("end", other, "next"))
+              for other, name in ((WORDS, "layers.0"), ("layers.0", LAST))]
+    yield claim("The clustering grows with depth", "[memory]", "[memory]", "interval of the difference of GDV to the "
+                "layer before below 0, for both layers", every(*map(below, deeper)),
+                f"layer 1 less word vectors {deeper[0]:+.4f}, layer 2 less layer 1 {deeper[1]:+.4f}")
+    middle = str(results.scale.checkpoints[min(2, len(results.scale.checkpoints) - 1)])
+    longer = [results.interval("steps", middle, LAST, "next", minus=("start", LAST, "next")),
+              results.interval("end", LAST, "next", minus=("steps", middle, LAST, "next"))]
+    yield claim("The clustering grows with training", "[memory]", "[memory]", "last layer: interval below 0 of the "
+                "change in the first eighth of the steps and of that in the rest", every(*map(below, longer)),
+                f"first eighth {longer[0]:+.4f}, the rest {longer[1]:+.4f}")
+    values = results.values("end", LAST, "next")
+    spread = float(np.std(values, ddof=1)) / abs(end.value) if len(values) > 1 else None
+    yield claim("The GDV at the end of training is reproducible over initialisations", "2021 paper, abstract",
+                "reproducible [abstract]", f"standard deviation over seeds at most {SPREAD:.0%} of the mean's size",
+                None if spread is None else spread <= SPREAD,
+                "one seed" if spread is None else f"{spread:.1%} of {end.value:.4f}, windows drawn anew for each seed")
+    for key, what in (("end", "the last word's class"), ("by word", "the last word")):
+        given = results.interval(key, LAST, "given last value")
+        p = max(results.values(key, LAST, "given last p"))
+        yield claim(f"More than copying: next classes are separated among windows with {what} in common", OURS, "-",
+                    "last layer: interval over seeds below 0 and p <= 0.05 in every seed",
+                    every(below(given), p <= 0.05), f"{given:+.4f}, largest p {p:.3f}")
+    gain = results.interval("end", LAST, "given last value", minus=("start", LAST, "given last value"))
+    yield claim("Training adds to it", OURS, "-", "interval of trained less untrained, given the last word's class, "
+                "below 0", below(gain), f"{gain:+.4f}")
+    one, two = (results.interval("grammar", order, "trained", "given last value") for order in ("1", "2"))
+    seen = results.interval("grammar", "1", "trained", "next")
+    yield claim("Where the last class says all, the GDV shows a class and the conditional one does not", OURS, "-",
+                f"order 1: interval of the GDV below -0.1, mean of the conditional one within {ZERO} of 0",
+                every(below(seen, -0.1), abs(one.value) <= ZERO), f"GDV {seen:+.4f}, conditional {one:+.4f}")
+    yield claim("Where the last class says nothing, the conditional GDV shows what was learned", OURS, "-",
+                f"order 2: interval below -{ZERO}", below(two, -ZERO), f"{two:+.4f}")
+    own, other = (list(results.once[name].values())[-1] for name in ("SmolLM2", "random copy"))
+    seen, fresh, given, copied = (_interval(of, *keys) for keys in (NEXT, GIVEN) for of in (own, other))
+    yield results.claim("SmolLM2-135M separates next classes more than its random copy does", OURS, "-", "last layer: "
+                        "intervals over files apart", above(fresh, seen.high), f"{seen:+.4f}, copy {fresh:+.4f}")
+    yield results.claim("... also among windows with the last word's class in common", OURS, "-", "last layer: "
+                        "interval over files below 0 and p <= 0.05", every(below(given), own["given last p"] <= 0.05),
+                        f"{given:+.4f}, p {own['given last p']:.3f}; copy {copied:+.4f}")
+
+
+def _interval(layer: Mapping[str, Any], *keys: str) -> Interval:
+    return Interval(*(layer[key] for key in keys))
+
+
+study = Study("word-class: the paper's claims", measure, claims, show=show, once=once, full=Scale(),
+              quick=Scale(1000, 32, 32, 40, 40, 8, 20), quick_seeds=2)
