@@ -147,7 +147,7 @@ def once(scale: Scale) -> dict[str, Any]:
 
 def show(report: Report, results: Results) -> None:
     """Layers of the networks with every control, training, grammars, and the layers of SmolLM2."""
-    scale, first = results.scale, results.rows[0]
+    scale, first, steps = results.scale, results.rows[0], results.scale.checkpoints
     report.facts |= {"network": f"LSTM, 2 layers of {scale.hidden}, {scale.words} words, {scale.steps} steps of 1,280 "
                                 "words, self-trained", "windows": first["windows"],
                      "classes": ", ".join(first["classes"]), "loss at the end, nats a word": results.mean("loss")}
@@ -162,15 +162,13 @@ def show(report: Report, results: Results) -> None:
          "untrained": results.mean("start", name, f"{kind} value") if key == "end" else None,
          "permuted labels": results.mean(key, name, f"{kind} permuted"),
          "largest p": max(results.values(key, name, f"{kind} p"))}
-        for label, key, kind in (("the last word's class", "end", "given last"), ("the last word", "by word", "given last"),
-                                 ("the next word's frequency", "end", "frequency")) for name in layers),
+        for label, key, kind in CONDITIONS for name in layers),
         "conditional GDV: classes are compared among windows that agree in the condition")
     add_table(report, "Linear probe of the last layer", (
         {"measure": name, "accuracy": results.interval("probe", name)} for name in first["probe"]),
         f"{len(first['classes'])} classes of equal size; control task: a class drawn at random for each last word")
     report.figure("GDV over training, Brown", x_label="step", y_label="GDV of the next word's class", series=[
-        curve(name, scale.checkpoints, [results.interval("steps", str(step), name, "next") for step in scale.checkpoints])
-        for name in layers])
+        curve(name, steps, [results.interval("steps", step, name, "next") for step in steps]) for name in layers])
     add_table(report, "Grammars, last layer", (
         {"order": order, "network": kind, "next class": results.interval("grammar", order, kind, "next"),
          "last class": results.mean("grammar", order, kind, "last"),
@@ -212,7 +210,7 @@ def claims(results: Results) -> Iterator[Claim]:
     yield claim("The clustering grows with depth", "[memory]", "[memory]", "interval of the difference of GDV to the "
                 "layer before below 0, for both layers", every(*map(below, deeper)),
                 f"layer 1 less word vectors {deeper[0]:+.4f}, layer 2 less layer 1 {deeper[1]:+.4f}")
-    middle = str(results.scale.checkpoints[min(2, len(results.scale.checkpoints) - 1)])
+    middle = results.scale.checkpoints[2]
     longer = [results.interval("steps", middle, LAST, "next", minus=("start", LAST, "next")),
               results.interval("end", LAST, "next", minus=("steps", middle, LAST, "next"))]
     yield claim("The clustering grows with training", "[memory]", "[memory]", "last layer: interval below 0 of the "
