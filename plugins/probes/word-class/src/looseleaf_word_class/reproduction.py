@@ -42,7 +42,7 @@ class Scale:
     words: int = 5000
     hidden: int = 128
     steps: int = 700
-    grammar_steps: int = 400
+    grammar_steps: int = 600
     per_class: int = 200
     smollm2: int = 200
     permutations: int = 100
@@ -91,7 +91,7 @@ def measure(seed: int, scale: Scale) -> dict[str, Any]:
             "classes": windows.classes, "loss": float(np.mean(losses[-50:])),
             "by word": plain(by_word.measure(found, windows, seed, progress=False)),
             "probe": {"accuracy": score.accuracy, "control task": score.control, "selectivity": score.selectivity},
-            "grammar": {order: on_grammar(Grammar(order), seed, scale) for order in (1, 2)}}
+            "grammar": {order: on_grammar(Grammar(order, sharp=0.9), seed, scale) for order in (1, 2)}}
 
 
 def plain(results: Sequence[LayerResult]) -> dict[str, Any]:
