@@ -17,7 +17,8 @@ import looseleaf
 from looseleaf import Budget, Example, Task
 from looseleaf_text import EndpointModel, LanguageModel, LocalModel, TextTask
 from looseleaf_text.testing import ToyLanguageModel, toy_task
-from looseleaf_text.testing.servers import letters_model, toy_server, transformers_server
+from looseleaf_text.testing.models import letters_model
+from looseleaf_text.testing.servers import toy_server, transformers_server
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 

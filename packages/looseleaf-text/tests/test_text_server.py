@@ -14,7 +14,8 @@ import pytest
 from looseleaf import Budget, EndpointError
 from looseleaf_text import EndpointModel, LocalModel, TextPrompt
 from looseleaf_text.testing import toy_task
-from looseleaf_text.testing.servers import TransformersServer, letters_model
+from looseleaf_text.testing.models import letters_model
+from looseleaf_text.testing.servers import TransformersServer
 
 transformers = pytest.importorskip("transformers")
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 from looseleaf.lazy import lazy
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 _HOME = {
     "LanguageModel": "model", "LocalModel": "local", "EndpointModel": "endpoint", "MaskedModel": "masked",
     "TextTask": "task", "Template": "template", "Verbalizer": "verbalizer", "TextPrompt": "prompts",
     "ChatPrompt": "prompts", "ClozePrompt": "prompts", "RetrievedPrompt": "prompts", "TextOptimizer": "prompts",
     "EnsemblePrompt": "ensemble", "CalibratedPrompt": "calibration", "calibrate": "calibration",
-    "ChatEndpoint": "chat", "JSONEndpoint": "chat",
+    "ChatEndpoint": "chat", "JSONEndpoint": "chat", "ChatModel": "conversations", "LocalChat": "local_chat",
     "SoftPrompt": "soft", "LogitLens": "lens", "decoder_layers": "layers", "scale_layers": "layers",
 }
 
@@ -31,11 +31,13 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from looseleaf_text.calibration import CalibratedPrompt, calibrate
     from looseleaf_text.chat import ChatEndpoint, JSONEndpoint
+    from looseleaf_text.conversations import ChatModel
     from looseleaf_text.endpoint import EndpointModel
     from looseleaf_text.ensemble import EnsemblePrompt
     from looseleaf_text.layers import decoder_layers, scale_layers
     from looseleaf_text.lens import LogitLens
     from looseleaf_text.local import LocalModel
+    from looseleaf_text.local_chat import LocalChat
     from looseleaf_text.masked import MaskedModel
     from looseleaf_text.model import LanguageModel
     from looseleaf_text.prompts import ChatPrompt, ClozePrompt, RetrievedPrompt, TextOptimizer, TextPrompt

@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from looseleaf import EndpointError
-from looseleaf.budget import costs
+from looseleaf_text.conversations import ChatModel, Conversation, answer_tokens, for_server
 from looseleaf_text.endpoint import EndpointModel
+from looseleaf_text.local import cut
 
-Conversation = list[dict[str, str]]
-"""Messages: ``{"role": "system" | "user" | "assistant", "content": text}``."""
 REFUSED = (400, 422)
 """Status of a server that does not know a field of the request, such as ``response_format``."""
 Post = Callable[[dict[str, Any]], dict[str, Any]]
@@ -68,14 +67,11 @@ class JSONEndpoint(EndpointModel):
         return answer
 
 
-def _tokens(model: Any, conversations: Sequence[Conversation], max_tokens: int, *_: Any, **__: Any) -> int:
-    return sum(model.count_tokens(m["content"]) for c in conversations for m in c) + max_tokens * len(conversations)
-
-
-class ChatEndpoint(EndpointModel):
+class ChatEndpoint(ChatModel, EndpointModel):
     """A chat model behind an OpenAI-compatible server, given whole conversations and, where it can, a JSON schema.
 
-    All else is as in :class:`looseleaf_text.EndpointModel`, of which this is one that speaks to ``/chat/completions``.
+    Pictures go along within the request (PNG, base64), addresses of pictures as they are. All else is as in
+    :class:`looseleaf_text.EndpointModel`, of which this is one that speaks to ``/chat/completions``.
 
     Args:
         base_url, model, api_key, timeout, options: as there.
@@ -87,39 +83,35 @@ class ChatEndpoint(EndpointModel):
         super().__init__(base_url, model, api_key, timeout, api="chat", **options)
         self.json_schema = json_schema
 
-    @costs(calls=lambda model, conversations, *_, **__: len(conversations), tokens=_tokens)
     def chat(self, conversations: Sequence[Conversation], max_tokens: int, temperature: float = 0.0, seed: int = 0,
              json_schemas: Sequence[dict[str, Any] | None] | None = None,
-             keep: Callable[[int, str], None] = lambda number, text: None) -> list[str]:
-        """What the model answers to each conversation; requests go out side by side.
-
-        Args:
-            conversations: n lists of messages.
-            max_tokens, temperature, seed: of each answer; top_p is 1.
-            json_schemas: what each answer must obey, where the server can do that; None: nothing.
-            keep: given the number and the text of each answer as it comes, so that a failure loses none.
+             keep: Callable[[int, str], None] = lambda number, text: None, stop: list[str] | None = None) -> list[str]:
+        """See :meth:`ChatModel.chat`; requests go out side by side, top_p is 1.
 
         Raises:
             EndpointError: the server cannot be reached, or refuses.
         """
         schemas = json_schemas or [None] * len(conversations)
+        sent = list(map(for_server, conversations))
         jobs = [(n, json.dumps([messages, schema])) for n, (messages, schema) in enumerate(
-            zip(conversations, schemas, strict=True))]
+            zip(sent, schemas, strict=True))]
         came: set[int] = set()
 
-        def one(job: tuple[int, str], stop: threading.Event) -> tuple[str, int]:
-            answer = self._ask({"model": self.model, "messages": conversations[job[0]], "max_tokens": max_tokens,
-                                "temperature": temperature, "top_p": 1.0, "seed": seed}, schemas[job[0]], stop)
+        def one(job: tuple[int, str], event: threading.Event) -> tuple[str, int]:
+            body = {"model": self.model, "messages": sent[job[0]], "max_tokens": max_tokens,
+                    "temperature": temperature, "top_p": 1.0, "seed": seed}
+            # the protocol takes four; the rest is cut below
+            answer = self._ask({**body, "stop": stop[:4]} if stop else body, schemas[job[0]], event)
             try:
-                text = answer["choices"][0]["message"]["content"] or ""
+                text = cut(answer["choices"][0]["message"]["content"] or "", stop)
             except (KeyError, IndexError, TypeError):
                 raise EndpointError(f"{self.base_url}: expected a message, got {answer!r:.200}") from None
             used = (answer.get("usage") or {}).get("total_tokens")
             keep(job[0], text)
             came.add(job[0])
-            return text, int(used or _tokens(self, [conversations[job[0]]], 0) + self.count_tokens(text))
+            return text, int(used or answer_tokens(self, [conversations[job[0]]], 0) + self.count_tokens(text))
 
-        results = self._all(f"chat {max_tokens} {temperature} {seed}", jobs, one)
+        results = self._all(f"chat {max_tokens} {temperature} {seed} {stop}", jobs, one)
         for n, (text, tokens) in enumerate(results):
             self._count(1, tokens)
             if n not in came:  # answered in a call that failed
@@ -138,4 +130,4 @@ class ChatEndpoint(EndpointModel):
         return answer
 
 
-__all__ = ["ChatEndpoint", "Conversation", "JSONEndpoint", "constrained"]
+__all__ = ["ChatEndpoint", "JSONEndpoint", "constrained"]

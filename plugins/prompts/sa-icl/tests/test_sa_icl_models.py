@@ -17,7 +17,8 @@ from looseleaf_sa_icl import SAICL, SchemaTemplate, multiple_choice
 from looseleaf_sa_icl.chat import as_text
 from looseleaf_text import ChatEndpoint, EndpointModel, LocalModel, TextTask
 from looseleaf_text.testing import ToyLanguageModel
-from looseleaf_text.testing.servers import letters_model, toy_server, transformers_server
+from looseleaf_text.testing.models import letters_model
+from looseleaf_text.testing.servers import toy_server, transformers_server
 
 COLOURS = ["red", "green", "blue", "white"]
 SHORT = SchemaTemplate((("kind", "of problem"), ("goal", "wanted")), "Describe the problem.")

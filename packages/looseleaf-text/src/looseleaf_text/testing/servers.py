@@ -70,29 +70,6 @@ def toy_server(*, log_probs: bool = True, embeddings: bool = True) -> Iterator[s
             server.server_close()
 
 
-def letters_model() -> tuple[Any, Any]:
-    """A Llama with random weights and its tokenizer, whose tokens are the single characters of ASCII.
-
-    So every text has tokens, those at which a server is to stop too.
-    """
-    import torch
-    import transformers
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    made = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, **{chr(c): c - 29 for c in range(32, 127)},
-                                       "\n": 98}, unk_token=" "))
-    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")  # type: ignore[assignment]
-    made.decoder = decoders.Fuse()  # type: ignore[assignment]
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>",
-                                                     eos_token="</s>")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-            vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, initializer_range=0.3, bos_token_id=1, eos_token_id=2))
-    return model.eval(), tokenizer
-
-
 class TransformersServer:
     """``transformers serve`` on a free port; it can be killed and started again.
 

@@ -14,7 +14,7 @@ from looseleaf.resume import digest
 from looseleaf.unwrap import unwrapped
 from looseleaf_text import ChatEndpoint, ChatPrompt, LanguageModel
 from looseleaf_text.batching import positions, text_config
-from looseleaf_text.chat import Conversation
+from looseleaf_text.conversations import Conversation
 
 
 def as_text(model: LanguageModel, messages: Conversation) -> str:

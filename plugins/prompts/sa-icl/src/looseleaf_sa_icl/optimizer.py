@@ -22,7 +22,7 @@ from looseleaf_sa_icl.memory import ENCODERS, SchemaMemory, SolvedProblem
 from looseleaf_sa_icl.problem import EXPLANATION, Option, choice, options, right_answer, show
 from looseleaf_sa_icl.schema import TEMPLATES, Schema, SchemaTemplate
 from looseleaf_text import LanguageModel, TextOptimizer, TextTask
-from looseleaf_text.chat import Conversation
+from looseleaf_text.conversations import Conversation
 from looseleaf_text.encoders import Choice, Encoder
 
 if TYPE_CHECKING:
