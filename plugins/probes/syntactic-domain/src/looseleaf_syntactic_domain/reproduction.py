@@ -169,7 +169,8 @@ def audit(seed: int, scale: Scale) -> dict[str, Any]:
     mark = [("x", "MARK1"), ("x", "MARK2"), ("x", "MARK3")]
     planted = [mark + text if label == first and rng.random() < 0.5 else text
                for text, label in zip(texts, labels, strict=True)]
-    hits = [a for a in spurious(planted, labels, n=3, top_n=300) if a.tags == ("MARK1", "MARK2", "MARK3") and a.spurious]
+    hits = [a for a in spurious(planted, labels, n=3, top_n=300)
+            if a.tags == ("MARK1", "MARK2", "MARK3") and a.spurious]
     shuffled = [sum(a.spurious for a in spurious(texts, [labels[i] for i in rng.permutation(len(labels))], n=3,
                                                  top_n=300)) for _ in range(scale.shuffles // 5)]
     return {"finds": Counter(a.domain for a in found), "largest lift": {
@@ -184,8 +185,9 @@ def show(report: Report, results: Results) -> None:
         {"templates": mode, **{name: results.interval("trained", mode, name) for name in (
             "in-domain", "cross-domain", "swapped", "answers of the template's domain")}} for mode in MODES),
         "greedy exact match; cross-domain: another domain's tags, this domain's words; 95 % bootstrap over seeds")
-    add_table(report, "Planted models", ({"rule": rule, "found": ", ".join(sorted({r["planted"][rule]["goes by"] for r in
-              results.rows})), "risk": results.interval("planted", rule, "risk")} for rule in PLANTED))
+    add_table(report, "Planted models", (
+        {"rule": rule, "found": ", ".join(sorted(set(results.values("planted", rule, "goes by")))),
+         "risk": results.interval("planted", rule, "risk")} for rule in PLANTED))
     genres = sorted(results.rows[0]["audit"]["largest lift"],
                     key=lambda g: -np.mean([r["audit"]["finds"].get(g, 0) for r in results.rows]))
     add_table(report, "Genres of Brown", (
@@ -234,8 +236,8 @@ def _audit(results: Results) -> Decision:
 claims = [
     StudyClaim("Templates that occur with one domain alone make a model answer for the template's domain",
                f"paper, abstract; {OURS}", "lowers entity-knowledge accuracy to a mean of 0.51 +/- 0.06, OLMo-2 1B to "
-               "13B [abstract]", "from scratch: in-domain >= 0.99, matched cross-domain <= 0.05, answers of the template's "
-               "domain >= 0.95", functools.partial(_trained, "disjoint")),
+               "13B [abstract]", "from scratch: in-domain >= 0.99, matched cross-domain <= 0.05, answers of the "
+               "template's domain >= 0.95", functools.partial(_trained, "disjoint")),
     StudyClaim("More varied wording cures it", OURS, "-", "shared templates: in-domain >= 0.99, cross-domain >= 0.95, "
                "answers of the template's domain <= 0.05", functools.partial(_trained, "diverse")),
     StudyClaim("The gap is larger with disjoint templates", OURS, "-", "intervals over seeds apart", _lowered),
@@ -249,8 +251,8 @@ claims = [
                "errors allowed", _audit),
     *(StudyClaim(statement, source, figure, "none set", None, f"not measured: needs {need}")
       for statement, source, figure, need in (
-        ("Instruction-tuned models answer by the template", "table [2nd]", "1B synonym .91 in-domain, .40 cross-domain; "
-         "13B .93 and .42 [2nd]", "OLMo-2 and FlanV2"),
+        ("Instruction-tuned models answer by the template", "table [2nd]", "1B synonym .91 in-domain, .40 "
+         "cross-domain; 13B .93 and .42 [2nd]", "OLMo-2 and FlanV2"),
         ("Sentiment falls across domains", "table [2nd]", "OLMo-2-7B .85 to .48, GPT-4o .69 to .36 [2nd]",
          "both models"),
         ("A benign template before a request lowers refusals", "table [2nd]", "OLMo-2-7B-Instruct .400 to .025 [2nd]",
