@@ -54,6 +54,26 @@ def test_emoji_diffusion_draws_the_colour_that_it_is_asked_for() -> None:
     assert red[0] > red[2] + 0.2 and blue[2] > blue[0] + 0.2 and tokenizer is pipeline.tokenizer
 
 
+def test_mini_sam_cuts_out_what_is_in_the_box() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    image = pytest.importorskip("PIL.Image")
+    folder = looseleaf_models.folder("mini-sam")
+    model = transformers.SamModel.from_pretrained(folder, dtype="float32").eval()
+    processor = transformers.SamProcessor.from_pretrained(folder)
+    picture = image.new("RGB", (128, 128), (230, 230, 230))
+    picture.paste((200, 40, 40), (30, 40, 80, 90))
+    inputs = processor(images=picture, input_boxes=[[[30.0, 40.0, 80.0, 90.0]]], return_tensors="pt")
+    inputs["input_boxes"] = inputs["input_boxes"].float()
+    with torch.no_grad():
+        out = model(**inputs, multimask_output=True)
+    mask = processor.post_process_masks(out.pred_masks, inputs["original_sizes"], inputs["reshaped_input_sizes"])[0][
+        0, int(out.iou_scores.argmax())]
+    truth = torch.zeros(128, 128, dtype=torch.bool)
+    truth[40:90, 30:80] = True
+    assert (mask & truth).sum() / (mask | truth).sum() > 0.7
+
+
 def test_what_training_has_reached_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     pytest.importorskip("looseleaf.files")
