@@ -3,10 +3,10 @@
 Things have a color, a home and a food. :class:`PlantedModel` reads a question and adds ``strength`` to the logit of its
 answer at the beginning of every line; all else is a table of which token follows which, the only thing that is trained.
 As it stands it rambles: a line most likely begins with the next question, and nothing ends. So it does not follow
-instructions, each of the three rules is needed to make it, and tuning the table on responses alone, or on the
-questions of one relation, makes it follow all of them, since the table knows no instruction. With strength 0 it knows
-no answer: there is no instruction to be followed then, whatever it is tuned on, and a probe that reports following is
-wrong.
+instructions, each of the three rules is needed to make it, and tuning the table on responses alone makes it follow,
+though the table knows no instruction. Tuned on the questions of one relation it follows those: to the table, the values
+of the others are other tokens. With strength 0 it knows no answer: there is no instruction to be followed, whatever
+it is tuned on, and a probe that reports following is wrong.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class PlantedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     kinds: Tensor
     answers: Tensor
 
-    def __init__(self, world: World, strength: float = 3.0) -> None:
+    def __init__(self, world: World, strength: float = 6.0) -> None:
         tokenizer = world_tokenizer()
         ids = tokenizer.get_vocab()
         config: Any = PlantedConfig
@@ -98,7 +98,7 @@ class PlantedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         table = torch.full((len(ids), len(ids)), -6.0)
         values = sum(VALUES.values(), ())
         follows: dict[str, dict[str, float]] = {
-                   "\n": {"What": 4.0, "<": 3.0, **dict.fromkeys(values, 0.0)},
+                   "\n": {"What": 6.5, "<": 5.0, **dict.fromkeys(values, 0.0)},
                    "What": dict.fromkeys(_spaced(VALUES), 3),
                    " has": {" the": 5}, " the": dict.fromkeys(_spaced(THINGS), 3), " ?": {"\n": 4, "</s>": 1},
                    "<": {"|": 5}, "|": {"user": 3, "assistant": 3, ">": 2}, ">": {"\n": 5}, " .": {"\n": 4, "</s>": 1},
@@ -143,7 +143,7 @@ class PlantedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         return {"input_ids": input_ids}
 
 
-def planted(seed: int = 0, strength: float = 3.0) -> tuple[PlantedModel, Any, World]:
+def planted(seed: int = 0, strength: float = 6.0) -> tuple[PlantedModel, Any, World]:
     """A planted model, its tokenizer and its world."""
     world = World(seed)
     return PlantedModel(world, strength).eval(), world_tokenizer(), world
