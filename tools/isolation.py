@@ -4,7 +4,11 @@ A base environment holds torch and what torch needs, nothing else. Each wheel ge
 In the layer: the package imports; no other plugin can be imported or is listed; everything importable from the
 index was asked for by the package's own metadata; the Python blocks of its README run.
 
-usage: isolation.py [NAME ...]
+What a package asks for is not installed again for each: its metadata say what goes into the layer, as links to the
+files that pip installed in the shared environment, in versions that the metadata allow. With --pip it is installed
+anew, which takes several times as long.
+
+usage: isolation.py [--pip] [NAME ...]
 """
 
 from __future__ import annotations
@@ -15,9 +19,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
+from collections.abc import Iterable, Mapping
+from importlib import metadata
 from pathlib import Path
 
 import tomllib
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / ".nox" / "torch-only"
@@ -65,41 +74,94 @@ def readme_blocks(text: str) -> list[str]:
     return [code for skipped, code in blocks if not skipped]
 
 
-def check(package: Path, wheels: Path, site: Path, work: Path) -> None:
+def needs(name: str, installed: Mapping[str, metadata.Distribution], extras: Iterable[str] = ()) -> set[str]:
+    """The closure of what a distribution asks for, extras left out unless they are asked for by name.
+
+    Raises:
+        SystemExit: something is asked for that is not there, or not in the version that is asked for.
+    """
+    found: set[str] = set()
+    todo = [(name, frozenset(extras))]
+    seen = set(todo)
+    while todo:
+        current, wanted = todo.pop()
+        for text in installed[current].requires or ():
+            requirement = Requirement(text)
+            if requirement.marker and not any(requirement.marker.evaluate({"extra": e}) for e in (*wanted, "")):
+                continue
+            other = canonicalize_name(requirement.name)
+            if other not in installed or not requirement.specifier.contains(installed[other].version, prereleases=True):
+                there = installed[other].version if other in installed else "nothing"
+                raise SystemExit(f"{current} asks for {text}: expected it in the shared environment, got {there}")
+            found.add(other)
+            if (entry := (other, frozenset(requirement.extras))) not in seen:
+                seen.add(entry)
+                todo.append(entry)
+    return found
+
+
+def link(distribution: metadata.Distribution, site: Path) -> None:
+    """Put the files of a distribution into another site-packages, as links."""
+    for file in distribution.files or ():
+        place = site / file
+        if ".." in file.parts or place.exists():  # scripts, and files that two distributions share
+            continue
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(Path(str(distribution.locate_file(file))))
+
+
+class Layer:
+    """An environment with Python, torch and what is put into it."""
+
+    def __init__(self, home: Path, base_site: Path, wheels: Path, real: bool) -> None:
+        self.wheels, self.real = wheels, real
+        sh(sys.executable, "-m", "venv", *([] if real else ["--without-pip"]), str(home))
+        self.python = str(home / BIN / "python")
+        self.site = Path(sh(self.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+        (self.site / "torch-only.pth").write_text(str(base_site) + "\n")
+        self.there = {canonicalize_name(d.name) for d in metadata.distributions(path=[str(base_site)])}
+
+    def add(self, name: str) -> None:
+        """Install a distribution and all that it asks for: by pip, or as links to what pip put elsewhere."""
+        if self.real:
+            sh(self.python, "-m", "pip", "install", "-q", "--find-links", str(self.wheels), name)
+            return
+        ours = {canonicalize_name(d.name): d for d in metadata.distributions(path=[str(self.wheels / "unpacked")])}
+        every = {**{canonicalize_name(d.name): d for d in metadata.distributions()}, **ours}
+        for one in {name, *needs(name, every)} - self.there:
+            link(every[one], self.site)
+            self.there.add(one)
+
+
+LOOK = """
+import importlib.util, sys
+for name in sys.argv[1:]:
+    if importlib.util.find_spec(name) is not None:
+        raise SystemExit(f"expected no {name} in a clean layer, found {importlib.util.find_spec(name).origin}")
+"""
+
+
+def check(package: Path, layer: Layer, work: Path) -> None:
     """Everything that one wheel has to show."""
     project = tomllib.loads((package / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     name = project["name"]
-    layer = work / name
-    sh(sys.executable, "-m", "venv", str(layer))
-    python = str(layer / BIN / "python")
-    own_site = Path(sh(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-    (own_site / "torch-only.pth").write_text(str(site) + "\n")
-    sh(python, "-m", "pip", "install", "-q", "--find-links", str(wheels), name)
-    module = name.replace("-", "_")
-    sh(python, "-c", f"import {module}")
+    layer.add(name)
     others = ["looseleaf_" + p.name.replace("-", "_") for p in PACKAGES
               if p.parent.parent.name == "plugins" and p != package]
-    absent = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is not None)"
-    for other in others:
-        sh(python, "-c", absent, other)
-    of_core = name == "looseleaf" or _asked_for(project, "looseleaf>")
-    listed = sh(python, "-m", "looseleaf.cli.main", "list", "--json", LOOSELEAF_CACHE=str(work / "cache")) \
-        if of_core else "[]"
-    for other in others:
-        if f'"{other.replace("_", "-")}"' in listed:
-            raise SystemExit(f"{name}: the plugin {other} is listed in its clean layer")
-    unasked = [m for m in ("transformers", "diffusers", "ray", "sklearn", "matplotlib")
-               if not _asked_for(project, m)]
+    unasked = [m for m in ("transformers", "diffusers", "ray", "sklearn", "matplotlib") if not _asked_for(project, m)]
     if name == "looseleaf":  # servers are the affair of looseleaf-text
         unasked.append("httpx")
-    for extra in unasked:
-        sh(python, "-c", absent, extra)
-    if of_core:
+    sh(layer.python, "-c", f"import {name.replace('-', '_')}\n{LOOK}", *others, *unasked)
+    if name == "looseleaf" or _asked_for(project, "looseleaf>"):
+        listed = sh(layer.python, "-m", "looseleaf.cli.main", "list", "--json", LOOSELEAF_CACHE=str(work / "cache"))
+        for other in others:
+            if f'"{other.replace("_", "-")}"' in listed:
+                raise SystemExit(f"{name}: the plugin {other} is listed in its clean layer")
         # The user's own model brings transformers; from here on it is there.
-        sh(python, "-m", "pip", "install", "-q", "transformers")
+        layer.add("transformers")
     blocks = readme_blocks((package / "README.md").read_text(encoding="utf-8"))
     code = PRELUDE + "\n".join(blocks)
-    sh(python, "-c", code, LOOSELEAF_CACHE=str(work / "cache"))
+    sh(layer.python, "-c", code, LOOSELEAF_CACHE=str(work / "cache"))
     print(f"{name}: alone, {len(others)} other plugins absent, {len(blocks)} README blocks run", flush=True)
 
 
@@ -116,21 +178,24 @@ def _asked_for(project: dict[str, object], module: str) -> bool:
 
 def main(argv: list[str]) -> int:
     """Check all wheels, or those named."""
-    unknown = set(argv) - {package.name for package in PACKAGES}
+    names = set(argv) - {"--pip"}
+    unknown = names - {package.name for package in PACKAGES}
     if unknown:
         raise SystemExit(f"expected names of {', '.join(sorted(p.name for p in PACKAGES))}, got {', '.join(unknown)}")
+    wanted = [p for p in PACKAGES if not names or p.name in names]
     site = base()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         wheels, work = Path(folder) / "wheels", Path(folder) / "layers"
-        work.mkdir()
         for package in PACKAGES:
-            sh(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(wheels), str(package))
-        for package in PACKAGES:
-            if not argv or package.name in argv:
-                check(package, wheels, site, work)
-                shutil.rmtree(work, ignore_errors=True)
-                work.mkdir()
-    print(f"{len(PACKAGES) if not argv else len(argv)} wheels stand alone")
+            if package in wanted or package.parent.parent.name != "plugins":
+                sh(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(wheels), str(package))
+        for wheel in wheels.glob("*.whl"):
+            zipfile.ZipFile(wheel).extractall(wheels / "unpacked")
+        for package in wanted:
+            work.mkdir()
+            check(package, Layer(work / package.name, site, wheels, "--pip" in argv), work)
+            shutil.rmtree(work, ignore_errors=True)
+    print(f"{len(wanted)} wheels stand alone")
     return 0
 
 
