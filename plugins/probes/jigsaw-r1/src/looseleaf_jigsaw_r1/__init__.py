@@ -3,8 +3,9 @@
 from looseleaf_jigsaw_r1.baselines import PlantedSolver, SeamBaseline
 from looseleaf_jigsaw_r1.probe import JigsawProbe
 from looseleaf_jigsaw_r1.puzzles import Jigsaw, Puzzle, dataset, example_pictures, puzzles, reassemble, split
+from looseleaf_jigsaw_r1.training import Trained, rejection_sample, train
 from looseleaf_jigsaw_r1.verifiers import accuracy_reward, advantages, binary_reward, format_reward, grpo_loss
 
-__all__ = ["Jigsaw", "JigsawProbe", "PlantedSolver", "Puzzle", "SeamBaseline", "accuracy_reward", "advantages",
-           "binary_reward", "dataset", "example_pictures", "format_reward", "grpo_loss", "puzzles", "reassemble",
-           "split"]
+__all__ = ["Jigsaw", "JigsawProbe", "PlantedSolver", "Puzzle", "SeamBaseline", "Trained", "accuracy_reward",
+           "advantages", "binary_reward", "dataset", "example_pictures", "format_reward", "grpo_loss", "puzzles",
+           "reassemble", "rejection_sample", "split", "train"]

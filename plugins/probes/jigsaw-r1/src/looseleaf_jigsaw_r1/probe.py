@@ -181,7 +181,7 @@ class JigsawProbe(Probe):
             "format", "without the picture"],
             note="95 % Wilson intervals. above both: the interval lies above uniform chance and the best constant "
                  "answer. reward: mean accuracy reward, such as the fraction of right indices. without the picture: "
-                 "fraction right where a grey one is shown; a model that gains from the puzzle is no better than chance there")
+                 "fraction right where a grey one is shown; there even a model that solves puzzles is at chance")
         controls = report.table("Beside the model", ["question", "size", "seams", "constant", "random", "key"],
                                 note="fraction right. seams: patches put together by the mismatch of their edges; key: "
                                      "the right answers as they are read back, which must be 1")
