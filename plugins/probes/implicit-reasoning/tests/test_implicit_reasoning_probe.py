@@ -196,7 +196,7 @@ def test_the_reproduction_s_tasks_are_what_they_say() -> None:
     assert rows.shape == (64, reproduction.LENGTH)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.smollm2
 def test_on_a_real_model() -> None:
     from looseleaf_lab import models
