@@ -26,7 +26,8 @@ from looseleaf_layoutprompter import (
 from looseleaf_layoutprompter.optimizer import EchoModel, LayoutPrompt, LayoutTask, likeness_to_target, toy_layout_task
 from looseleaf_text import EndpointModel, JSONEndpoint, LocalModel
 from looseleaf_text.testing import ToyLanguageModel
-from looseleaf_text.testing.servers import letters_model, transformers_server
+from looseleaf_text.testing.models import letters_model
+from looseleaf_text.testing.servers import transformers_server
 
 TASK = toy_layout_task()
 SMALL = LayoutPrompter(k=2, samples=3, trials=2, output="seq")
