@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
@@ -16,6 +13,7 @@ from looseleaf import Budget, BudgetExhausted
 from looseleaf_text import ChatEndpoint, ChatModel, LocalChat
 from looseleaf_text.conversations import for_processor, for_server, picture
 from looseleaf_text.testing.models import letters_model, picture_tokenizer, toy_llava, toy_qwen
+from looseleaf_text.testing.servers import chat_server
 
 PIL = pytest.importorskip("PIL.Image")
 RED = PIL.new("RGB", (16, 16), "red")
@@ -179,32 +177,11 @@ def test_pictures_in_every_form(tmp_path: Any) -> None:
 
 
 def test_a_server_gets_pictures_within_the_request() -> None:
-    got: list[Any] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            got.append(body)
-            raw = json.dumps({"choices": [{"message": {"content": "a cat. Yes"}}],
-                              "usage": {"total_tokens": 9}}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(raw)))
-            self.end_headers()
-            self.wfile.write(raw)
-
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        with ChatEndpoint(f"http://127.0.0.1:{server.server_port}/v1", "m", tokenizer=picture_tokenizer()) as model:
-            assert model.chat([says("what?", NOISE, "http://host/p.png")], 5, stop=["."]) == ["a cat"]
-            assert model.generate(["plain"], 5) == ["a cat. Yes"]
-            assert model.calls == 2 and model.tokens == 18
-    finally:
-        server.shutdown()
-        server.server_close()
+    with chat_server(lambda body, number: (200, "a cat. Yes"), tokens=9) as (url, got), \
+            ChatEndpoint(url, "m", tokenizer=picture_tokenizer()) as model:
+        assert model.chat([says("what?", NOISE, "http://host/p.png")], 5, stop=["."]) == ["a cat"]
+        assert model.generate(["plain"], 5) == ["a cat. Yes"]
+        assert model.calls == 2 and model.tokens == 18
     first, second, text = got[0]["messages"][0]["content"]
     assert np.array_equal(np.asarray(picture(first["image_url"]["url"])), np.asarray(NOISE))
     assert second["image_url"]["url"] == "http://host/p.png" and text == {"type": "text", "text": "what?"}

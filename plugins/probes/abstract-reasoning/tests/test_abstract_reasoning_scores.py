@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,7 @@ from looseleaf_abstract_reasoning import AbstractReasoningProbe, Item, Memoriser
 from looseleaf_abstract_reasoning.items import ANSWER, REMAPPINGS, prompt_of, render
 from looseleaf_abstract_reasoning.scores import delta, extract, gamma, pairs, relative_delta, score_by_likelihood
 from looseleaf_text import EndpointModel, LocalModel
+from looseleaf_text.testing.servers import json_server
 
 SMALL = {"shots": 4, "per_category": 4}
 
@@ -233,27 +232,14 @@ def server() -> Iterator[tuple[str, dict[str, str]]]:
     """A completions server that answers what stands beside a prompt."""
     answers: dict[str, str] = {}
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            data = json.dumps({"choices": [{"text": answers.get(body["prompt"], " I do not know.")}]}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+    def handle(path: str, body: dict[str, Any], headers: Any) -> tuple[int, Any]:
+        return 200, {"choices": [{"text": answers.get(body["prompt"], " I do not know.")}]}
 
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    yield f"http://127.0.0.1:{http.server_port}/v1", answers
-    http.shutdown()
-    http.server_close()
+    with json_server(handle) as url:
+        yield url, answers
 
 
-def test_a_model_behind_a_server(server: tuple[str, dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+def test_a_model_behind_a_server(server: tuple[str, dict[str, str]]) -> None:
     url, answers = server
     probe = AbstractReasoningProbe(**SMALL, scoring="match", categories=("basic-computation",))
     answers.update({i.prompt: f" {i.answer}.\n\nQuestion: 1" for i in probe.items() if i.kind in ("original", "both")})

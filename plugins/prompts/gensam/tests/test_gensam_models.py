@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
@@ -226,34 +224,14 @@ def test_a_model_of_transformers_that_sees_pictures_gives_words() -> None:
 
 def test_an_openai_compatible_endpoint_is_shown_the_picture_once_per_dialogue() -> None:
     from looseleaf_text import ChatEndpoint
+    from looseleaf_text.testing.servers import chat_server
 
-    bodies: list[dict[str, Any]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            text = {1: "A red square on grey.", 3: 'It is a "square".', 5: "The environment is a grey field."}[
-                len(bodies[-1]["messages"])]
-            raw = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}],
-                              "usage": {"total_tokens": 9}}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(raw)))
-            self.end_headers()
-            self.wfile.write(raw)
-
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        with ChatEndpoint(f"http://127.0.0.1:{server.server_port}/v1", "some-vlm", retries=0) as endpoint:
-            models = PromptableModels(toy_clip(), toy_models().segmenter, ChatNamer(endpoint))
-            found = GenSAM("camouflaged square", **{**SETTINGS, "recursive": 0}).on(models).segment(picture())
-            assert "some-vlm" in ChatNamer(endpoint).fingerprint() or ChatNamer(endpoint).fingerprint()
-    finally:
-        server.shutdown()
-        server.server_close()
+    said = {1: "A red square on grey.", 3: 'It is a "square".', 5: "The environment is a grey field."}
+    with chat_server(lambda body, number: (200, said[len(body["messages"])])) as (url, bodies), \
+            ChatEndpoint(url, "some-vlm", retries=0) as endpoint:
+        models = PromptableModels(toy_clip(), toy_models().segmenter, ChatNamer(endpoint))
+        found = GenSAM("camouflaged square", **{**SETTINGS, "recursive": 0}).on(models).segment(picture())
+        assert "some-vlm" in ChatNamer(endpoint).fingerprint() or ChatNamer(endpoint).fingerprint()
     words = found.passes[0].words
     assert words.foreground == ["square"] * 3 and words.background == ["grey field"] * 3
     assert words.captions == ["A red square on grey."] * 3 and len(bodies) == 9

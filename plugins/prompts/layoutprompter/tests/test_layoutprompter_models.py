@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ from looseleaf_layoutprompter.optimizer import EchoModel, LayoutPrompt, LayoutTa
 from looseleaf_text import EndpointModel, JSONEndpoint, LocalModel
 from looseleaf_text.testing import ToyLanguageModel
 from looseleaf_text.testing.models import letters_model
-from looseleaf_text.testing.servers import transformers_server
+from looseleaf_text.testing.servers import json_server, transformers_server
 
 TASK = toy_layout_task()
 SMALL = LayoutPrompter(k=2, samples=3, trials=2, output="seq")
@@ -214,49 +212,33 @@ def test_a_local_chat_model_is_asked_by_its_chat_template() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- servers
+@dataclasses.dataclass
 class Server:
     """An OpenAI-compatible server that answers with exemplars of the prompt, and by a schema where it has one."""
 
-    def __init__(self, schemas: bool) -> None:
-        self.bodies: list[dict[str, Any]] = []
-        outer, echo = self, EchoModel()
+    schemas: bool
+    url: str = ""
+    bodies: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.bodies.append(body)
-                prompt = body["prompt"] if "prompt" in body else body["messages"][0]["content"]
-                schema = body.get("response_format", {}).get("json_schema", {}).get("schema")
-                text = echo.generate([prompt], 9, None, 0.7, body["seed"])[0]
-                if schema is not None:
-                    kinds = schema["properties"]["elements"]["items"]["properties"]["type"]["enum"]
-                    text = json.dumps({"elements": [{"type": kind, "left": 1, "top": 2, "width": 3, "height": 4}
-                                                    for kind in kinds]})
-                status = 200 if schemas or schema is None else 400
-                answer = {"choices": [{"text": text, "message": {"content": text}}]} if status == 200 else {
-                    "error": {"message": "response_format is not supported"}}
-                raw = json.dumps(answer).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(raw)))
-                self.end_headers()
-                self.wfile.write(raw)
-
-            def log_message(self, *arguments: Any) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    def handle(self, path: str, body: dict[str, Any], headers: Any) -> tuple[int, Any]:
+        self.bodies.append(body)
+        prompt = body["prompt"] if "prompt" in body else body["messages"][0]["content"]
+        schema = body.get("response_format", {}).get("json_schema", {}).get("schema")
+        text = EchoModel().generate([prompt], 9, None, 0.7, body["seed"])[0]
+        if schema is not None:
+            kinds = schema["properties"]["elements"]["items"]["properties"]["type"]["enum"]
+            text = json.dumps({"elements": [{"type": kind, "left": 1, "top": 2, "width": 3, "height": 4}
+                                            for kind in kinds]})
+        if schema is not None and not self.schemas:
+            return 400, {"error": {"message": "response_format is not supported"}}
+        return 200, {"choices": [{"text": text, "message": {"content": text}}]}
 
 
 @pytest.fixture(params=[True, False], ids=["schemas", "no schemas"])
-def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     served = Server(request.param)
-    served.schemas = request.param
-    yield served
-    served.http.shutdown()
-    served.http.server_close()
+    with json_server(served.handle) as served.url:
+        yield served
 
 
 def test_on_a_server_as_in_this_process(server: Server) -> None:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +14,7 @@ from looseleaf_sa_icl.chat import as_text
 from looseleaf_text import ChatEndpoint, EndpointModel, LocalModel, TextTask
 from looseleaf_text.testing import ToyLanguageModel
 from looseleaf_text.testing.models import letters_model
-from looseleaf_text.testing.servers import toy_server, transformers_server
+from looseleaf_text.testing.servers import chat_server, toy_server, transformers_server
 
 COLOURS = ["red", "green", "blue", "white"]
 SHORT = SchemaTemplate((("kind", "of problem"), ("goal", "wanted")), "Describe the problem.")
@@ -32,45 +28,6 @@ def colour_task(size: int = 4) -> TextTask:
 
 def encode(texts: list[str]) -> Any:
     return ToyLanguageModel().embed(texts) + 1
-
-
-@contextmanager
-def chat_server(answer: Callable[[dict[str, Any], int], tuple[int, str]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The URL of a chat server, and the requests it got; ``answer(request, number) -> (status, text)``."""
-    requests: list[dict[str, Any]] = []
-    lock = threading.Lock()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if self.path != "/v1/chat/completions":  # it does not tokenize
-                self.send_error(404)
-                return
-            with lock:
-                requests.append({**body, "key": self.headers.get("Authorization")})
-                status, text = answer(body, len(requests))
-            raw = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}],
-                              "usage": {"total_tokens": 7}} if status == 200 else {"error": {"message": text}}).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(raw)))
-            self.end_headers()
-            self.wfile.write(raw)
-
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", requests
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-@pytest.fixture(autouse=True)
-def _direct(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
 def obeying(body: dict[str, Any], number: int) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""Servers to test optimisers against: one around the toy model, and transformers' own."""
+"""Servers to test optimisers against: of one's own answers, around the toy model, and transformers' own."""
 
 from __future__ import annotations
 
@@ -13,12 +13,70 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 from looseleaf_text.testing import ToyLanguageModel
+
+Handle = Callable[[str, dict[str, Any], Mapping[str, str]], tuple[int, Any] | None]
+"""(path, body, headers) of a request -> status and what is answered as JSON; None: there is no such path."""
+
+
+@contextlib.contextmanager
+def json_server(handle: Handle) -> Iterator[str]:
+    """The URL (``.../v1``) of a server in a thread that answers what ``handle`` says."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            answer = handle(self.path, body, self.headers)  # type: ignore[arg-type]
+            if answer is None:
+                self.send_error(404)
+                return
+            raw = json.dumps(answer[1]).encode()
+            self.send_response(answer[0])
+            self.send_header("Content-Length", str(len(raw)))
+            self.end_headers()
+            self.wfile.write(raw)
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with _direct():
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/v1"
+        finally:
+            server.shutdown()
+            server.server_close()
+
+
+@contextlib.contextmanager
+def chat_server(answer: Callable[[dict[str, Any], int], tuple[int, str]],
+                tokens: int = 7) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The URL of a chat server that does not tokenize, and the requests it got, ``key`` being what they bear.
+
+    Args:
+        answer: (request, how many came so far) -> status and text; with another status than 200 the text is the error.
+        tokens: said to be used by each answer.
+    """
+    requests: list[dict[str, Any]] = []
+    lock = threading.Lock()
+
+    def handle(path: str, body: dict[str, Any], headers: Mapping[str, str]) -> tuple[int, Any] | None:
+        if path != "/v1/chat/completions":
+            return None
+        with lock:
+            requests.append({**body, "key": headers.get("Authorization")})
+            status, text = answer(body, len(requests))
+        return status, {"choices": [{"message": {"role": "assistant", "content": text}}],
+                        "usage": {"total_tokens": tokens}} if status == 200 else {"error": {"message": text}}
+
+    with json_server(handle) as url:
+        yield url, requests
 
 
 @contextlib.contextmanager
@@ -33,41 +91,25 @@ def toy_server(*, log_probs: bool = True, embeddings: bool = True) -> Iterator[s
     """
     toy = ToyLanguageModel()
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            answer: dict[str, Any] = {"choices": [{"text": ""}]}
-            if self.path == "/v1/embeddings" and embeddings:
-                answer = {"data": [{"index": n, "embedding": row.tolist()}
-                                   for n, row in enumerate(toy.embed(body["input"]))]}
-            elif self.path != "/v1/completions":
-                self.send_error(404)
-                return
-            elif body.get("echo") and log_probs:
-                head, _, tail = body["prompt"].rpartition(" ")
-                answer["choices"][0]["logprobs"] = {
-                    "tokens": [head, " " + tail, "."],
-                    "token_logprobs": [None, toy.score([head], [[" " + tail]])[0][0], -1.0]}
-            elif not body.get("logprobs"):
-                answer["choices"][0]["text"] = toy.generate(
-                    [body["prompt"]], body["max_tokens"], None, body.get("temperature", 0), body.get("seed", 0))[0]
-            raw = json.dumps(answer).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(raw)))
-            self.end_headers()
-            self.wfile.write(raw)
+    def handle(path: str, body: dict[str, Any], headers: Mapping[str, str]) -> tuple[int, Any] | None:
+        answer: dict[str, Any] = {"choices": [{"text": ""}]}
+        if path == "/v1/embeddings" and embeddings:
+            answer = {"data": [{"index": n, "embedding": row.tolist()}
+                               for n, row in enumerate(toy.embed(body["input"]))]}
+        elif path != "/v1/completions":
+            return None
+        elif body.get("echo") and log_probs:
+            head, _, tail = body["prompt"].rpartition(" ")
+            answer["choices"][0]["logprobs"] = {
+                "tokens": [head, " " + tail, "."],
+                "token_logprobs": [None, toy.score([head], [[" " + tail]])[0][0], -1.0]}
+        elif not body.get("logprobs"):
+            answer["choices"][0]["text"] = toy.generate(
+                [body["prompt"]], body["max_tokens"], None, body.get("temperature", 0), body.get("seed", 0))[0]
+        return 200, answer
 
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-    with _direct():
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/v1"
-        finally:
-            server.shutdown()
-            server.server_close()
+    with json_server(handle) as url:
+        yield url
 
 
 class TransformersServer:
