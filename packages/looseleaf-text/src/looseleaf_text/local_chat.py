@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,6 @@ from looseleaf_text.batching import device_of, expect_eval, same, tolerance
 from looseleaf_text.conversations import ChatModel, Conversation, conversation, for_processor
 from looseleaf_text.local import cut
 from looseleaf_text.model import not_finite
-
-if TYPE_CHECKING:
-    import numpy as np
 
 Prompt = str | Conversation
 
@@ -149,10 +146,6 @@ class LocalChat(ChatModel):
                 totals.append(float(known[begin].gather(1, at[:, None]).sum()))
             out.append(totals)
         return out
-
-    def embed(self, texts: list[str]) -> np.ndarray:
-        """Not for chat models: raises NotImplementedError."""
-        return super().embed(texts)
 
     # -- inputs ---------------------------------------------------------------------------------------------------
 

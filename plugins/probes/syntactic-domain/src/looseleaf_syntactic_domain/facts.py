@@ -222,7 +222,7 @@ Egypt Cairo pound Arabic; Iran Tehran rial Persian; China Beijing yuan Mandarin;
 Bangladesh Dhaka taka Bengali; Mongolia Ulaanbaatar tugrik Mongolian; Georgia Tbilisi lari Georgian;
 Armenia Yerevan dram Armenian; Albania Tirana lek Albanian; Kazakhstan Astana tenge Kazakh
 """
-_TEMPLATES = {
+TEMPLATES = {
     "capital": ("What is the {relation} of {subject}?", "Which {relation} does {subject} have?",
                 "Please name the main {relation} of {subject}."),
     "currency": ("In {subject}, what is the common {relation}?", "Tell me the {relation} that {subject} uses.",
@@ -230,6 +230,7 @@ _TEMPLATES = {
     "language": ("Do you know the {relation} of {subject}?", "Can anyone quickly say the {relation} of {subject}?",
                  "I want to learn the usual {relation} in {subject}."),
 }
+"""The built-in wordings of each domain."""
 PARAPHRASES = ("{subject} and its {relation}: which is it?", "When we speak of {subject}, its {relation} is what?",
                "I ask about the {relation}. The place is {subject}.")
 """Wordings whose tags none of the built-in templates has."""
@@ -271,11 +272,12 @@ def countries(count: int = 24) -> DomainFacts:
     rows = [row.split() for row in _COUNTRIES.replace("\n", " ").split(";")]
     if not 2 <= count <= len(rows):
         raise ValueError(f"count: expected an integer in [2, {len(rows)}], got {count}")
-    domains = tuple(_TEMPLATES)
+    domains = tuple(TEMPLATES)
     return DomainFacts(
         tuple(Fact(subject, domain, answer) for subject, *answers in rows[:count]
               for domain, answer in zip(domains, answers, strict=True)),
-        _TEMPLATES, {domain: domain for domain in domains}, dict.fromkeys(domains, PARAPHRASES), SYNONYMS, ANTONYMS)
+        TEMPLATES, {domain: domain for domain in domains}, dict.fromkeys(domains, PARAPHRASES), SYNONYMS, ANTONYMS)
 
 
-__all__ = ["ANTONYMS", "LEXICON", "PARAPHRASES", "SYNONYMS", "DomainFacts", "Fact", "Row", "build", "countries", "fill"]
+__all__ = ["ANTONYMS", "LEXICON", "PARAPHRASES", "SYNONYMS", "TEMPLATES", "DomainFacts", "Fact", "Row", "build",
+           "countries", "fill"]

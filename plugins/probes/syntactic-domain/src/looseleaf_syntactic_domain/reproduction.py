@@ -16,7 +16,7 @@ from looseleaf_lab import data, training
 from looseleaf_lab.study import Decision, Results, Study, StudyClaim, add_table, every
 from looseleaf_syntactic_domain.audit import spurious
 from looseleaf_syntactic_domain.controls import PlantedModel
-from looseleaf_syntactic_domain.facts import DomainFacts, Fact, build, countries
+from looseleaf_syntactic_domain.facts import TEMPLATES, DomainFacts, Fact, build, countries
 from looseleaf_syntactic_domain.probe import summarise
 from looseleaf_syntactic_domain.scores import ask, expected_gap, select_templates
 from looseleaf_syntactic_domain.variants import Variants
@@ -30,12 +30,7 @@ PLANTED = {"correct": "correct", "entity memorisation": "entity memorisation",
 RELATIONS = ("capital", "currency", "language", "village")
 """What the small models are asked for; the answers are made up, so that they can only have been learned."""
 FRAMES = {
-    "capital": ("What is the {relation} of {subject}?", "Which {relation} does {subject} have?",
-                "Please name the main {relation} of {subject}."),
-    "currency": ("In {subject}, what is the common {relation}?", "Tell me the {relation} that {subject} uses.",
-                 "{subject} has which official {relation}?"),
-    "language": ("Do you know the {relation} of {subject}?", "Can anyone quickly say the {relation} of {subject}?",
-                 "I want to learn the usual {relation} in {subject}."),
+    **TEMPLATES,
     "village": ("The {relation} of {subject} is what?", "We want the {relation} {subject} has.",
                 "Whom can we ask about the {relation} of {subject}?"),
 }
