@@ -1,12 +1,15 @@
-"""The table of plugins in README.md and the gallery of the docs, made from the packages' metadata.
+"""The plugins of this project in README.md, the gallery of the docs and the core's papers.json, from their metadata.
 
-`python tools/readme_table.py` rewrites README.md; `--check` only compares and exits with 1 on a difference.
+`python tools/readme_table.py` rewrites README.md and papers.json; `--check` compares and exits with 1 on a difference.
 """
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import tomllib
 from between_marks import rewrite
@@ -16,22 +19,42 @@ BEGIN, END = "<!-- plugins: made by tools/readme_table.py -->", "<!-- end of plu
 KINDS = ("attention", "pruners", "prompts", "probes")
 
 
+def projects() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Kind, folder and ``[project]`` of each plugin."""
+    for kind in KINDS:
+        for path in sorted((ROOT / "plugins" / kind).glob("*/pyproject.toml")):
+            yield kind, path.parent.name, tomllib.loads(path.read_text(encoding="utf-8"))["project"]
+
+
 def table(link: str = "plugins") -> str:
     """The table in Markdown; ``link`` is the path to the plugins' folder."""
     lines = ["| plugin | kind | version | what it does | paper |", "|---|---|---|---|---|"]
-    for kind in KINDS:
-        for path in sorted((ROOT / "plugins" / kind).glob("*/pyproject.toml")):
-            project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
-            url = project.get("urls", {}).get("Paper", "")
-            paper = f"[{url.rsplit('/', 1)[-1]}]({url})" if url else ""
-            lines.append(f"| [`{project['name']}`]({link}/{kind}/{path.parent.name}/) | {kind} | "
-                         f"{project['version']} | {project['description']} | {paper} |")
+    for kind, folder, project in projects():
+        url = project.get("urls", {}).get("Paper", "")
+        paper = f"[{url.rsplit('/', 1)[-1]}]({url})" if url else ""
+        lines.append(f"| [`{project['name']}`]({link}/{kind}/{folder}/) | {kind} | {project['version']} | "
+                     f"{project['description']} | {paper} |")
     return "\n".join(lines)
 
 
+def papers() -> str:
+    """What ``looseleaf list --available`` shows, by the names that users call plugins by."""
+    rows = [{"plugin": name, "kind": kind, "package": project["name"], "what it does": project["description"],
+             "paper": project.get("urls", {}).get("Paper")}
+            for kind, _, project in projects() for name in project["entry-points"][f"looseleaf.{kind}"]]
+    return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+
+
 def main(argv: list[str]) -> int:
-    """Rewrite or check README.md."""
-    return rewrite(ROOT / "README.md", BEGIN, END, table(), Path(__file__).name, check="--check" in argv)
+    """Rewrite or check README.md and papers.json."""
+    check, tool = "--check" in argv, Path(__file__).name
+    known = ROOT / "packages/looseleaf/src/looseleaf/papers.json"
+    if not check:
+        known.write_text(papers(), encoding="utf-8")
+    elif known.read_text(encoding="utf-8") != papers():
+        print(f"{known.name} is out of date: run python tools/{tool}")
+        return 1
+    return rewrite(ROOT / "README.md", BEGIN, END, table(), tool, check=check)
 
 
 if __name__ == "__main__":

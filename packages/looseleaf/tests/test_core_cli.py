@@ -36,6 +36,14 @@ def test_list_json(distribution: Install, good_source: str, capsys: pytest.Captu
     assert rows["made-up"]["broken"] is None
 
 
+def test_list_available_shows_what_this_project_has(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "--available"]) == 0
+    assert "looseleaf-gram" in capsys.readouterr().out
+    assert main(["list", "--available", "--json", "--kind", "attention"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["kind"] for row in rows} == {"attention"} and "flexprefill" in {row["plugin"] for row in rows}
+
+
 def test_info_shows_parameters_and_citation(
         distribution: Install, good_source: str, capsys: pytest.CaptureFixture[str]) -> None:
     distribution("looseleaf-made-up", "made-up", good_source)
@@ -47,8 +55,8 @@ def test_info_shows_parameters_and_citation(
 
 
 @pytest.mark.parametrize(("argv", "code", "says"), [
-    (["info", "nothing-like-it"], 3, "pip install looseleaf-nothing-like-it"),
-    (["reproduce", "nothing-like-it"], 3, "pip install looseleaf-nothing-like-it"),
+    (["info", "nothing-like-it"], 3, "looseleaf list --available"),
+    (["reproduce", "nothing-like-it"], 3, "looseleaf list --available"),
     (["new", "probes", "Not A Name"], 2, "lower-case"),
     (["check", "bad"], 3, "no such luck"),
 ])

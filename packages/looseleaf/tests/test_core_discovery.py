@@ -29,10 +29,19 @@ def test_a_parameter_it_does_not_have(distribution: Install, good_source: str) -
         looseleaf.get("made-up", sise=4)
 
 
-def test_unknown_plugin_offers_near_names_and_the_pip_command(distribution: Install, good_source: str) -> None:
+def test_an_unknown_plugin_offers_near_names_and_never_a_package_that_is_not_ours(
+        distribution: Install, good_source: str) -> None:
     distribution("looseleaf-made-up", "made-up", good_source)
-    with pytest.raises(UnknownPluginError, match=r"Did you mean 'made-up'\?.*pip install looseleaf-made-pu"):
-        looseleaf.get("made-pu")
+    for typed, near in (("made-pu", "made-up"), ("flexprefil", "flexprefill")):
+        with pytest.raises(UnknownPluginError, match=f"Did you mean '{near}'.*list --available") as caught:
+            looseleaf.get(typed)
+        assert "pip install" not in str(caught.value)
+
+
+def test_what_this_project_has_and_is_not_installed_gets_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(discovery, "entries", lambda *kinds: [])
+    with pytest.raises(UnknownPluginError, match="pip install looseleaf-gram"):
+        discovery.find("gram")
 
 
 def test_a_plugin_that_raises_on_import_is_broken_and_harms_no_other(

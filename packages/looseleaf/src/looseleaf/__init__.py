@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from looseleaf.lazy import lazy
 
-__version__ = "0.3.0"
+__version__ = "0.3.1"
 
 _HOME = {
     "AttentionBackend": "attention.call", "AttentionCall": "attention.call",

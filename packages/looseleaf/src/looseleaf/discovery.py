@@ -8,6 +8,7 @@ listing can say what is broken and still answer at once.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata as metadata
 import json
 import os
@@ -16,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from importlib import resources
 from typing import Any
 
 from looseleaf import __version__
@@ -81,6 +83,12 @@ def plugins(kind: str | None = None) -> list[Installed]:
     return entries(*((kind,) if kind else KINDS))
 
 
+@functools.cache
+def papers() -> list[dict[str, str]]:
+    """The plugins of this project, installed or not: no other name may be suggested to whoever mistypes one."""
+    return list(json.loads((resources.files("looseleaf") / "papers.json").read_text(encoding="utf-8")))
+
+
 def find(name: str, kind: str | None = None) -> Installed:
     """The one installed plugin called ``name`` (or ``dist:name``).
 
@@ -89,7 +97,7 @@ def find(name: str, kind: str | None = None) -> Installed:
         kind: only this kind; ``"reproductions"`` and ``"benches"`` are looked for only if named here.
 
     Raises:
-        UnknownPluginError: nothing of that name; the message has near names and the pip command.
+        UnknownPluginError: nothing of that name; the message has near names, or the pip command where it is ours.
         AmbiguousPluginError: several distributions or kinds claim the name.
     """
     kinds = (kind,) if kind else KINDS
@@ -97,10 +105,12 @@ def find(name: str, kind: str | None = None) -> Installed:
     dist, _, bare = name.rpartition(":")
     matches = [e for e in installed if e.name == bare and _plain(dist) in ("", _plain(e.dist))]
     if not matches:
+        ours = {row["plugin"]: row["package"] for row in papers()}
         raise UnknownPluginError(
             f"no plugin called {name!r} ({' or '.join(kinds)}) is installed."
-            f"{did_you_mean(bare, sorted({e.name for e in installed}))} "
-            f"If it exists, this installs it: pip install looseleaf-{bare}. `looseleaf list` shows what is installed")
+            + (f" This installs it: pip install {ours[name]}." if name in ours else
+               did_you_mean(bare, sorted({*ours, *(e.name for e in installed)})))
+            + " `looseleaf list` shows what is installed, `looseleaf list --available` what this project has")
     if len({e.dist for e in matches}) > 1:
         raise AmbiguousPluginError(
             f"{name!r} is claimed by {' and '.join(f'{e.dist} {e.version}' for e in matches)}: use "
@@ -197,10 +207,9 @@ def _try_imports(new: list[Installed]) -> dict[str, str]:
 def _describe(kind: str, point: metadata.EntryPoint, dist: metadata.Distribution) -> Installed:
     fields = dist.metadata
     urls = dict(u.split(", ", 1) for u in fields.get_all("Project-URL") or [] if ", " in u)
-    try:
+    time = 0
+    with contextlib.suppress(OSError):
         time = os.stat(getattr(dist, "_path", "")).st_mtime_ns
-    except OSError:
-        time = 0
     stamp = f"{sys.prefix}|{dist.name}|{dist.version}|{point.value}|{time}|{__version__}"
     return Installed(point.name, kind, dist.name, dist.version, point.value, paper=urls.get("Paper"),
                      summary=fields["Summary"] or "", broken=_core_mismatch(dist), stamp=stamp)
@@ -225,4 +234,4 @@ def _plain(dist: str) -> str:
     return dist.lower().replace("_", "-")
 
 
-__all__ = ["Installed", "check_imports", "entries", "find", "get", "load", "plugins"]
+__all__ = ["Installed", "check_imports", "entries", "find", "get", "load", "papers", "plugins"]

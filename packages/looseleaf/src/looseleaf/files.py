@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
 def cache_dir() -> Path:
     """Where Looseleaf keeps what it can make again: ``$LOOSELEAF_CACHE`` or the user's cache directory."""
-    own = os.environ.get("LOOSELEAF_CACHE")
-    if own:
+    if own := os.environ.get("LOOSELEAF_CACHE"):
         return Path(own).expanduser()
     local = os.environ.get("LOCALAPPDATA") if os.name == "nt" else None
     return Path(os.environ.get("XDG_CACHE_HOME") or local or Path.home() / ".cache") / "looseleaf"

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import math
 import numbers
 import re
-import textwrap
 import types
 import typing
 from collections.abc import Sequence
@@ -120,9 +118,8 @@ class Plugin:
         out = []
         for f in dataclasses.fields(cls):
             if f.init:
-                default: Any = None if f.default is dataclasses.MISSING else f.default
-                if f.default_factory is not dataclasses.MISSING:
-                    default = f.default_factory()
+                made: Any = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+                default = None if made is dataclasses.MISSING else made
                 hint = hints[f.name]
                 type_name = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
                 out.append(ParameterInfo(f.name, type_name, default, helps.get(f.name, "")))
@@ -152,9 +149,9 @@ class ParameterInfo:
 
 def docstring_arguments(doc: str) -> dict[str, str]:
     """The ``Args:`` (or ``Attributes:``) section of a Google-style docstring as name -> text."""
-    sections = re.findall(r"^(?:Args|Attributes|Parameters):\n((?: +.*\n|\n)*)", inspect.cleandoc(doc) + "\n", re.M)
-    return {name: " ".join(text.split()) for section in sections
-            for name, text in re.findall(r"^(\w+)(?: .*?)?:(.*(?:\n+ +.*)*)", textwrap.dedent(section), re.M)}
+    from docstring_parser import google
+
+    return {each.arg_name: " ".join((each.description or "").split()) for each in google.parse(doc).params}
 
 
 @functools.cache

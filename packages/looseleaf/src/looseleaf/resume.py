@@ -54,8 +54,7 @@ class SearchState:
             raise self._error(f": expected the schema {SCHEMA!r}, got {schema!r}")
         if checksum != digest(payload):
             raise self._error(" was changed or damaged after it was written")
-        differences = compare(identity, self.identity)
-        if differences:
+        if differences := compare(identity, self.identity):
             raise self._error(f" belongs to another search ({differences})")
         return payload
 
@@ -91,11 +90,7 @@ def as_plain(value: Any) -> Any:
 
 def compare(former: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Which entries of two identities differ, in words; empty where none does."""
-    def short(value: Any) -> str:
-        text = repr(value)
-        return text if len(text) <= 80 else text[:77] + "..."
-
-    return "; ".join(f"{k} was {short(former.get(k))}, is {short(now.get(k))}"
+    return "; ".join(f"{k} was {former.get(k)!r:.80}, is {now.get(k)!r:.80}"
                      for k in sorted({*former, *now}) if former.get(k) != now.get(k))
 
 

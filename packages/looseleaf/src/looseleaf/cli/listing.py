@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata as metadata
+import itertools
 import json
 import os
 import platform
@@ -19,7 +20,12 @@ PACKAGES = ("torch", "triton", "transformers", "diffusers", "safetensors", "ray"
 
 
 def list_plugins(arguments: argparse.Namespace) -> None:
-    """All installed plugins; new ones are tried once so that broken ones can be named."""
+    """All installed plugins, new ones tried once so that broken ones can be named; or all of this project."""
+    if arguments.available:
+        rows = [row for row in discovery.papers() if arguments.kind in (None, row["kind"])]
+        print(json.dumps(rows, indent=1) if arguments.json else
+              table_text(Table("", list(rows[0]), [list(row.values()) for row in rows])).strip())
+        return
     plugins = discovery.check_imports(discovery.plugins(arguments.kind))
     if arguments.json:
         keep = ("name", "kind", "version", "dist", "paper", "summary", "broken")
@@ -33,11 +39,8 @@ def list_plugins(arguments: argparse.Namespace) -> None:
     for plugin in plugins:
         if plugin.broken:
             print(f"\nbroken: {plugin.qualified} ({plugin.kind}): {plugin.broken}")
-    claims: dict[tuple[str, str], list[str]] = {}
-    for plugin in plugins:
-        claims.setdefault((plugin.kind, plugin.name), []).append(plugin.qualified)
-    for (kind, name), names in claims.items():
-        if len(names) > 1:
+    for (kind, name), claims in itertools.groupby(plugins, lambda p: (p.kind, p.name)):
+        if len(names := [p.qualified for p in claims]) > 1:
             print(f"\nambiguous: {name} ({kind}): say one of {', '.join(names)}")
 
 

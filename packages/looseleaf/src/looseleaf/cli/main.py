@@ -8,6 +8,8 @@ Exit codes:
     4    an optional package is missing
     5    a language-model server failed
     130  interrupted; what was done is kept and the same command resumes
+LOOSELEAF_TRACEBACK=1 shows the whole traceback of an error.
+Tab completion: eval "$(register-python-argcomplete looseleaf)"
 
 Packages add commands of their own by an entry point in the group ``looseleaf.commands``: a function that is called with
 the commands so far, for :func:`add_command`.
@@ -63,15 +65,13 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="looseleaf", description="Try research papers on your own PyTorch models.",
-        epilog="Exit codes: 0 done; 1 the answer is no; 2 bad input; 3 plugin unknown or broken; "
-               "4 optional package missing; 5 server failed; 130 interrupted. "
-               "LOOSELEAF_TRACEBACK=1 shows the whole traceback of an error. "
-               'Tab completion: eval "$(register-python-argcomplete looseleaf)"')
+        formatter_class=argparse.RawDescriptionHelpFormatter, epilog=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("--version", action="version", version=f"looseleaf {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     one = add_command(commands, "list", "what is installed: name, kind, version, paper; broken plugins with the reason",
                       "looseleaf.cli.listing:list_plugins")
     one.add_argument("--kind", choices=KINDS, help="only this kind")
+    one.add_argument("--available", action="store_true", help="the plugins of this project, installed or not")
     one = add_command(commands, "info", "paper, parameters with defaults and citation of a plugin",
                       "looseleaf.cli.listing:info")
     add_plugin_name(one)

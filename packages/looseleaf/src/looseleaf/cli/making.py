@@ -82,10 +82,7 @@ def check(arguments: argparse.Namespace) -> int:
         return 1 if failed else 0
     counts = f"{len(outcomes) - len(failed) - len(skipped)} checks pass" + "".join(
         f", {len(some)} {word}" for some, word in ((skipped, "skipped"), (failed, "fail")) if some)
-    verdict = "fails" if failed else "passes"
-    print(f"{entry.name} {entry.version} ({entry.kind}) {verdict} the conformance kit: {counts}")
-    for outcome in skipped:
-        print(f"  skipped: {outcome.name}: {outcome.skipped}")
-    for outcome in failed:
-        print(f"  FAILS: {outcome.name}: {outcome.problem}")
+    print(f"{entry.name} {entry.version} ({entry.kind}) {'fails' if failed else 'passes'} the kit: {counts}")
+    for o in (*skipped, *failed):
+        print(f"  skipped: {o.name}: {o.skipped}" if o.problem is None else f"  FAILS: {o.name}: {o.problem}")
     return 1 if failed else 0
