@@ -30,7 +30,7 @@ RUN_NEEDS = ["torch", "triton", "transformers", "accelerate", "gguf", "gt-all-mi
 TEST_NEEDS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-tqdm", "types-PyYAML",
               "hatchling", "editables", "build", "beartype", "virtualenv", "diffusers", "sentence-transformers",
               "playwright", "ray", "fastapi", "uvicorn", "openai", "pydantic", "peft", "trl", "greenery", "pillow",
-              "lm-eval", "dspy", "mkdocs", "mkdocs-material", "mkdocs-gen-files", "mkdocstrings[python]", "nox"]
+              "lm-eval", "dspy", "properdocs", "mkdocs-material", "mkdocs-gen-files", "mkdocstrings[python]", "nox"]
 
 VISION_TESTS = ["packages/looseleaf/tests/test_core_attention_modules.py",
                 "plugins/prompts/reprogram-lt/tests/test_reprogram_lt_probe.py",
@@ -89,8 +89,7 @@ def lint(session: nox.Session) -> None:
     """ruff and mypy on everything."""
     python = shared(session, *RUN_NEEDS, *TEST_NEEDS)
     run(session, python, "-m", "ruff", "check", ".")
-    for package in PACKAGES:
-        run(session, python, "-m", "mypy", str(package / "src"))
+    run(session, python, "-m", "mypy", *(str(package / "src") for package in PACKAGES))
     run(session, python, "tools/readme_table.py", "--check")
     run(session, python, "tools/public_names.py", "--check")
     run(session, python, "tools/check_layout.py")
@@ -254,9 +253,9 @@ def docs(session: nox.Session) -> None:
     """Build the site, warnings are errors; `nox -s docs -- serve` shows it."""
     python = shared(session, *RUN_NEEDS, *TEST_NEEDS)
     if "serve" in session.posargs:
-        run(session, python, "-m", "mkdocs", "serve")
+        run(session, python, "-m", "properdocs", "serve")
     else:
-        run(session, python, "-m", "mkdocs", "build", "--strict", "--quiet")
+        run(session, python, "-m", "properdocs", "build", "--strict", "--quiet")
 
 
 @nox.session(venv_backend="none")
