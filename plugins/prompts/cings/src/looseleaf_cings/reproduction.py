@@ -64,9 +64,9 @@ class Scale:
     steps: int = 200
     batch: int = 32
     rate: float = 1e-3
-    language_steps: int = 100
+    language_steps: int = 60
     language_rate: float = 2e-4
-    facts: int = 75
+    facts: int = 50
 
 
 QUICK = Scale(known=32, new=128, recall=60, steps=40, language_steps=4, facts=8)
