@@ -26,30 +26,52 @@ with mkdocs_gen_files.open("claims.md", "w") as page:
     for line in claims.page("papers").splitlines():
         print(line.replace("/) |", ".md) |", 1), file=page)
 
-LIBRARIES = {"The core": "packages/looseleaf", "Language models and text prompts": "packages/looseleaf-text",
-             "Dual encoders and prompts for pictures": "packages/looseleaf-vision",
-             "Train, prune, rewind": "packages/looseleaf-tickets", "The kernels": "kernels",
-             "The lab": "packages/looseleaf-lab"}
+LIBRARIES = {"packages/looseleaf": "The core", "packages/looseleaf-text": "Language models and text prompts",
+             "packages/looseleaf-vision": "Dual encoders and prompts for pictures",
+             "packages/looseleaf-tickets": "Train, prune, rewind", "kernels": "The kernels",
+             "packages/looseleaf-lab": "The lab"}
 INNER = ("cli", "templates", "__main__")
+START = """# Looseleaf
+
+> Research papers as plugins for your own PyTorch and Hugging Face models: attention backends, pruners, prompt
+> optimizers, probes.
+
+Every page is also there as Markdown, under the same name with the ending .md.
+"""
 
 
-def public_modules(folder: str) -> list[str]:
-    """Modules with something documented in them; those of the command line are not for import."""
+def families(folder: str) -> dict[str, list[str]]:
+    """Part of a package -> its modules with something documented in them, those of the command line aside."""
     source = ROOT / folder / "src"
-    found = []
+    found: dict[str, list[str]] = {}
     for path in sorted(source.rglob("*.py")):
         parts = path.relative_to(source).with_suffix("").parts
         parts = parts[:-1] if parts[-1] == "__init__" else parts
-        if any(p in INNER or p.startswith("_") for p in parts) or ("\ndef " not in path.read_text() \
-                and "\nclass " not in path.read_text()):
+        text = path.read_text(encoding="utf-8")
+        if any(p in INNER or p.startswith("_") for p in parts) or ("\ndef " not in text and "\nclass " not in text):
             continue
-        found.append(".".join(parts))
+        inside = (source / parts[0] / parts[1]).is_dir() if len(parts) > 1 else False
+        found.setdefault(".".join(parts[:2] if inside else parts[:1]), []).append(".".join(parts))
     return found
 
 
-with mkdocs_gen_files.open("api.md", "w") as page:
-    print("# API reference\n", file=page)
-    for title, folder in LIBRARIES.items():
-        print(f"## {title}\n", file=page)
-        for module in public_modules(folder):
-            print(f"::: {module}\n", file=page)
+with mkdocs_gen_files.open("api.md", "w") as index:
+    print("# API reference\n", file=index)
+    for folder, title in LIBRARIES.items():
+        print(f"## {title}\n", file=index)
+        for family, modules in families(folder).items():
+            print(f"- [`{family}`](api/{family}.md): {', '.join(m.rpartition('.')[2] for m in modules)}", file=index)
+            with mkdocs_gen_files.open(f"api/{family}.md", "w") as page:
+                print(f"# {family}\n", file=page)
+                for module in modules:
+                    print(f"::: {module}\n", file=page)
+        print(file=index)
+
+with mkdocs_gen_files.open("llms.txt", "w") as page:
+    print(START, "## Guides\n", sep="\n", file=page)
+    for guide in ["index.md", *sorted(str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").glob("*/*.md")),
+                  "architecture.md", "claims.md", "api.md"]:
+        print(f"- [{guide.removesuffix('.md').rpartition('/')[2]}]({guide})", file=page)
+    print("\n## Papers\n", file=page)
+    for kind, folder, project in readme_table.projects():
+        print(f"- [{project['name']}](papers/{kind}/{folder}.md): {project['description']}", file=page)
