@@ -263,5 +263,5 @@ def build(session: nox.Session) -> None:
     """Wheels and source distributions of every package into dist/."""
     python = shared(session, *RUN_NEEDS, *TEST_NEEDS)
     shutil.rmtree(ROOT / "dist", ignore_errors=True)
-    for package in PACKAGES:
+    for package in [*PACKAGES, ROOT / "packages/looseleaf-papers"]:
         run(session, python, "-m", "build", "--no-isolation", "--outdir", str(ROOT / "dist"), str(package))

@@ -71,7 +71,7 @@ def packages() -> list[Package]:
         package.points = {value.partition(":")[0] for group in project.get("entry-points", {}).values()
                           for value in group.values()}
         package.points |= {value.partition(":")[0] for value in project.get("scripts", {}).values()}
-        source = folder / "src"
+        source = folder / "src"  # looseleaf-papers has none
         for path in sorted(source.rglob("*.py")):
             parts = path.relative_to(source).with_suffix("").parts
             module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)

@@ -32,7 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / ".nox" / "torch-only"
 BIN = "Scripts" if os.name == "nt" else "bin"
 PACKAGES = [p.parent for p in (*sorted(ROOT.glob("packages/*/pyproject.toml")), ROOT / "kernels/pyproject.toml",
-                               *sorted(ROOT.glob("plugins/*/*/pyproject.toml")))]
+                               *sorted(ROOT.glob("plugins/*/*/pyproject.toml"))) if (p.parent / "src").is_dir()]
+PAPERS = ROOT / "packages" / "looseleaf-papers"
 
 PRELUDE = '''
 import os, sys, tempfile
@@ -165,6 +166,22 @@ def check(package: Path, layer: Layer, work: Path) -> None:
     print(f"{name}: alone, {len(others)} other plugins absent, {len(blocks)} README blocks run", flush=True)
 
 
+def umbrella(home: Path, base_site: Path, wheels: Path) -> None:
+    """README's two ways to install in a new environment: extras of the core, and everything through looseleaf-papers."""
+    layer = Layer(home, base_site, wheels, True)
+    layer.add("looseleaf[flexprefill]")
+    listed = sh(layer.python, "-m", "looseleaf.cli.main", "list", "--json", LOOSELEAF_CACHE=str(home / "cache"))
+    if '"looseleaf-flexprefill"' not in listed:
+        raise SystemExit(f"looseleaf[flexprefill]: expected the plugin in the list, got {listed}")
+    every = {tomllib.loads((p / "pyproject.toml").read_text(encoding="utf-8"))["project"]["name"] for p in PACKAGES
+             if p.parent.parent.name == "plugins"}
+    sh(layer.python, "-m", "pip", "install", "-q", "--no-deps", "--find-links", str(wheels), "looseleaf-papers")
+    asked = sh(layer.python, "-c", "import importlib.metadata as m; print(*m.requires('looseleaf-papers'), sep='\\n')")
+    if {Requirement(text).name for text in asked.split()} != every:
+        raise SystemExit(f"looseleaf-papers: expected {sorted(every)}, got {asked.split()}")
+    print("looseleaf[flexprefill] brings the plugin, looseleaf-papers asks for all of them", flush=True)
+
+
 def _asked_for(project: dict[str, object], module: str) -> bool:
     """Whether a package depends on a module, by itself or through a library of ours."""
     wanted = {"sklearn": "scikit-learn"}.get(module, module)
@@ -195,6 +212,9 @@ def main(argv: list[str]) -> int:
             work.mkdir()
             check(package, Layer(work / package.name, site, wheels, "--pip" in argv), work)
             shutil.rmtree(work, ignore_errors=True)
+        if not names:
+            sh(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(wheels), str(PAPERS))
+            umbrella(work, site, wheels)
     print(f"{len(wanted)} wheels stand alone")
     return 0
 

@@ -1,6 +1,7 @@
-"""The plugins of this project in README.md, the gallery of the docs and the core's papers.json, from their metadata.
+"""The plugins of this project, from their metadata, wherever they are named.
 
-`python tools/readme_table.py` rewrites README.md and papers.json; `--check` compares and exits with 1 on a difference.
+README.md, the gallery of the docs, the core's papers.json and extras, and what looseleaf-papers depends on.
+`python tools/readme_table.py` rewrites all of them; `--check` compares and exits with 1 on a difference.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from between_marks import rewrite
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- plugins: made by tools/readme_table.py -->", "<!-- end of plugins -->"
+FIRST, LAST = "# papers: made by tools/readme_table.py", "# end of papers"
 KINDS = ("attention", "pruners", "prompts", "probes")
 
 
@@ -46,7 +48,7 @@ def papers() -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Rewrite or check README.md and papers.json."""
+    """Rewrite or check all of them."""
     check, tool = "--check" in argv, Path(__file__).name
     known = ROOT / "packages/looseleaf/src/looseleaf/papers.json"
     if not check:
@@ -54,7 +56,12 @@ def main(argv: list[str]) -> int:
     elif known.read_text(encoding="utf-8") != papers():
         print(f"{known.name} is out of date: run python tools/{tool}")
         return 1
-    return rewrite(ROOT / "README.md", BEGIN, END, table(), tool, check=check)
+    names = [(project["name"], project["version"]) for _, _, project in projects()]
+    extras = "\n".join(f'{name.removeprefix("looseleaf-")} = ["{name}"]' for name, _ in names)
+    needs = "\n".join(f'  "{name}>={version}",' for name, version in names)
+    return max(rewrite(ROOT / "README.md", BEGIN, END, table(), tool, check=check),
+               rewrite(ROOT / "packages/looseleaf/pyproject.toml", FIRST, LAST, extras, tool, check=check),
+               rewrite(ROOT / "packages/looseleaf-papers/pyproject.toml", FIRST, LAST, needs, tool, check=check))
 
 
 if __name__ == "__main__":
