@@ -167,7 +167,7 @@ def check(package: Path, layer: Layer, work: Path) -> None:
 
 
 def umbrella(home: Path, base_site: Path, wheels: Path) -> None:
-    """README's two ways to install in a new environment: extras of the core, and everything through looseleaf-papers."""
+    """README's two ways to install several papers: extras of the core, and all through looseleaf-papers."""
     layer = Layer(home, base_site, wheels, True)
     layer.add("looseleaf[flexprefill]")
     listed = sh(layer.python, "-m", "looseleaf.cli.main", "list", "--json", LOOSELEAF_CACHE=str(home / "cache"))
