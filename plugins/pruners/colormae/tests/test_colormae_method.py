@@ -123,6 +123,20 @@ def test_windows_are_crops_and_flips_of_the_bank():
     assert len(seen) > 40 and {s[3] for s in seen} == {0, 1, 2, 3} and {s[0] for s in seen} == {0, 1, 2}
 
 
+def test_windows_of_a_volume_are_crops_and_flips_of_its_cubes():
+    method = ColorMAE(bank=8, size=4, video="volume")
+    bank = method.patterns("green", dims=3)
+    assert bank.shape == (2, 4, 4, 4)
+    flips = [dims for n in range(4) for dims in itertools.combinations(range(3), n)]
+    seen = set()
+    for window in method.noise(64, (2, 3, 4)).view(64, 2, 3, 4):
+        found = [(p, z, y, dims) for p in range(2) for z in range(3) for y in range(2) for dims in flips
+                 if torch.equal(bank[p, z:z + 2, y:y + 3].flip(dims), window)]
+        assert len(found) == 1
+        seen.add(found[0])
+    assert len(seen) > 30 and {s[3] for s in seen} == set(flips)
+
+
 def test_official_batching_shares_crop_and_flips():
     method = ColorMAE(bank=6, size=8, official_batching=True)
     bank = method.patterns("green")
@@ -144,6 +158,15 @@ def test_same_seed_same_masks_and_the_next_step_others():
     assert not torch.equal(ColorMAE(seed=1, **SMALL).keep_mask(4, (8, 8)), first)
 
 
+@pytest.mark.parametrize("fields", [{}, {"official_batching": True}, {"video": "volume"}])
+def test_masks_are_made_on_their_own_device_whatever_the_default_is(fields):
+    expected = ColorMAE(seed=7, **SMALL, **fields).ids(3, (2, 8, 8))
+    with torch.device("meta"):
+        ids = ColorMAE(seed=8, **SMALL, **fields).ids(3, (2, 8, 8))  # another bank, made here
+        again = ColorMAE(seed=7, **SMALL, **fields).ids(3, (2, 8, 8))
+    assert ids.mask.device.type == "cpu" and all(map(torch.equal, again, expected))
+
+
 class Masks(torch.utils.data.Dataset):
     """A dataset whose workers draw masks."""
 
@@ -162,6 +185,16 @@ def test_workers_draw_other_masks_and_each_epoch_others():
                                          generator=torch.Generator().manual_seed(0))
     rows = torch.cat([mask for _ in range(2) for mask in loader])
     assert len(rows.unique(dim=0)) == 16
+
+
+def test_ranks_draw_other_masks(monkeypatch):
+    def rows():
+        loader = torch.utils.data.DataLoader(Masks(), batch_size=8, num_workers=1,
+                                             generator=torch.Generator().manual_seed(0))
+        return torch.cat([ColorMAE(**SMALL).keep_mask(4, (8, 8)), next(iter(loader))])
+    first, again = rows(), rows()
+    monkeypatch.setenv("RANK", "1")
+    assert torch.equal(first, again) and len(torch.cat([first, rows()]).unique(dim=0)) == 24
 
 
 def test_a_tube_is_one_mask_and_a_volume_is_not():

@@ -119,7 +119,8 @@ class ColorMAE(TokenPruner):
 
     # ------------------------------------------------------------------ masks
     def noise(self, batch: int, grid: Grid, device: torch.device | str | None = None) -> Tensor:
-        """Filtered noise of ``batch`` images: (batch, patches of the grid) float32; the largest values are kept.
+        """Filtered noise of ``batch`` images: (batch, patches of the grid) float32; the largest values are kept, or
+        the smallest where ``side`` is "low".
 
         ``ViTMAEForPreTraining`` keeps the *smallest*: give it :meth:`mae_noise`.
 
@@ -254,11 +255,11 @@ class ColorMAE(TokenPruner):
         count = len(lines) // (2 * self.size ** (len(shape) - 1))
         sides, first, ways = _addresses(count, self.size, shape)
         draws = torch.rand(1 if self.official_batching else batch, len(sides), dtype=torch.float64,
-                           generator=self._generator()).mul_(sides).floor_()
+                           device="cpu", generator=self._generator()).mul_(sides).floor_()
         self.step += 1
         if self.official_batching:
             draws = draws.repeat(batch, 1)
-            draws[:, 0] = torch.arange(batch) % count
+            draws[:, 0] = torch.arange(batch, device="cpu") % count
         # whole lines of a window are copied, each from where it starts: a few numbers are drawn and not one a patch
         starts = torch.addmm(first, draws, ways).long().flatten().to(device)
         return lines.flatten().unfold(0, shape[-1], 1).index_select(0, starts).view(batch, -1)
@@ -270,7 +271,7 @@ class ColorMAE(TokenPruner):
         rank = torch.distributed.get_rank() if distributed else int(os.environ.get("RANK", "0"))
         worker = torch.utils.data.get_worker_info()  # its seed is another one for each worker and in each epoch
         parts = [self.seed, self.step, rank, *([] if worker is None else [worker.seed])]
-        return torch.Generator().manual_seed(_mixed(parts))
+        return torch.Generator("cpu").manual_seed(_mixed(parts))
 
 
 @functools.lru_cache(maxsize=32)
@@ -281,17 +282,18 @@ def _addresses(count: int, size: int, shape: tuple[int, ...]) -> tuple[Tensor, T
     lines start at ``first + draws @ ways``. A window that is flipped is read from its end, but along the last axis,
     where each line of a pattern is followed by its mirror image.
     """
-    axes = len(shape)
-    strides = [2 * size ** (axes - 1 - axis) for axis in range(axes - 1)]
-    walks = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) * stride
-                             for side, stride in zip(shape, strides, strict=False)), indexing="ij")
-    places = [walk.flatten() for walk in walks]
-    first = torch.stack(places).sum(0)
-    lines = torch.ones_like(first)
-    flips = [stride * (side - 1) - 2 * place for side, stride, place in zip(shape, strides, places, strict=False)]
-    ways = [2 * size ** axes, *strides, 1]
-    sides = torch.tensor([count, *(size - side + 1 for side in shape), *[2] * axes], dtype=torch.float64)
-    return sides, first, torch.stack([*(way * lines for way in ways), *flips, size * lines])
+    with torch.device("cpu"):  # whatever the default is
+        axes = len(shape)
+        strides = [2 * size ** (axes - 1 - axis) for axis in range(axes - 1)]
+        walks = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) * stride
+                                 for side, stride in zip(shape, strides, strict=False)), indexing="ij")
+        places = [walk.flatten() for walk in walks]
+        first = torch.stack(places).sum(0)
+        lines = torch.ones_like(first)
+        flips = [stride * (side - 1) - 2 * place for side, stride, place in zip(shape, strides, places, strict=False)]
+        ways = [2 * size ** axes, *strides, 1]
+        sides = torch.tensor([count, *(size - side + 1 for side in shape), *[2] * axes], dtype=torch.float64)
+        return sides, first, torch.stack([*(way * lines for way in ways), *flips, size * lines])
 
 
 def _mixed(parts: Sequence[int]) -> int:
@@ -352,13 +354,14 @@ def filtered(white: Tensor, color: str, **sigmas: float) -> Tensor:
 @functools.lru_cache(maxsize=2)
 def _bank(color: str, sigma: float, sigma_low: float, sigma_high: float, count: int, size: int, dims: int, seed: int,
           device: str) -> Tensor:
-    white = torch.randn(count, *[size] * dims, generator=torch.Generator().manual_seed(seed))
-    if color != "white":
-        white = filtered(white, color, sigma=sigma, sigma_low=sigma_low, sigma_high=sigma_high)
-    # numpy asks for memory in huge pages, where torch does not: windows lie all over it, and are read faster so
-    lines = torch.from_numpy(np.empty((*white.shape[:-1], 2, size), dtype=np.float32))
-    lines[..., 0, :], lines[..., 1, :] = white, white.flip(-1)
-    return lines.view(-1, size).to(device)
+    with torch.device("cpu"):  # whatever the default is
+        white = torch.randn(count, *[size] * dims, generator=torch.Generator("cpu").manual_seed(seed))
+        if color != "white":
+            white = filtered(white, color, sigma=sigma, sigma_low=sigma_low, sigma_high=sigma_high)
+        # numpy asks for memory in huge pages, where torch does not: windows lie all over it, and are read faster so
+        lines = torch.from_numpy(np.empty((*white.shape[:-1], 2, size), dtype=np.float32))
+        lines[..., 0, :], lines[..., 1, :] = white, white.flip(-1)
+        return lines.view(-1, size).to(device)
 
 
 def patch_grid(model: Any, pixels: Tensor) -> tuple[int, ...]:
