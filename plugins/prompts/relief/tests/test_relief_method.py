@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.distributions import Categorical, Normal
+from torch.distributions import Categorical, Normal, kl_divergence
 from torch.nn import functional as F
 from torch_geometric.data import Data
 
@@ -31,6 +31,7 @@ from looseleaf_relief.policy import (
     episode,
     gae,
     joint,
+    normal_log_prob,
     places,
 )
 from looseleaf_relief.prompt import LearnerSpec
@@ -81,9 +82,9 @@ def test_divergences() -> None:
     expected = 0.5 * math.log(2.5) + 0.3 * math.log(1.5) + 0.2 * math.log(1 / 3)
     assert float(discrete_kl(p.log(), q.log())) == pytest.approx(expected, abs=1e-12)
     assert float(discrete_kl(p.log(), p.log())) == 0
-    # of the vectors: equal deviations s, so the sum of squared differences over 2 s^2
-    found = torch.distributions.kl_divergence(Normal(torch.tensor([1.0, 2.0]), 0.5), Normal(torch.zeros(2), 0.5)).sum()
-    assert float(found) == pytest.approx((1 + 4) / (2 * 0.25), abs=1e-6)
+    x, mean = torch.randn(2, 5, 3, dtype=torch.float64)
+    expected = Normal(mean, math.exp(-0.7)).log_prob(x).sum(-1)
+    assert torch.allclose(normal_log_prob(x, mean, -0.7), expected, atol=1e-12)
 
 
 def test_running_norm() -> None:
@@ -253,7 +254,7 @@ def test_the_loss_of_a_member_by_a_plain_reference() -> None:
         for parameter in policy.pairs[0].parameters():
             parameter += 0.05
     advantages = torch.randn(18, generator=torch.Generator().manual_seed(2))
-    found, kl_d, kl_c = PPO_.loss(policy, 0, steps, advantages, 0.01, -1.0)
+    found, kl_d, kl_c = PPO_.loss(policy, 0, steps, advantages, 0.01, -1.0, PPO_.others(policy, 0, steps))
     total, kls = [], []
     for s in range(18):
         n = int(steps.real[s].sum())
@@ -272,7 +273,7 @@ def test_the_loss_of_a_member_by_a_plain_reference() -> None:
         value = value - 0.01 * dist.entropy() + 2.0 * (together * (together / members[0]).log()).sum()
         means = [0.5 * torch.tanh(p.content.layers(state[best])) for p in policy.pairs]
         mean = torch.stack(means).mean(0).detach()
-        value = value + 0.1 * ((means[0] - mean) ** 2).sum() / (2 * math.exp(-2.0))
+        value = value + 0.1 * kl_divergence(Normal(means[0], math.exp(-1.0)), Normal(mean, math.exp(-1.0))).sum()
         total.append(value)
     plain = torch.stack(total).mean()
     assert float(found.detach()) == pytest.approx(float(plain.detach()), rel=1e-5)

@@ -195,7 +195,7 @@ class RootNetwork(MessagePassing):
 
 
 def planted(count: int = 64, nodes: int = 10, seed: int = 0, signal: float = 0.3) -> tuple[Task, GraphNetwork]:
-    """Rings of plain nodes with a single one that carries the label, faintly; ``key`` is its number.
+    """Rings of plain nodes with a single one that carries the label; ``key`` is its number.
 
     The first feature says which node it is, the second, ``+-signal``, the class. Its share in the mean of all nodes is
     small, so that a head alone learns slowly; a prompt at this node makes it large, one elsewhere cannot know the sign.
@@ -211,7 +211,7 @@ def planted(count: int = 64, nodes: int = 10, seed: int = 0, signal: float = 0.3
     edges = torch.cat([torch.stack([ring, (ring + 1) % nodes]), torch.stack([(ring + 1) % nodes, ring])], 1)
 
     def example(n: int) -> Example:
-        x = 0.3 * torch.randn(nodes, 8, generator=draw)
+        x = 0.05 * torch.randn(nodes, 8, generator=draw)
         x[:, :2] = 0
         key = int(torch.randint(0, nodes, (1,), generator=draw))
         x[key, 0], x[key, 1] = 2.0, signal * (2 * (n % 2) - 1)

@@ -140,11 +140,11 @@ class RELIEF(GraphOptimizer):
         learner = run.learner
         assert isinstance(learner, PromptingPolicy)
         with own_random_state(run.seed + 1):
-            learner.critic = Critic(self.critic, learner.spec.d, max(int(g.num_nodes or 0) for g in run.graphs)).to(
-                run.network.device)
-        return [*super().optimizers(run), *(
-            torch.optim.Adam([*pair.parameters(), *learner.critic.parameters()], lr=self.policy_lr, eps=1e-5)
-            for pair in learner.policy.pairs)]
+            most = max(int(g.num_nodes or 0) for g in run.graphs)
+            learner.critic = Critic(self.critic, learner.spec.d, most).to(run.network.device)
+        members = [[*pair.parameters(), *learner.critic.parameters()] for pair in learner.policy.pairs]
+        return [*super().optimizers(run),
+                *(torch.optim.Adam(each, lr=self.policy_lr, eps=1e-5, fused=True) for each in members)]
 
     def evaluation(self) -> dict[str, Any]:
         """See :meth:`GraphOptimizer.evaluation`."""

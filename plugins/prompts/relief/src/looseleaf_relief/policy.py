@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Normal, kl_divergence
 from torch_geometric.data import Batch
 
 from looseleaf_relief.graphs import GraphNetwork, counts
@@ -302,7 +301,7 @@ def episode(policy: Policy, network: GraphNetwork, batch: Batch, noise: Noise, *
                 action = policy.z_max * noise.uniforms(policy.width).to(mean)
             elif log_std is not None:
                 action = mean + math.exp(log_std) * noise.normal(policy.width).to(mean)
-                log_prob = Normal(mean, math.exp(log_std)).log_prob(action).sum(-1)
+                log_prob = normal_log_prob(action, mean, log_std)
             going = t < numbers
             added = action.clamp(-policy.z_max, policy.z_max) if policy.clip else action
             if prompt is None:
@@ -365,14 +364,15 @@ class PPO:
         advantages, returns = self.returns(steps, rewards, critic)
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
         trained = [p for p in (*policy.pairs[member].parameters(), *critic.parameters())]
-        each, updates = count // self.minibatch_size, 0
+        each, updates, others = count // self.minibatch_size, 0, self.others(policy, member, steps)
         for _ in range(self.passes):
             order = torch.randperm(count, generator=generator).to(steps.node.device)
             kl = [0.0, 0.0]
             for n in range(each):
                 rows = order[n * self.minibatch_size:(n + 1) * self.minibatch_size]
                 some = steps.part(rows)
-                loss, *kls = self.loss(policy, member, some, advantages[rows], entropy, log_std)
+                loss, *kls = self.loss(policy, member, some, advantages[rows], entropy, log_std,
+                                       None if others is None else (others[0][rows], others[1][rows]))
                 value = nn.functional.mse_loss(critic(some.states, some.real), returns[rows])
                 optimizer.zero_grad()
                 (loss + self.critic_weight * value).backward()  # type: ignore[no-untyped-call]
@@ -384,40 +384,68 @@ class PPO:
                 break
         return updates
 
-    def loss(self, policy: Policy, member: int, steps: Transitions, advantages: Tensor, entropy: float,
-             log_std: float) -> tuple[Tensor, float, float]:
-        """The loss of both actors of a member, and the approximate KL of each to the one that acted."""
-        rows, total, kls = torch.arange(len(steps.node), device=steps.node.device), torch.zeros(()), [0.0, 0.0]
-        if policy.nodes == "learned":
-            log_probs = policy.node_log_probs(steps.states, steps.real, member)
-            chosen = log_probs[rows, steps.node]
-            surrogate, kls[0] = self._surrogate(chosen, steps.node_log_prob, advantages)
-            spread = -torch.where(steps.real, log_probs.exp() * log_probs.masked_fill(~steps.real, 0.0), 0.0).sum(-1)
-            total = total - (surrogate + entropy * spread).mean()
+    def others(self, policy: Policy, member: int, steps: Transitions) -> tuple[Tensor, Tensor] | None:
+        """What the other members, who stay as they are meanwhile, would do; None where there are none or nobody asks.
+
+        Returns:
+            (S, N), the largest of their log-probabilities, and (S, N, D), the sum of their means at every node.
+        """
+        rest: list[Any] = [pair for n, pair in enumerate(policy.pairs) if n != member]
+        if not rest or not (self.alpha_d or self.alpha_c):
+            return None
         with torch.no_grad():
-            together = policy.node_log_probs(steps.states, steps.real)
-        if policy.nodes == "learned" and len(policy.pairs) > 1 and self.alpha_d:
-            total = total + self.alpha_d * discrete_kl(together, log_probs).mean()
+            log_probs = torch.stack([pair.discrete(steps.states, steps.real) for pair in rest]).max(0).values
+            means = sum(pair.content(steps.states) for pair in rest)
+        return log_probs, means  # type: ignore[return-value]
+
+    def loss(self, policy: Policy, member: int, steps: Transitions, advantages: Tensor, entropy: float,
+             log_std: float, others: tuple[Tensor, Tensor] | None) -> tuple[Tensor, float, float]:
+        """The loss of both actors of a member, and the approximate KL of each to the one that acted.
+
+        Args:
+            policy, member: who learns.
+            steps, advantages: (S,) from what.
+            entropy: weight of the entropy of the nodes.
+            log_std: of the vectors.
+            others: of :meth:`others` for these steps; None: no penalty.
+        """
+        rows, total, kls = torch.arange(len(steps.node), device=steps.node.device), torch.zeros(()), [0.0, 0.0]
+        log_probs = policy.node_log_probs(steps.states, steps.real, member)
+        best: Tensor | None = None
+        if others is not None:
+            together = joint([log_probs.detach(), others[0] if policy.nodes == "learned" else log_probs])
+            best = together.argmax(-1)
+        if policy.nodes == "learned":
+            surrogate, kls[0] = self._surrogate(log_probs[rows, steps.node], steps.node_log_prob, advantages)
+            spread = -(log_probs.exp() * log_probs.masked_fill(~steps.real, 0.0)).sum(-1)
+            total = total - (surrogate + entropy * spread).mean()
+            if others is not None and self.alpha_d:
+                total = total + self.alpha_d * discrete_kl(together, log_probs).mean()
         if policy.content == "learned":
-            mean = policy.means(steps.states[rows, steps.node], member)
-            chosen = Normal(mean, math.exp(log_std)).log_prob(steps.action).sum(-1)
-            surrogate, kls[1] = self._surrogate(chosen, steps.action_log_prob, advantages)
+            at = steps.node if best is None else torch.cat([steps.node, best])
+            means = policy.means(steps.states[rows.repeat(len(at) // len(rows)), at], member)
+            mean, std = means[:len(rows)], math.exp(log_std)
+            surrogate, kls[1] = self._surrogate(normal_log_prob(steps.action, mean, log_std), steps.action_log_prob,
+                                                advantages)
             total = total - surrogate.mean()
-            if len(policy.pairs) > 1 and self.alpha_c:
-                at = steps.states[rows, together.argmax(-1)]
-                with torch.no_grad():
-                    others = Normal(policy.means(at), math.exp(log_std))
-                own = Normal(policy.means(at, member), math.exp(log_std))
-                total = total + self.alpha_c * kl_divergence(own, others).sum(-1).mean()
+            if others is not None and best is not None and self.alpha_c:
+                own = means[len(rows):]
+                common = (own.detach() + others[1][rows, best]) / len(policy.pairs)
+                total = total + self.alpha_c * ((own - common) ** 2).sum(-1).mean() / (2 * std ** 2)
         return total, kls[0], kls[1]
 
     def _surrogate(self, now: Tensor, then: Tensor, advantages: Tensor) -> tuple[Tensor, float]:
         """(S,): the clipped objective; and the approximate KL."""
-        ratio = torch.exp(now - then)
-        clipped = ratio.clamp(1 - self.clip, 1 + self.clip)
-        with torch.no_grad():
-            kl = float(((ratio - 1) - (now - then)).mean())
-        return torch.min(ratio * advantages, clipped * advantages), kl
+        difference = now - then
+        ratio = difference.exp()
+        kl = float((ratio - 1 - difference).detach().mean())
+        return torch.min(ratio * advantages, ratio.clamp(1 - self.clip, 1 + self.clip) * advantages), kl
+
+
+def normal_log_prob(x: Tensor, mean: Tensor, log_std: float) -> Tensor:
+    """(S,): log-density of vectors (S, D) under N(mean, exp(log_std)), the same for all elements."""
+    scaled = (x - mean) / math.exp(log_std)
+    return -0.5 * scaled.square().sum(-1) - x.shape[-1] * (log_std + 0.5 * math.log(2 * math.pi))
 
 
 def _orthogonal(widths: Sequence[int]) -> nn.Sequential:
@@ -437,4 +465,4 @@ def _log_softmax(logits: Tensor, real: Tensor) -> Tensor:
 
 
 __all__ = ["PPO", "Actors", "ContentActor", "Critic", "DiscreteActor", "Noise", "Policy", "RunningNorm", "Transitions",
-           "dense", "discrete_kl", "episode", "gae", "joint", "places"]
+           "dense", "discrete_kl", "episode", "gae", "joint", "normal_log_prob", "places"]

@@ -366,8 +366,8 @@ class Run:
                 logits = self.learner.logits(self.network, batch, Noise([generator], len(part)))
                 value = self.targets.loss(logits, self.labels[part]).mean()
                 if not torch.isfinite(value):
-                    raise ValueError(f"epoch {epoch + 1}: expected a finite loss, got {float(value)}: lower head_lr, "
-                                     "or see whether the network gives finite embeddings")
+                    raise ValueError(f"epoch {epoch + 1}: expected a finite loss, got {float(value.detach())}: lower "
+                                     "head_lr, or see whether the network gives finite embeddings")
                 optimizer.zero_grad()
                 value.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
