@@ -191,7 +191,7 @@ class JigsawProbe(Probe):
                 asked = list(puzzles(images, kind, self.puzzles, seed))
                 answers = ask(asked)
                 outputs += list(zip(asked, answers, strict=True))
-                found, blind = score(asked, answers), score(asked, ask([_blinded(p) for p in asked]))
+                found, blind = score(asked, answers), score(asked, ask([blinded(p) for p in asked]))
                 chance, interval = _chance(asked), found.interval
                 table.add(kind.question, kind.size, found.count, *interval, *chance,
                           interval.low > max(chance), found.reward, found.form, blind.right / blind.count)
@@ -215,7 +215,8 @@ class JigsawProbe(Probe):
                             for p, said in some]
 
 
-def _blinded(puzzle: Puzzle) -> Puzzle:
+def blinded(puzzle: Puzzle) -> Puzzle:
+    """The same puzzle with a grey picture."""
     from PIL import Image
 
     return dataclasses.replace(puzzle, image=Image.new("RGB", puzzle.image.size, (128, 128, 128)))
@@ -239,4 +240,4 @@ def _controls(asked: Sequence[Puzzle], seed: int) -> list[float | None]:
             score(asked, [p.gold for p in asked]).right / len(asked)]
 
 
-__all__ = ["Ask", "JigsawProbe", "Scores", "asker", "score", "wilson"]
+__all__ = ["Ask", "JigsawProbe", "Scores", "asker", "blinded", "score", "wilson"]
