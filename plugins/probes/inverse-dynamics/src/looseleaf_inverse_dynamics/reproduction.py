@@ -91,7 +91,7 @@ def linear(seed: int, scale: Scale) -> dict[str, Any]:
         corpus = dataclasses.replace(world.sample(scale.trajectories, seed), states=None)
         encoder = pretrain(corpus, objective, linear_encoder(world, seed=seed), steps=scale.linear_steps, lr=4e-2,
                            seed=seed, progress=False).encoder
-        weight, moments = encoder.weight.detach().double(), world.moments(n)
+        weight, moments = next(encoder.parameters()).detach().double(), world.moments(n)
         best, nothing = moments.best(name, 2), moments.reached(name, torch.zeros(1, weight.shape[1]))
         gain = nothing - best.loss
         found = {"r2": moments.state_r2(weight), "closed": best.state_r2,
