@@ -189,10 +189,13 @@ def default_phase(inputs: Mapping[str, Any]) -> str | Tensor:
 def _layers(modules: dict[str, nn.Module], pattern: str | None, model: str) -> list[str]:
     if pattern is not None:
         return match([name for name in modules if name], pattern)
-    lists = {name: [f"{name}.{n}" for n, _ in module.named_children()] for name, module in modules.items()
-             if isinstance(module, nn.ModuleList) and len(module) and all(
-                 _has(layer, lambda c: bool(_mlp_of(c))) and _has(layer, lambda c: bool(_attention_of(c)))
-                 for layer in module)}
+    lists = {}
+    for name, module in modules.items():
+        if isinstance(module, nn.ModuleList) and len(module):
+            # one of both will do for a layer: the other may have been dropped
+            has = [(_has(layer, _attention_of), _has(layer, _mlp_of)) for layer in module]
+            if all(map(any, has)) and all(map(any, zip(*has, strict=True))):
+                lists[name] = [f"{name}.{n}" for n, _ in module.named_children()]
     outer = {name: paths for name, paths in lists.items()
              if not any(name != other and name.startswith(f"{other}.") for other in lists)}
     main = {name: paths for name, paths in outer.items() if not _ELSEWHERE.search(name)} or outer
@@ -202,8 +205,8 @@ def _layers(modules: dict[str, nn.Module], pattern: str | None, model: str) -> l
     return next(iter(main.values()), [])
 
 
-def _has(module: nn.Module, test: Callable[[nn.Module], bool]) -> bool:
-    return any(test(child) for child in module.modules())
+def _has(layer: nn.Module, find: Callable[[nn.Module], Any]) -> bool:
+    return any(find(child) is not None for child in layer.modules())
 
 
 def _child(module: nn.Module, path: str) -> nn.Module | None:

@@ -198,7 +198,7 @@ def heads(root: nn.Module, attentions: Iterable[Attention]) -> dict[str, Callabl
         def score(out: Any, a: Tensor) -> Tensor:
             weights = out.weight.detach().float().split(size, dim=1)
             each = [F.linear(own, w).abs().mean(1) for own, w in zip(a.split(size, 1), weights, strict=True)]
-            return torch.stack(each, 1).view(len(a), units, -1).sum(2)
+            return torch.stack(each, 1).view(len(a), units, len(weights) // units).sum(2)
 
         return score
 
