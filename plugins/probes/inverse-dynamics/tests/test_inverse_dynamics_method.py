@@ -37,14 +37,14 @@ from looseleaf_inverse_dynamics.worlds import PointMass, point_mass_demonstratio
 KINDS = (Inverse(), Inverse(n=3, all_actions=True), Cloning(), ForwardExplicit(), ForwardImplicit(), Contrastive())
 
 
-def vectors(trajectories=12, steps=9, discrete=False, seed=0, context="a"):
+def vectors(trajectories=12, steps=9, discrete=False, seed=0, context="a", noise=2):
     """The action is what the state changes by: a tenth of it, or its direction."""
     rng = np.random.default_rng(seed)
     actions = [rng.uniform(-1, 1, (steps, 2)) for _ in range(trajectories)]
     states = [np.concatenate([np.zeros((1, 2)), np.cumsum(a, 0)]) + rng.normal(size=2) for a in actions]
     if discrete:
         actions = [(a[:, 0] > 0).astype(int) + 2 * (a[:, 1] > 0) for a in actions]
-    seen = [np.concatenate([s, rng.normal(size=(len(s), 2))], 1) for s in states]
+    seen = [np.concatenate([s, rng.normal(size=(len(s), noise))], 1) for s in states]
     return Demonstrations.from_arrays(seen, actions, states=states, contexts=[context] * trajectories)
 
 
@@ -159,13 +159,13 @@ def test_bad_objectives(make, message):
 
 # ------------------------------------------------------------------------------------------- pre-training and transfer
 def test_inverse_dynamics_finds_the_state_that_cloning_cannot():
-    demonstrations = vectors(60)
+    demonstrations = vectors(60, noise=12)
     r2 = {}
     for name in ("ID", "BC"):
-        result = pretrain(demonstrations, name, encoder(), steps=200, batch=64, lr=2e-2, progress=False)
+        result = pretrain(demonstrations, name, encoder(14), steps=150, batch=64, lr=2e-2, progress=False)
         r2[name] = 1 - np.mean(result.state_losses[-20:])
-        assert name == "BC" or np.mean(result.losses[-20:]) < 0.3 * result.losses[0]
-    assert r2["ID"] > 0.8 > r2["BC"] + 0.2
+        assert name == "BC" or np.mean(result.losses[-20:]) < 0.5 * result.losses[0]
+    assert r2["ID"] > 0.7 > r2["BC"] + 0.2, r2
 
 
 def test_the_same_seed_gives_the_same_encoder_and_the_given_one_is_left_alone():
