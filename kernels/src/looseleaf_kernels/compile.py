@@ -67,8 +67,8 @@ def compile_all(target: str, processes: int = 1) -> list[dict[str, Any]]:
 
 def jobs() -> list[Job]:
     """Every kernel of every operation, for each dtype, head size and block size that is compiled ahead of time."""
-    return [job for operation in operations() if "triton" in operation.implementations
-            for job in operation.module("triton").compile_jobs()]
+    modules = dict.fromkeys(op.module("triton") for op in operations() if "triton" in op.implementations)
+    return [job for module in modules for job in module.compile_jobs()]
 
 
 def _compile(target: str, number: int) -> dict[str, Any]:

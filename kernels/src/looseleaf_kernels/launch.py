@@ -94,6 +94,16 @@ def mean() -> Launch:
     return Launch(4, 1)
 
 
+def copy() -> Launch:
+    """Launch parameters of copies of long rows."""
+    return Launch(4, 1)
+
+
+def row_sparse(arch: str, head_dim: int) -> Launch:
+    """Launch parameters of attention of single queries, whose keys are gathered; the same on all architectures."""
+    return Launch(2 if head_dim <= 64 else 4, 2)
+
+
 def _tiled(arch: str, block_q: int, tile: int, stages: int) -> Launch:
     """For kernels that keep ``tile`` bytes of K and V for every stage."""
     warps = 8 if block_q >= 128 else 4

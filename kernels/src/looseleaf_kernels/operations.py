@@ -30,6 +30,7 @@ class Operation:
         implementations: the devices of each implementation. ``cpu`` on ``cuda`` is plain torch that suits both.
         differentiable: whether it has a gradient.
         float64: the implementation for float64 where none is asked for.
+        any_width: whether the Triton kernel takes a last dimension of any size, and not of 16 to 256 alone.
         triton_blocks: the smallest and the largest size, a power of two, of each kind of block in the Triton kernel.
     """
 
@@ -38,6 +39,7 @@ class Operation:
     implementations: Mapping[str, tuple[str, ...]]
     differentiable: bool = False
     float64: str = "cpu"
+    any_width: bool = False
     triton_blocks: Mapping[str, tuple[int, float]] | None = None
 
     @property
@@ -132,7 +134,7 @@ def implementation_for(op: str, device: torch.device, dtype: torch.dtype, head_d
         return operation.anywhere, "plain torch"
     if importlib.util.find_spec("triton") is None:
         return operation.anywhere, "a GPU but no Triton: pip install triton"
-    if not 16 <= head_dim <= 256:
+    if not operation.any_width and not 16 <= head_dim <= 256:
         return operation.anywhere, f"head_dim {head_dim} is outside 16 to 256"
     return "triton", "a GPU and Triton are there"
 

@@ -33,6 +33,16 @@ VectorIntegers = Int8[Tensor, "batch heads rows head_dim"]
 """(B, H, L, D)"""
 RowBlocks = Float[Tensor, "batch heads blocks"]
 """(B, H, N), one number for each block."""
+Hidden = Float[Tensor, "batch rows width"]
+"""(B, L, H)"""
+Taken = Float[Tensor, "batch taken width"]
+"""(B, K * block, H), rows of some blocks."""
+Blocks = Int[Tensor, "batch kept"]
+"""(B, K), numbers of blocks."""
+PairScores = Float[Tensor, "batch q_blocks k_blocks"]
+"""(B, Nq, Nk), one number for each pair of blocks, heads taken together."""
+RowKeys = Int[Tensor, "batch heads q_len keys"]
+"""(B, Hq, Lq, K), the keys of each query."""
 AnyScores = Float[Tensor, "*rows n"]
 """(..., n)"""
 AnyMask = Bool[Tensor, "*rows n"]

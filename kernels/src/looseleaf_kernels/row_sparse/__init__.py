@@ -1,0 +1,1 @@
+"""Attention of every query to keys of its own."""
