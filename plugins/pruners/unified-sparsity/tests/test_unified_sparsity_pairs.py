@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+from looseleaf.testing.models import seeded
 from looseleaf_unified_sparsity import Calibration, Components, UnifiedSparsity, count_parameters, shrink, survey
-from looseleaf_unified_sparsity.stand_in import KeyCache, SmallUnified, toy_batch, toy_model, toy_tasks
+from looseleaf_unified_sparsity.stand_in import GatedMlp, KeyCache, SmallUnified, toy_batch, toy_model, toy_tasks
 
 torch.set_num_threads(1)
 
@@ -265,3 +267,82 @@ def test_a_phase_function_tells_tokens_of_one_call_apart() -> None:
     expected = torch.stack([F.cosine_similarity(r[0][:, 5:], r[2][:, 5:], dim=-1).mean() for r in states])
     values = [row[3] for row in report.tables[0].rows if row[0] == "generation"]
     torch.testing.assert_close(torch.tensor(values), expected)
+
+
+class PackedAttention(nn.Module):
+    """As BAGEL's: all samples in one row of tokens, keywords alone, the cache as second value."""
+
+    head_dim = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        for suffix in ("", "_moe_gen"):
+            for name in "qkvo":
+                self.add_module(f"{name}_proj{suffix}", nn.Linear(16, 16))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward_inference(*args, **kwargs)
+
+    def forward_inference(self, packed_query_sequence: torch.Tensor, past_key_values: dict[int, Any],
+                          mode: str = "und") -> Any:
+        suffix = "_moe_gen" if mode == "gen" else ""
+        q, k, v = (self.get_submodule(f"{name}_proj{suffix}")(packed_query_sequence) for name in "qkv")
+        before = past_key_values.get(id(self))
+        k, v = (k, v) if before is None else (torch.cat([before[0], k]), torch.cat([before[1], v]))
+        past_key_values[id(self)] = k, v
+        out = F.scaled_dot_product_attention(*(x.unflatten(-1, (2, 8)).transpose(0, 1) for x in (q, k, v)))
+        return self.get_submodule(f"o_proj{suffix}")(out.transpose(0, 1).flatten(1)), past_key_values
+
+
+class PackedLayer(nn.Module):
+    """h + attention, + MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn, self.mlp, self.mlp_moe_gen = PackedAttention(), GatedMlp(16, 24), GatedMlp(16, 24)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x, mode = kwargs["packed_query_sequence"], kwargs["mode"]
+        out, cache = self.self_attn(packed_query_sequence=x, past_key_values=kwargs["past_key_values"], mode=mode)
+        x = x + out
+        return x + (self.mlp_moe_gen if mode == "gen" else self.mlp)(x), cache
+
+
+class Packed(nn.Module):
+    """Reads five tokens, then changes seven others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.language_model = nn.ModuleDict({"layers": nn.ModuleList(PackedLayer() for _ in range(4))})
+
+    def forward(self, seed: int = 0) -> tuple[torch.Tensor, dict[int, Any]]:
+        cache: dict[int, Any] = {}
+        for mode, count in (("und", 5), ("gen", 7)):
+            x = torch.randn(count, 16, generator=torch.Generator().manual_seed(seed + count))
+            for layer in self.language_model["layers"]:  # type: ignore[union-attr]
+                x, cache = layer(packed_query_sequence=x, past_key_values=cache, mode=mode)
+        return x, cache
+
+
+@torch.no_grad()
+def test_packed_tokens_as_bagel_has_them() -> None:
+    m = seeded(Packed).eval()
+    data = {"generation": [lambda model: model()]}
+    assert len(survey(m, data).tables[0].rows) == 8
+    for component in ("understanding", "generation"):
+        for unit in ("block", "attention", "mlp"):
+            masks = UnifiedSparsity(0.5, "depth", component, unit).prune(m, data)  # type: ignore[arg-type]
+            small, masked = shrink(copy.deepcopy(m), masks), copy.deepcopy(m)
+            x, cache = small(1)
+            gone = {"understanding": 7, "generation": 5}[component] if unit != "mlp" else 12
+            assert sorted(len(keys) for keys, _ in cache.values()) == [gone, gone, 12, 12]
+            masks.apply(masked)
+            if component == "generation" or unit == "mlp":
+                torch.testing.assert_close(x, masked(1)[0], atol=1e-6, rtol=1e-6)
+    both = [UnifiedSparsity(0.5, "depth", component, criterion="last").prune(m)  # type: ignore[arg-type]
+            for component in ("understanding", "generation")]
+    x, cache = shrink(copy.deepcopy(m), *both)(1)
+    two = copy.deepcopy(m)
+    del two.language_model["layers"][2:]  # type: ignore[union-attr]
+    torch.testing.assert_close(x, two(1)[0], atol=1e-6, rtol=1e-6)
+    assert len(cache) == 2

@@ -330,8 +330,8 @@ def survey(model: Any, data: Calibration | Mapping[str, Sequence[Call]], *, laye
             watch = Watch(component, components, data.phase or default_phase, task)
             try:
                 rows = similarities(watch, data.tasks[task], progress)
-            except NotSeenError as error:
-                report.facts[f"{component}, {task}"] = str(error).partition(":")[2].strip()
+            except NotSeenError:
+                report.facts[f"{component}, {task}"] = "no such tokens"
                 continue
             for part, row in zip(watch.parts, rows, strict=True):
                 table.add(component, task, part.layer, *(float(row[u]) if u in row else None for u in
