@@ -135,8 +135,9 @@ class InverseDynamics(Probe):
             del methods[SCRATCH, 0]
         report = Report("Pre-training on demonstrations", {
             **{k: v for k, v in as_plain(self.hyperparameters()).items() if k not in ("objectives", "state_dir")},
-            "objectives": ", ".join(self.named()), "corpus": f"{len(corpus)} trajectories, {len(set(corpus.contexts))} "
-            f"contexts", "new": ", ".join(sorted(set(new.contexts)))[:200] or "one task",
+            "objectives": ", ".join(self.named()), "trajectories of the corpus": len(corpus),
+            "contexts of the corpus": len(set(corpus.contexts)) if any(corpus.contexts) else "unknown",
+            "new": ", ".join(sorted(set(new.contexts)))[:200] or "one task",
             "actions": "choices" if corpus.discrete else "amounts"})
         self._transfers(report, methods, new, env, seed, progress)
         self._representations(report, {name: m for (name, size), (m, _) in methods.items()
