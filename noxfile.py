@@ -30,10 +30,12 @@ RUN_NEEDS = ["torch", "triton", "transformers", "accelerate", "gguf", "gt-all-mi
 TEST_NEEDS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-tqdm", "types-PyYAML",
               "hatchling", "editables", "build", "beartype", "virtualenv", "diffusers", "sentence-transformers",
               "playwright", "ray", "fastapi", "uvicorn", "openai", "pydantic", "peft", "trl", "greenery", "pillow",
+              "rdkit", "gymnasium", "minigrid",
               "lm-eval", "dspy", "properdocs", "mkdocs-material", "mkdocs-gen-files", "mkdocstrings[python]", "nox"]
 
 VISION_TESTS = ["packages/looseleaf/tests/test_core_attention_modules.py",
                 "plugins/prompts/reprogram-lt/tests/test_reprogram_lt_probe.py",
+                "plugins/pruners/colormae/tests/test_colormae_models.py",
                 "plugins/pruners/rmask-tuning/tests/test_rmask_timm.py"]
 """What runs once more with timm and torchvision on the path."""
 
