@@ -70,6 +70,13 @@ def emu3() -> Any:
     return seeded(lambda: transformers.Emu3ForConditionalGeneration(config)).eval()
 
 
+def gemma() -> Any:
+    """With a sliding window in every other layer."""
+    config = transformers.Gemma3TextConfig(**{**TEXT, "head_dim": 8}, sliding_window=4, layer_types=[
+        "sliding_attention", "full_attention"] * 2)
+    return seeded(lambda: transformers.Gemma3ForCausalLM(config)).eval()
+
+
 def llama() -> Any:
     """With biases in attention and MLP."""
     model = tiny_llama(num_hidden_layers=4, attention_bias=True, mlp_bias=True)
@@ -146,6 +153,23 @@ def masked(model: Any, masks: Any) -> torch.Tensor:
         return logits(model)
     finally:
         masks.remove(model)
+
+
+def test_layers_of_several_kinds() -> None:
+    """Gemma 3 has sliding windows in some layers, and norms behind attention and MLP."""
+    model = gemma()
+    masks = UnifiedSparsity(0.75, "depth").prune(model, {"understanding": [IDS]})
+    small = shrink(copy.deepcopy(model), masks)
+    assert len(small.config.layer_types) == len(small.model.layers) == small.config.num_hidden_layers == 3
+    assert [layer.self_attn.layer_idx for layer in small.model.layers] == [0, 1, 2]
+    close(logits(small), masked(model, masks))
+    words = small.generate(IDS, max_new_tokens=6, min_new_tokens=6, do_sample=False, eos_token_id=None)
+    with torch.no_grad():
+        assert torch.equal(small(words).logits[0, 7:-1].argmax(-1), words[0, 8:])
+    with pytest.raises(TypeError, match="expected attentions of one kind in all layers, got several"):
+        shrink(model, UnifiedSparsity(0.5, "depth", unit="attention", criterion="last").prune(model))
+    with pytest.raises(TypeError, match=r"expected layers that are h \+ attention \+ MLP, got Gemma3"):
+        UnifiedSparsity(0.5, "depth", unit="mlp").prune(model, {"understanding": [IDS]})
 
 
 def test_janus_draws_what_the_masks_draw() -> None:

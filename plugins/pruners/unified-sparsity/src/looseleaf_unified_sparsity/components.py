@@ -205,6 +205,11 @@ def _layers(modules: dict[str, nn.Module], pattern: str | None, model: str) -> l
     return next(iter(main.values()), [])
 
 
+def has_attention(layer: nn.Module) -> bool:
+    """Whether there is an attention in a layer that is known by its names."""
+    return _has(layer, _attention_of)
+
+
 def _has(layer: nn.Module, find: Callable[[nn.Module], Any]) -> bool:
     return any(find(child) is not None for child in layer.modules())
 

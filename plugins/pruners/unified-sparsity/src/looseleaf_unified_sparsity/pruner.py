@@ -244,6 +244,9 @@ class UnifiedSparsity(WeightPruner):
         if not parts or not parts[0].layer:
             raise UnsupportedModelError(f"{type(unwrapped(root)).__name__}: expected layers with "
                                         f"{'attention and MLP' if self.unit == 'block' else self.unit}, got none")
+        if self.unit != "block" and any(p.attention is not None and p.attention.q.endswith("to_q") for p in parts):
+            raise UnsupportedModelError(f"unit={self.unit!r}: expected layers that are h + attention + MLP, got "
+                                        f"{type(at(root, parts[0].layer)).__name__}: take 'block'")
         return (), tuple(tuple(known[id(p)] for path in part.outputs(self.unit)
                                for p in at(root, path)._parameters.values() if p is not None) for part in parts)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from looseleaf_unified_sparsity.components import (
     Phase,
     at,
     first_tensor,
+    has_attention,
     head_dim,
     linear,
     weight_names,
@@ -31,7 +32,7 @@ class Nothing(nn.Module):
     """Stands where an MLP or an attention was, and adds nothing.
 
     Args:
-        values: how many values the former module gave; those behind the first are None, or the cache that it got.
+        values: how many values the former module gave; those behind the first are None.
     """
 
     def __init__(self, values: int = 1) -> None:
@@ -125,11 +126,13 @@ def shrink(model: Any, *masks: Masks, layers: str | None = None, phase: Phase | 
         raise ValueError("shrink: expected masks, or a model that carries some, got neither: give what prune() "
                          "returned")
     kept = _Kept(model, masks)
-    if on_model:
-        on_model.remove(model, restore=False)
     work = {part: name for name in NAMES for part in components.parts[name]}
     # all that could be wrong is found before anything is changed
     alive = {path: columns for part in work for path in part.outputs() if (columns := kept.columns(path)) is not None}
+    for part in work:
+        _check(model, part, alive)
+    if on_model:
+        on_model.remove(model, restore=False)
     for part, name in work.items():
         _shrink_part(model, name, part, alive, phase or _by_mode, attention_values)
     _close_gaps(model, components)
@@ -166,6 +169,29 @@ class _Kept:
         return alive
 
 
+def _gone(paths: Sequence[str], alive: Mapping[str, Tensor]) -> bool:
+    return all(path in alive and not alive[path].any() for path in paths)
+
+
+def _check(model: nn.Module, part: Part, alive: Mapping[str, Tensor]) -> None:
+    """Raise for what cannot be taken out of a layer."""
+    for mlp in part.mlps:
+        if not mlp.inner and mlp.down in alive and not alive[mlp.down].all():
+            raise UnsupportedModelError(f"{mlp.down}: expected neurons whose rows belong to it alone, got a shared "
+                                        "weight: leave the masks on the model")
+    a = part.attention
+    if a is None or a.out[0] not in alive or alive[a.out[0]].all() or a.paired:
+        return
+    if not _gone(a.out, alive):
+        _heads_left(model, a, alive[a.out[0]])
+    elif not _gone(part.outputs("mlp"), alive):
+        steps = part.layer.split(".")
+        configs = [getattr(at(model, ".".join(steps[:n])), "config", None) for n in range(len(steps))]
+        if any(len(set(getattr(config, "layer_types", None) or ())) > 1 for config in configs):
+            raise UnsupportedModelError(f"{a.path}: expected attentions of one kind in all layers, got several: the "
+                                        "cache would take one for another. Drop blocks, or leave the masks on")
+
+
 def _shrink_part(model: nn.Module, name: str, part: Part, alive: Mapping[str, Tensor], phase: Phase,
                  values: int) -> None:
     for mlp in part.mlps:
@@ -178,7 +204,7 @@ def _shrink_part(model: nn.Module, name: str, part: Part, alive: Mapping[str, Te
     if a is None:
         return
     first = alive.get(a.out[0])
-    if all(path in alive and not alive[path].any() for path in a.out):
+    if _gone(a.out, alive):
         if a.paired:
             inner: Any = at(model, a.path)
             while isinstance(inner, SkippedFor):  # it was dropped for the other component before
@@ -197,9 +223,6 @@ def _shrink_part(model: nn.Module, name: str, part: Part, alive: Mapping[str, Te
 
 def _narrow(model: nn.Module, mlp: Mlp, alive: Tensor) -> None:
     index = alive.nonzero()[:, 0]
-    if not mlp.inner:
-        raise UnsupportedModelError(f"{mlp.down}: expected neurons whose rows belong to it alone, got a shared weight: "
-                                    "leave the masks on the model")
     rows = torch.cat([index, index + len(alive)]) if mlp.packed else index
     for path in mlp.inner:
         _select(linear(model, path), 0, rows)
@@ -209,13 +232,19 @@ def _narrow(model: nn.Module, mlp: Mlp, alive: Tensor) -> None:
         module.intermediate_size = len(index)
 
 
-def _remove_heads(model: nn.Module, a: Attention, alive: Tensor) -> None:
-    size, module = head_dim(model, a), at(model, a.path)
+def _heads_left(model: nn.Module, a: Attention, alive: Tensor) -> tuple[Tensor, Tensor]:
+    """Which heads, and which heads of keys, are left with these inputs of the output projection."""
+    size = head_dim(model, a)
     heads, keys = alive.view(-1, size).any(1), linear(model, a.k).out_features // size
     per_key = heads.view(keys, -1)
     if not (torch.equal(alive, heads.repeat_interleave(size)) and torch.equal(per_key.all(1), per_key.any(1))):
         raise ValueError(f"shrink: expected whole groups of heads that share a key, got others removed in {a.path!r}")
-    left = per_key[:, 0]
+    return heads, per_key[:, 0]
+
+
+def _remove_heads(model: nn.Module, a: Attention, alive: Tensor) -> None:
+    size, module = head_dim(model, a), at(model, a.path)
+    heads, left = _heads_left(model, a, alive)
     for path, stays in ((a.q, heads), (a.k, left), (a.v, left)):
         _select(linear(model, path), 0, stays.repeat_interleave(size).nonzero()[:, 0])
     _select(linear(model, a.out[0]), 1, alive.nonzero()[:, 0])
@@ -275,7 +304,7 @@ def _close_gaps(model: nn.Module, components: Components) -> None:
             owners: list[Any] = [m for m in layer.modules() if isinstance(getattr(m, "layer_idx", None), int)]
             for owner in owners:
                 owner.layer_idx = number
-            number += bool(owners)
+            number += has_attention(layer)
         if whole:
             _count_layers(bare, above, len(members), [members.index(part) for part in whole])
 
