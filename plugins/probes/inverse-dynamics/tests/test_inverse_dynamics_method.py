@@ -335,6 +335,21 @@ def test_data_that_cannot_be_compared_on(data, kind, message):
         small().run(encoder(), data, progress=False)
 
 
+@pytest.mark.parametrize(("subject", "message"), [
+    (nn.Linear(5, 3), r"takes a batch of observations of shape \(4,\)"),
+    (nn.Embedding(4, 3), "got Embedding, which says"),
+    ((encoder(), "tokenizer"), r"step\(action\), got str"),
+])
+def test_subjects_that_do_not_fit_the_data(subject, message):
+    with pytest.raises(TypeError, match=message):
+        small().run(subject, (vectors(), vectors(3, context="b")), progress=False)
+
+
+def test_an_environment_for_each_new_task():
+    with pytest.raises(ValueError, match="expected one for each of b, got c"):
+        small().run((encoder(), {"c": PointMass((0, 0))}), (vectors(), vectors(3, context="b")), progress=False)
+
+
 @pytest.mark.parametrize(("options", "message"), [
     ({"objectives": ("IDM",)}, "objectives: expected some of ID"), ({"objectives": ()}, "objectives"),
     ({"sizes": (1,)}, "sizes: expected integers >= 2"), ({"demonstrations": (0,)}, "demonstrations")])

@@ -23,7 +23,15 @@ from looseleaf.statistics import bootstrap
 from looseleaf_inverse_dynamics.demonstrations import Demonstrations
 from looseleaf_inverse_dynamics.linear import LinearWorld, linear_encoder, with_gains
 from looseleaf_inverse_dynamics.objectives import OBJECTIVES, Objective, find_objective
-from looseleaf_inverse_dynamics.training import action_error, agreement, features, pretrain, rollout, transfer
+from looseleaf_inverse_dynamics.training import (
+    action_error,
+    agreement,
+    feature_size,
+    features,
+    pretrain,
+    rollout,
+    transfer,
+)
 
 FORMAT = "looseleaf.inverse-dynamics/1"
 GIVEN, SCRATCH, STATE = "as given, frozen", "as given, trained with the policy", "true state"
@@ -114,12 +122,14 @@ class InverseDynamics(Probe):
             progress: show a progress bar; None: only on a terminal.
 
         Raises:
-            TypeError: another subject or other data.
+            TypeError: another subject or other data, such as an encoder that does not take the observations.
             ValueError: too few trajectories, contexts that are not new, and what :func:`pretrain` and
                 :func:`transfer` refuse.
         """
         encoder, env = parts(subject)
         corpus, new = split(data, seed, max(self.demonstrations) + 1)
+        feature_size(encoder, corpus)
+        check_environments(env, new)
         methods, losses = {}, {}
         sizes = sorted({min(size, len(corpus)) for size in self.sizes}) or [len(corpus)]
         order = random.Random(seed).sample(range(len(corpus)), len(corpus))
@@ -267,6 +277,18 @@ def split(data: Any, seed: int, needed: int) -> tuple[Demonstrations, Demonstrat
                          f"most that are learned from, got {new.contexts.count(few[0])} of {few[0] or 'the task'!r}: "
                          f"choose fewer demonstrations")
     return corpus, new
+
+
+def check_environments(env: Any, new: Demonstrations) -> None:
+    """Raise TypeError or ValueError unless there are environments, or none, for the new tasks."""
+    if isinstance(env, Mapping) and set(new.contexts) - set(env):
+        raise ValueError(f"environments: expected one for each of {', '.join(sorted(set(new.contexts)))}, got "
+                         f"{', '.join(map(str, env)) or 'none'}")
+    several = env.values() if isinstance(env, Mapping) else [env]
+    for each in (one for some in several for one in (some if isinstance(some, (list, tuple)) else [some])):
+        if each is not None and not (callable(getattr(each, "reset", None)) and callable(getattr(each, "step", None))):
+            raise TypeError("subject: expected an encoder, or (encoder, environment) with reset(seed=...) and "
+                            f"step(action), got {type(each).__name__} for the environment")
 
 
 def with_states(demonstrations: Demonstrations) -> Demonstrations:

@@ -217,10 +217,19 @@ def features(encoder: nn.Module, demonstrations: Demonstrations, batch: int = 51
 
 
 def feature_size(encoder: nn.Module, demonstrations: Demonstrations) -> int:
-    """How many features an encoder has; runs it on two observations."""
+    """How many features an encoder has; runs it on two observations.
+
+    Raises:
+        TypeError: it does not take them, or gives no features.
+    """
     device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
     with evaluating(encoder), torch.no_grad():
-        return represent(encoder, demonstrations.inputs(torch.tensor([0, 0])).to(device)).shape[1]
+        try:
+            return represent(encoder, demonstrations.inputs(torch.tensor([0, 0])).to(device)).shape[1]
+        except Exception as error:
+            raise TypeError(f"encoder: expected a module that takes a batch of observations of shape "
+                            f"{demonstrations.observation_shape} and gives features, got {type(encoder).__name__}, "
+                            f"which says: {error}") from error
 
 
 def standardised(values: Tensor) -> Tensor:
