@@ -361,7 +361,7 @@ def show(report: Report, results: Results) -> None:
     add_table(report, "Drawn pictures whose class a classifier of real emoji finds", (
         {"model": name, "fraction": results.interval("pictures", name, "agreement")} for name in pictures))
     e = emoji(results.scale.codes, results.scale.text)
-    rows = e.parts["test"][:6]
+    rows = e.parts["test"][:len(pictures["dense"]["codes"])]
     real = painted(e.codes[rows], e.book)
     for name, shown in {"real": None, **pictures}.items():
         drawn = real if shown is None else painted(torch.tensor(shown["codes"]), e.book)
