@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -16,7 +18,10 @@ from torch.nn import functional
 
 from looseleaf import Paper, Probe, Report, Series
 from looseleaf import progress as progress_
+from looseleaf.files import load_tensors, save_tensors
+from looseleaf.fingerprint import content_fingerprint, fingerprint
 from looseleaf.plugin import In
+from looseleaf.resume import digest
 from looseleaf_diffusionpid.denoisers import PipelineDenoiser, as_picture
 from looseleaf_diffusionpid.information import (
     Denoiser,
@@ -31,6 +36,7 @@ from looseleaf_diffusionpid.information import (
 
 Estimator = Literal["orthogonal", "standard"]
 ESTIMATORS: tuple[Estimator, ...] = ("orthogonal", "standard")
+FORMAT = "looseleaf.diffusionpid/1"
 PARTS = ("R", "U1", "U2", "S")
 EXAMPLES = ((None, "a red apple", "red", "apple"), (None, "a dog left of a cat", "dog", "cat"))
 """What is asked where no data are given."""
@@ -83,6 +89,36 @@ class Explanation:
             colour = np.where(value > 0, np.array([0.85, 0.05, 0.05]), np.array([0.05, 0.15, 0.85]))
             out.append(enlarged((1 - abs(value)) * grey + abs(value) * colour))
         return out
+
+
+    def save(self, path: str | os.PathLike[str], identity: str = "") -> None:
+        """Write it to a safetensors file; ``identity`` is what :meth:`load` may ask for."""
+        seen = vars(self.observation)
+        tensors = {"picture": self.picture, **{f"maps.{name}": value for name, value in self.maps.items()},
+                   **{f"observation.{name}": v for name, v in seen.items() if isinstance(v, Tensor)}}
+        info = {name: getattr(self, name) for name in ("prompt", "words", "texts", "terms", "negative", "notes")}
+        plain = {name: v for name, v in seen.items() if not isinstance(v, Tensor)}
+        save_tensors(path, tensors, {**info, "observation": plain, "identity": identity}, format=FORMAT)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], identity: str | None = None) -> Explanation:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: another file, or one of another identity than asked for.
+        """
+        tensors, info = load_tensors(path, format=FORMAT)
+        if info.pop("identity") != identity and identity is not None:
+            raise ValueError(f"{path}: expected an explanation of this run, got one of another model, data, seed or "
+                             "other parameters: give another state_dir, or remove it")
+        seen: dict[str, Any] = {name.partition(".")[2]: t for name, t in tensors.items()
+                                if name.startswith("observation.")}
+        observation = Observation(**info.pop("observation"), **seen)
+        info["terms"] = {e: {name: (value, error) for name, (value, error) in terms.items()}
+                         for e, terms in info["terms"].items()}
+        maps = {name: tensors[f"maps.{name}"] for name in ("I1", "I2", "I12", *PARTS)}
+        return cls(picture=tensors["picture"], observation=observation, maps=maps,
+                   **{**info, "words": tuple(info["words"])})
 
 
 @dataclasses.dataclass
@@ -249,7 +285,8 @@ class DiffusionPID(Probe):
         return found[0], found[1]
 
     # --------------------------------------------------------------------------------------------------- many pictures
-    def run(self, subject: Any, data: Any = None, *, seed: int = 0, progress: bool | None = None) -> Report:
+    def run(self, subject: Any, data: Any = None, *, seed: int = 0, progress: bool | None = None,
+            state_dir: str | os.PathLike[str] | None = None) -> Report:
         """Decompose what pairs of words say about pictures.
 
         Args:
@@ -257,20 +294,30 @@ class DiffusionPID(Probe):
             data: ``[(picture or None, prompt, y1, y2), ...]``, see :meth:`explain`; None: two prompts of the package.
             seed: of levels, noise and drawn pictures; the i-th picture takes ``seed + i``.
             progress: show a progress bar; None: only on a terminal.
+            state_dir: folder for finished explanations, one file each; the same run takes them from there.
 
         Raises:
             TypeError: a subject of another kind.
-            ValueError: data of another form, see also :meth:`explain`.
+            ValueError: data of another form, or a ``state_dir`` of another run; see also :meth:`explain`.
         """
         denoiser, rows = self.denoiser(subject), entries(EXAMPLES if data is None else data)
         for _, prompt, y1, y2 in rows:
             self.texts(prompt, y1, y2, denoiser)  # before anything takes time
             self._surprisals(y1, y2)
-        found = []
-        count = sum(len(set(self.texts(*row[1:], denoiser)[0])) for row in rows) * self.steps * self.noises
-        with progress_.bar("DiffusionPID", count, progress) as bar:
+        found, folder = [], None if state_dir is None else Path(state_dir)
+        whole = digest([self.hyperparameters(), seed, _weights(denoiser)]) if folder is not None else ""
+        counts = [len(set(self.texts(*row[1:], denoiser)[0])) * self.steps * self.noises for row in rows]
+        with progress_.bar("DiffusionPID", sum(counts), progress) as bar:
             for n, (picture, prompt, y1, y2) in enumerate(rows):
+                path = folder / f"{n}.safetensors" if folder is not None else None
+                identity = digest([whole, prompt, y1, y2, content_fingerprint(picture)]) if path is not None else ""
+                if path is not None and path.exists():
+                    found.append(Explanation.load(path, identity))
+                    bar.update(counts[n])
+                    continue
                 found.append(self.explain(denoiser, picture, prompt, y1, y2, seed=seed + n, step=bar.update))
+                if path is not None:
+                    found[-1].save(path, identity)
         return self.report(found, type(subject).__name__, getattr(denoiser, "log_snr_range", (-math.inf, math.inf)))
 
     def report(self, explanations: Sequence[Explanation], subject: str = "",
@@ -330,6 +377,12 @@ class DiffusionPID(Probe):
                       series=[curve(role, joined("errors", n)) for n, role in enumerate(roles)])
         report.figure("Information of both words by log-SNR", x_label="log-SNR", y_label="nats of a number",
                       series=[curve(e, joined(e, 3)) for e in ESTIMATORS])
+
+
+def _weights(denoiser: Any) -> str:
+    """What tells one denoiser from another: its type, and the weights of the networks that it has."""
+    parts = [denoiser, *vars(denoiser).values()] if hasattr(denoiser, "__dict__") else []
+    return " ".join([type(denoiser).__name__, *(fingerprint(p) for p in parts if isinstance(p, torch.nn.Module))])
 
 
 def entries(data: Any) -> list[tuple[Any, str, str, str]]:
