@@ -52,7 +52,7 @@ class TwoDecoders(nn.Module):
 
 @pytest.mark.parametrize("call, error, message", [
     (lambda: UnifiedSparsity().prune(tiny_llama()), ValueError, "expected .'understanding': .*, got NoneType"),
-    (lambda: UnifiedSparsity().prune(tiny_llama(), [IDS]), ValueError, "or a Calibration, got list"),
+    (lambda: UnifiedSparsity().prune(tiny_llama(), IDS), ValueError, "or a Calibration, got Tensor"),
     (lambda: Calibration({}), ValueError, "expected .'understanding'"),
     (lambda: Calibration({"reading": [IDS]}), ValueError, "or one of both, .* got .'reading'"),
     (lambda: Calibration({"generation": []}), ValueError, "with batches or functions of the model"),

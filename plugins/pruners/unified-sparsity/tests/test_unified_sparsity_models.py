@@ -232,6 +232,8 @@ def test_padding_does_not_count() -> None:
     short = UnifiedSparsity().score(model, {"understanding": [IDS[:, :5]]})
     for name in short:
         torch.testing.assert_close(padded[name], short[name], rtol=1e-4, atol=1e-6)
+    same = UnifiedSparsity().score(model, [IDS[:, :5]])  # as the command line gives them
+    assert all(torch.equal(same[name], short[name]) for name in short)
 
 
 @pytest.mark.parametrize("make", [janus, emu3], ids=["Janus", "Emu3"])

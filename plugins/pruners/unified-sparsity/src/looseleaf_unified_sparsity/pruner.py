@@ -47,6 +47,8 @@ from looseleaf_unified_sparsity.watching import (
     tasks_of,
 )
 
+Data = Calibration | Mapping[str, Sequence[Call]] | Sequence[Call]
+
 
 @dataclasses.dataclass(frozen=True)
 class Units(Selection):
@@ -156,8 +158,7 @@ class UnifiedSparsity(WeightPruner):
         return {"data": data}
 
     # -------------------------------------------------------------------------------------------------- the masks
-    def score(self, model: Any, data: Calibration | Mapping[str, Sequence[Call]] | None = None, *,
-              progress: bool | None = None) -> dict[str, Tensor]:
+    def score(self, model: Any, data: Data | None = None, *, progress: bool | None = None) -> dict[str, Tensor]:
         """The scores, float32; the entries of a unit share its score, so that they sum to it. See :meth:`prune`."""
         components = Components.of(model, self.layers)
         root, parts = components.modules[self.component], components[self.component]
@@ -189,8 +190,7 @@ class UnifiedSparsity(WeightPruner):
         """The units of highest score are kept."""
         return Units(1 - self.keep, self)
 
-    def prune(self, model: Any, data: Calibration | Mapping[str, Sequence[Call]] | None = None, *,
-              progress: bool | None = None) -> Masks:
+    def prune(self, model: Any, data: Data | None = None, *, progress: bool | None = None) -> Masks:
         """The masks of one component of ``model``, which is not changed.
 
         They cover all its projections, so that ``sparsity()`` is that of the component and masks of width and heads go
@@ -201,7 +201,8 @@ class UnifiedSparsity(WeightPruner):
         Args:
             model: any torch module with layers, or a pipeline of diffusers, of which ``component`` says the part that
                 the masks are for.
-            data: a :class:`Calibration`, or its ``tasks``; None: only with another criterion than ``"paper"``.
+            data: a :class:`Calibration`, or its ``tasks``, or a list of batches of understanding; None: only with
+                another criterion than ``"paper"``.
             progress: show a progress bar; None: only on a terminal.
 
         Raises:
@@ -308,8 +309,7 @@ class UnifiedSparsity(WeightPruner):
         return [1 - row[self.unit] for row in rows]
 
 
-def survey(model: Any, data: Calibration | Mapping[str, Sequence[Call]], *, layers: str | None = None,
-           progress: bool | None = None) -> Report:
+def survey(model: Any, data: Data, *, layers: str | None = None, progress: bool | None = None) -> Report:
     """How little each layer changes the tokens of each component, in each task: what could be dropped, at a glance.
 
     Args:

@@ -274,7 +274,10 @@ def groups(model: nn.Module, attention: Attention) -> int:
 
 
 def tasks_of(data: Any) -> Mapping[str, Sequence[Call]]:
-    """What a :class:`Calibration` is made of; ValueError where it is something else."""
+    """What a :class:`Calibration` is made of, a list of batches being the task understanding; ValueError where it is
+    something else."""
+    if isinstance(data, (list, tuple)):
+        data = {"understanding": data}
     if not isinstance(data, Mapping):
         raise ValueError("data: expected {'understanding': [...], 'generation': [...]} with batches or functions of "
                          f"the model, or a Calibration, got {type(data).__name__}")
