@@ -15,7 +15,7 @@ from torch_geometric.nn import GINEConv, MessagePassing
 
 from looseleaf import Example, ScoreMetric, Task
 from looseleaf.errors import MissingPackageError
-from looseleaf.modes import evaluating, own_random_state, training
+from looseleaf.modes import own_random_state, training
 from looseleaf.statistics import auroc
 from looseleaf_relief.graphs import GraphNetwork, pooled
 
@@ -58,6 +58,24 @@ def scaffold(smiles: str) -> str:
     return out
 
 
+def shaded(smiles: str, sizes: Sequence[float], size: tuple[int, int] = (260, 190)) -> bytes:
+    """A molecule as PNG, its atoms the redder the larger their number is.
+
+    Args:
+        smiles: as for :func:`molecule`.
+        sizes: one for each atom, >= 0; the largest is the reddest, 0 stays white.
+        size: width and height in pixels.
+    """
+    chem, draw = (importlib.import_module(f"rdkit.Chem{name}") for name in ("", ".Draw.rdMolDraw2D"))
+    found, canvas, most = chem.MolFromSmiles(smiles), draw.MolDraw2DCairo(*size), max(*sizes, 1e-9)
+    colours = {n: (1.0, 1 - 0.65 * value / most, 1 - 0.75 * value / most) for n, value in enumerate(sizes) if value}
+    draw.PrepareAndDrawMolecule(canvas, found, highlightAtoms=list(colours), highlightAtomColors=colours,
+                                highlightBonds=[])
+    canvas.FinishDrawing()
+    out: bytes = canvas.GetDrawingText()
+    return out
+
+
 class AtomEncoder(nn.Module):
     """Atoms (n, 2) to vectors (n, width): the sum of an embedding of the number and one of the chirality."""
 
@@ -87,6 +105,9 @@ class MoleculeGIN(nn.Module):
             nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))) for _ in range(layers))
         self.norms = nn.ModuleList(nn.BatchNorm1d(width) for _ in range(layers))
         self.dropout = nn.Dropout(dropout)
+        for table in (*self.atoms.children(), *self.bonds):
+            assert isinstance(table, nn.Embedding)
+            nn.init.xavier_uniform_(table.weight)  # small, as in the networks that the paper prompts
 
     def forward(self, x: Tensor, edge_index: Tensor, edge_attr: Tensor) -> Tensor:
         """(n, width)."""
@@ -172,6 +193,43 @@ def few_shot(name: str, examples: Sequence[Example], test: Sequence[Example], *,
         train_part += [own[n] for n in order[:shots // 2]]
         dev_part += [own[n] for n in order[shots // 2:shots // 2 + dev // 2]]
     return Task(name, train_part, dev_part, list(test), classes=(0, 1), metric=binary_auroc)
+
+
+def solubility(rows: Sequence[Mapping[str, Any]], atoms: int) -> tuple[list[Example], list[Example]]:
+    """High (1) or low (0) solubility by the given split: what shots are drawn from, and test.
+
+    Args:
+        rows: of the lab's set ``molecules``.
+        atoms: most atoms of a molecule.
+    """
+    parts: dict[str, list[Example]] = {"train": [], "test": []}
+    for row in rows:
+        if row["set"] == "solubility" and row["label"] in ("low", "high"):
+            graph = molecule(row["smiles"])
+            if graph is not None and 2 <= int(graph.num_nodes or 0) <= atoms:
+                inputs = {"graph": graph, "smiles": row["smiles"]}
+                parts[row["part"]].append(Example(inputs, int(row["label"] == "high")))
+    return parts["train"], parts["test"]
+
+
+def freesolv(rows: Sequence[Mapping[str, Any]], seed: int) -> tuple[list[Example], list[Example]]:
+    """Free energy of hydration above (1) or below (0) the median: no scaffold of the test is among the shots.
+
+    Args:
+        rows: of the lab's set ``molecules``.
+        seed: of the order of the scaffolds; half of the rings go to the test, chains to the shots.
+    """
+    found = [(row["value"], row["smiles"], molecule(row["smiles"])) for row in rows if row["set"] == "freesolv"]
+    found = [each for each in found if each[2] is not None and int(each[2].num_nodes or 0) >= 2]
+    median = sorted(value for value, _, _ in found)[len(found) // 2]
+    groups: dict[str, list[Example]] = defaultdict(list)
+    for value, smiles, graph in found:
+        groups[scaffold(smiles)].append(Example({"graph": graph, "smiles": smiles}, int(value > median)))
+    names = sorted(name for name in groups if name and len(groups[name]) <= 100)  # chains and benzenes are too many
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
+    test = {names[n] for n in order[:len(names) // 2]}
+    return ([e for name, own in groups.items() if name not in test for e in own],
+            [e for name, own in groups.items() if name in test for e in own])
 
 
 # ------------------------------------------------------------------------------------------------- a planted answer
@@ -261,12 +319,6 @@ def toy_network() -> GraphNetwork:
         return GraphNetwork(ToyNetwork().eval())
 
 
-def embeddings(network: GraphNetwork, graphs: Sequence[Data]) -> Tensor:
-    """(graphs, d): mean node embeddings of the network as it is."""
-    with torch.no_grad(), evaluating(network.model):
-        batch = network.collate(graphs)
-        return pooled(network.embed(batch), batch)
-
-
-__all__ = ["AtomEncoder", "MoleculeGIN", "RootNetwork", "ToyNetwork", "binary_auroc", "embeddings", "few_shot",
-           "molecule", "planted", "pretrain", "scaffold", "toy_graphs", "toy_network"]
+__all__ = ["AtomEncoder", "MoleculeGIN", "RootNetwork", "ToyNetwork", "binary_auroc", "few_shot",
+           "molecule", "planted", "pretrain", "scaffold", "shaded", "toy_graphs",
+           "toy_network"]
