@@ -62,7 +62,7 @@ def test_the_reproduction_runs_and_decides_nothing_without_its_worlds():
     from looseleaf_inverse_dynamics import reproduction
     from looseleaf_lab.study import Results
 
-    scale = reproduction.Scale(20, 2, 2, 2, 2, 1, 4, False)
+    scale = reproduction.Scale(20, 2, 2, 2, 2, 2, 1, 4, False)
     row = {"linear": reproduction.linear(0, scale), "points": reproduction.points(0, scale),
            "manipulation": {"missing": "metaworld"}, "babyai": {"missing": "minigrid"}}
     report = reproduction.study.report(Results([row, row], {}, [0, 1], scale, False))

@@ -51,15 +51,23 @@ LINEAR: dict[str, Objective] = {"ID": Inverse(hidden=()), "BC": Cloning(hidden=(
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """How much is trained: trajectories and steps in the linear world; pre-training steps on vectors and on pictures,
-    steps of a transfer, rollouts of a policy, trajectories of the point mass, and whether ImageNet's features are
-    measured."""
+    """How much is trained.
+
+    Attributes:
+        trajectories, linear_steps: of the corpus in the linear world, and of its pre-trainings.
+        steps, picture_steps: of pre-trainings on vectors and on pictures.
+        policy_steps, picture_policy_steps: of transfers on either.
+        rollouts: of each policy.
+        points: trajectories of the point mass.
+        imagenet: whether ImageNet's features are measured.
+    """
 
     trajectories: int = 1000
     linear_steps: int = 700
     steps: int = 1500
     picture_steps: int = 500
     policy_steps: int = 500
+    picture_policy_steps: int = 300
     rollouts: int = 20
     points: int = 300
     imagenet: bool = True
@@ -123,10 +131,11 @@ def linear(seed: int, scale: Scale) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------------------ other worlds
 def contest(corpus: Demonstrations, new: Demonstrations, envs: Mapping[str, Any] | None, encoder: nn.Module,
-            objectives: Mapping[str, Objective], scale: Scale, seed: int, *, steps: int, counts: Sequence[int],
-            batch: int = 128, lr: float = 4e-3, others: Mapping[str, nn.Module] | None = None) -> dict[str, Any]:
+            objectives: Mapping[str, Objective], scale: Scale, seed: int, *, steps: int,
+            policy_steps: int, counts: Sequence[int], batch: int = 128, lr: float = 4e-3, crop: int = 0,
+            others: Mapping[str, nn.Module] | None = None) -> dict[str, Any]:
     """Each pre-training, and each baseline, on the same few demonstrations: error and success, means over new tasks."""
-    out: dict[str, Any] = {"solved by the corpus": len(corpus)}
+    out: dict[str, Any] = {"trajectories": len(corpus)}
     encoders: dict[str, tuple[nn.Module, bool]] = {SCRATCH: (encoder, True)}
     for name, objective in objectives.items():
         part = corpus.take(range(seed % 4, len(corpus), 4)) if name == QUARTER else corpus
@@ -146,8 +155,8 @@ def contest(corpus: Demonstrations, new: Demonstrations, envs: Mapping[str, Any]
                 few, rest = new.take(drawn[:count]), new.take(drawn[max(counts):])
                 if name == STATE:
                     few, rest = with_states(few), with_states(rest)
-                policy = transfer(net, few, tune=tune, steps=scale.policy_steps, batch=batch, lr=lr, seed=seed,
-                                  crop=4, progress=False)
+                policy = transfer(net, few, tune=tune, steps=policy_steps, batch=batch, lr=lr, seed=seed,
+                                  crop=crop, progress=False)
                 errors.append(action_error(policy, rest))
                 if envs is not None and name != STATE:
                     successes.append(fmean(rollout(policy, envs[label], rollouts=scale.rollouts, seed=1000 * seed)))
@@ -178,7 +187,8 @@ def manipulation(seed: int, scale: Scale) -> dict[str, Any]:
         encoder = VectorEncoder(128, 64)
     objectives = {**dict(zip(FIVE, (Inverse(), Cloning(), ForwardExplicit(), ForwardImplicit(), Contrastive()),
                              strict=True)), QUARTER: Inverse(), FAR: Inverse(n=4)}
-    return contest(corpus, new, envs, encoder, objectives, scale, seed, steps=scale.steps, counts=FEW["manipulation"])
+    return contest(corpus, new, envs, encoder, objectives, scale, seed, steps=scale.steps,
+                   policy_steps=scale.policy_steps, counts=FEW["manipulation"])
 
 
 def babyai(seed: int, scale: Scale) -> dict[str, Any]:
@@ -200,12 +210,14 @@ def babyai(seed: int, scale: Scale) -> dict[str, Any]:
     objectives = dict(zip(FIVE, (Inverse(crop=4), Cloning(crop=4), ForwardExplicit(), ForwardImplicit(crop=4),
                                  Contrastive(crop=4)), strict=True))
     envs = {NEW_MISSION: [baby_ai(NEW_MISSION) for _ in range(10)]} if installed("minigrid") else None
-    return contest(corpus, new, envs, encoder, objectives, scale, seed, steps=scale.picture_steps, counts=FEW["babyai"],
-                   batch=64, lr=8e-3, others=imagenet() if scale.imagenet else None)
+    return contest(corpus, new, envs, encoder, objectives, scale, seed, steps=scale.picture_steps,
+                   policy_steps=scale.picture_policy_steps, counts=FEW["babyai"], batch=64, lr=8e-3, crop=4,
+                   others=imagenet() if scale.imagenet else None)
 
 
 def points(seed: int, scale: Scale) -> dict[str, Any]:
-    """Three new goals of the point mass; every trajectory of the corpus has one of its own."""
+    """Three new goals of the point mass; every trajectory of the corpus has one of its own. No crops: they would move
+    it."""
     corpus = point_mass_demonstrations(scale.points, 100 + seed)
     goals = np.random.default_rng(200 + seed).uniform(-0.8, 0.8, (3, 2)).round(2)
     each = [point_mass_demonstrations(12, 300 + 10 * seed + i, goal) for i, goal in enumerate(goals)]
@@ -215,8 +227,8 @@ def points(seed: int, scale: Scale) -> dict[str, Any]:
         encoder = PictureEncoder(2, 64, (16, 32), (2, 1), 32)
     objectives = dict(zip(FIVE, (Inverse(crop=0), Cloning(crop=0), ForwardExplicit(), ForwardImplicit(crop=0),
                                  Contrastive(crop=4)), strict=True))
-    return contest(corpus, new, envs, encoder, objectives, scale, seed, steps=scale.picture_steps, counts=FEW["points"],
-                   batch=64, lr=8e-3)
+    return contest(corpus, new, envs, encoder, objectives, scale, seed, steps=scale.picture_steps,
+                   policy_steps=scale.picture_policy_steps, counts=FEW["points"], batch=64, lr=8e-3)
 
 
 class ImageNet(nn.Module):
@@ -401,4 +413,4 @@ def claims(results: Results) -> Iterator[Claim]:
 
 
 study = Study("inverse-dynamics: the paper's claims", measure, claims, show=show, full=Scale(),
-              quick=Scale(60, 30, 20, 10, 20, 1, 24, False))
+              quick=Scale(60, 30, 20, 10, 20, 20, 1, 24, False))
