@@ -161,7 +161,7 @@ def test_sizes_of_the_networks() -> None:
     assert [m.weight.shape for m in DiscreteActor(8).layers[::2]] == [(4, 8), (2, 4), (1, 2)]
     assert [m.weight.shape for m in Policy(8, 5, 1, 0.1).pairs[0].content.layers[::2]] == [(4, 8), (4, 4), (5, 4)]
     assert [m.weight.shape for m in Critic("flat", 8, 10).layers[::2]] == [(4, 80), (2, 4), (1, 2)]
-    with pytest.raises(ValueError, match="critic: expected at most 3 nodes, those of the largest training graph, got 4"):
+    with pytest.raises(ValueError, match=r"critic: expected at most 3 nodes, .*, got 4: train it"):
         Critic("flat", 8, 3)(torch.zeros(1, 4, 8), torch.ones(1, 4, dtype=torch.bool))
     first = DiscreteActor(8).layers[0].weight
     assert torch.allclose(first @ first.t(), 2 * torch.eye(4), atol=1e-5)  # orthogonal, gain sqrt 2

@@ -160,15 +160,15 @@ def measure(seed: int, scale: Scale) -> dict[str, Any]:
 
 
 def found_key(seed: int, scale: Scale) -> dict[str, Any]:
-    """The planted task: how probable the node that knows the class is, and what an episode gains.
+    """The planted task, after the last round: how probable the node that knows the class is, what an episode gains.
 
     Returns:
         ``probability`` of the node at the first step, ``chance``, ``first`` and ``last``: mean decrease of the loss
         over an episode in the first and last quarter of the rounds; accuracy of RELIEF and of the head alone.
     """
     task, net = planted(scale.planted, 6, seed)
-    common: dict[str, Any] = {"epochs": 32 if scale.planted >= 32 else 8, "skip": 1, "head_layers": 1, "head_lr": 0.01,
-                              "head_epochs": 3}
+    rounds = 32 if scale.planted >= 32 else 8
+    common: dict[str, Any] = {"epochs": rounds, "skip": rounds, "head_layers": 1, "head_lr": 0.01, "head_epochs": 3}
     method = RELIEF(members=1, z_max=1.0, minibatch_size=24, policy_lr=2e-3, log_std=-2.0, warmup=20, **common)
     prompt = method.optimize(task, net, seed=seed, progress=False)
     history = [h["return"] for h in prompt.info["history"]]
