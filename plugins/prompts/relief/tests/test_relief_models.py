@@ -132,7 +132,11 @@ def test_baselines(method, tmp_path) -> None:
 def test_fine_tuning_goes_on_from_its_own_prompt() -> None:
     network, task = toy_network(), toy_graphs()
     method = FineTuning(epochs=3, skip=1, head_lr=0.02)
-    first = method.optimize(task, network)
+    first, state = method.optimize(task, network), torch.get_rng_state()
+    assert method.optimize(task, network).fingerprint() == first.fingerprint()  # with dropout
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(ValueError, match="on: expected the network that the prompt was learned for"):
+        first.on(GraphNetwork(GIN(4, 6, 2).eval()))
     more = method.optimize(task, network, start=first)
     assert more.info["history"][0]["loss"] < first.info["history"][0]["loss"]
     assert any(n.startswith("network.") for n in first.tensors)

@@ -14,7 +14,7 @@ from torch_geometric.nn import GCNConv
 from torch_geometric.nn.inits import glorot
 
 from looseleaf import Paper
-from looseleaf.modes import training
+from looseleaf.modes import own_random_state, training
 from looseleaf.plugin import In
 from looseleaf_relief.graphs import GraphNetwork
 from looseleaf_relief.policy import Noise, places
@@ -52,7 +52,11 @@ class TunedNetwork(Learner):
         for parameter in self.network.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         if self.loaded:
-            self.network.load_state_dict(self.loaded)
+            try:
+                self.network.load_state_dict(self.loaded)
+            except RuntimeError as error:
+                raise ValueError("on: expected the network that the prompt was learned for, got one of another shape: "
+                                 f"fine-tune that one, too ({error})") from error
         return own
 
     def load_state_dict(self, state_dict: Any, *args: Any, **options: Any) -> Any:
@@ -66,7 +70,8 @@ class TunedNetwork(Learner):
         """(graphs, outputs); in training mode the copy is in training mode, too."""
         if not self.training:
             return super().logits(network, batch, noise)
-        with training(network.model):
+        seed = int(torch.randint(2 ** 31, (1,), generator=noise.generators[0]))
+        with training(network.model), own_random_state(seed):  # dropout draws from the global generator
             return super().logits(network, batch, noise)
 
 
