@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -32,16 +33,21 @@ def test_what_is_planted() -> None:
         assert all(planted.true(word, words, *world.facts[row]) for word in words)
 
 
-def test_a_network_is_preconditioned_to_the_exact_noise() -> None:
-    """With a perfect residual ``eps`` is the noise of the exact denoiser."""
-    world, network = planted.World(0), planted.Network(8)
-    a = torch.linspace(-6, 6, 12)
-    z, texts = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0)), ["", world.add("name1 u0")] * 6
-    exact = world.eps(z, a.double(), texts)
-    s, n = (torch.sigmoid(sign * a).sqrt().view(-1, 1, 1, 1) for sign in (1, -1))
-    skip, out = network.factors(a)
-    network.residual = lambda z, a, bags: ((z - n * exact) / s - skip * z) / out  # type: ignore[method-assign]
-    torch.testing.assert_close(network.eps(z, a.double(), texts), exact, atol=1e-3, rtol=1e-3)
+def test_a_denoiser_that_has_learned_all_is_exact() -> None:
+    world = planted.World(0)
+    learned = planted.Learned(world.means.float())
+    a, texts = torch.linspace(-6, 2, 12, dtype=torch.float64), ["", world.add("name1 u0")] * 6
+    z = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    learned.log_std.data.fill_(math.log(planted.STD))
+    learned.trust = torch.nn.Linear(1, 1)
+    torch.nn.init.zeros_(learned.trust.weight), torch.nn.init.zeros_(learned.trust.bias)
+    logs = {tuple([0.0] * len(planted.WORDS)): world.conditions[""].log().float()}
+    bag = torch.zeros(len(planted.WORDS))
+    bag[[planted.WORDS.index(word) for word in ("name1", "u0")]] = 1
+    logs[tuple(bag.tolist())] = world.conditions["name1 u0"].log().float()
+    del learned.words
+    learned.words = lambda bags: torch.stack([logs[tuple(b.tolist())] for b in bags])
+    torch.testing.assert_close(learned.eps(z, a, texts), world.eps(z, a, texts), atol=1e-4, rtol=1e-3)
 
 
 def test_samples_of_the_world_are_what_was_asked_for() -> None:

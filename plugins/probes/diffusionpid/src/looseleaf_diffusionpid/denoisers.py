@@ -41,7 +41,7 @@ class PipelineDenoiser:
     def __init__(self, pipeline: Any, *, num_inference_steps: int | None = None,
                  guidance_scale: float | None = None) -> None:
         self.pipeline = pipeline
-        self.options = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        self.options: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         parts = [getattr(pipeline, name, None) for name in ("unet", "transformer")]
         self.network: Any = next((part for part in parts if part is not None), None)
         own = unwrapped(self.network)
@@ -116,6 +116,8 @@ class PipelineDenoiser:
                 found = {"encoder_hidden_states": out[0], "text_embeds": out[2]}
             else:
                 found = {"encoder_hidden_states": out[0]}
+            if not text and getattr(self.pipeline.config, "force_zeros_for_empty_prompt", False):
+                found = {name: torch.zeros_like(value) for name, value in found.items()}  # as it was trained
             self._embeddings[text] = found
         return self._embeddings[text]
 
@@ -132,14 +134,15 @@ class PipelineDenoiser:
         flow = self.prediction == "flow_prediction"
         t = torch.sigmoid(-a / 2)  # x_t = (1 - t) x + t e has the log-SNR 2 log((1 - t) / t)
         length = ((1 - t).square() + t.square()).sqrt()
-        signal, noise = ((torch.sigmoid(s * a).sqrt().to(z.device).view(-1, 1, 1, 1)).float() for s in (1, -1))
-        times = t * self.pipeline.scheduler.config.num_train_timesteps if flow else self._timesteps[self._index(a)]
-        given = z.float() * length.to(z.device).view(-1, 1, 1, 1).float() if flow else z
+        signal, noise = (torch.sigmoid(s * a).sqrt().float().to(z.device).view(-1, 1, 1, 1) for s in (1, -1))
+        count = self.pipeline.scheduler.config.num_train_timesteps
+        times = t.float() * count if flow else self._timesteps[self._index(a)]
+        given = z.float() * length.float().to(z.device).view(-1, 1, 1, 1) if flow else z
         encoded = [self._encoded(text) for text in condition]
         kept = {name: torch.cat([e[name] for e in encoded]) for name in encoded[0]}
         out = self._run(given.to(self._dtype), times.to(z.device), kept).float()
         if flow:  # v = e - x
-            t = t.to(z.device).view(-1, 1, 1, 1).float()
+            t = t.float().to(z.device).view(-1, 1, 1, 1)
             return given.float() + (1 - t) * out
         if self.prediction == "v_prediction":
             return signal * out + noise * z.float()
@@ -214,9 +217,11 @@ class PipelineDenoiser:
         self.pipeline.scheduler = copy.deepcopy(scheduler)
         self.pipeline.set_progress_bar_config(disable=True)
         try:
+            options = {name: value for name, value in self.options.items() if value is not None}
+            if "clean_caption" in inspect.signature(self.pipeline.__call__).parameters:
+                options["clean_caption"] = False  # the texts that are compared are not cleaned either
             with own_random_state(seed):
-                out = self.pipeline(prompt, generator=torch.Generator().manual_seed(seed), output_type="pil",
-                                    **{name: value for name, value in self.options.items() if value is not None})
+                out = self.pipeline(prompt, generator=torch.Generator().manual_seed(seed), output_type="pil", **options)
             return as_picture(out.images[0])
         finally:
             self.pipeline.scheduler = scheduler

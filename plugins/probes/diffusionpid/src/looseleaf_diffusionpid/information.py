@@ -134,8 +134,8 @@ def observe(denoiser: Denoiser, x: Tensor, texts: Sequence[str], log_snr: Tensor
     for begin in range(0, len(log_snr), size):
         a, e = level[begin:begin + size], noise[begin:begin + size].to(x.device)
         share = (weights[begin:begin + size] / len(log_snr)).view(-1, 1, 1)
-        scaled = a.to(x.device).view(-1, 1, 1, 1)
-        z = (torch.sigmoid(scaled).sqrt() * x + torch.sigmoid(-scaled).sqrt() * e).to(x.dtype)
+        signal, rest = (torch.sigmoid(sign * a).sqrt().to(wide).to(x.device).view(-1, 1, 1, 1) for sign in (1, -1))
+        z = (signal * x + rest * e).to(x.dtype)
         rows = z.repeat(len(different), 1, 1, 1)
         predicted = denoiser.eps(rows, a.repeat(len(different)), [text for text in different for _ in range(len(a))])
         if predicted.shape != rows.shape or not bool(torch.isfinite(predicted).all()):
@@ -143,9 +143,9 @@ def observe(denoiser: Denoiser, x: Tensor, texts: Sequence[str], log_snr: Tensor
             raise ValueError(f"denoiser: expected finite noise of the shape {tuple(rows.shape)}, got {got}: "
                              "a model in half precision may overflow, use float32 or bfloat16")
         noises = predicted.to(wide).unflatten(0, (len(different), len(a)))[at]
-        error = (e.to(wide) - noises).square().sum(2).double().cpu()  # channels only: (T, k, H, W)
+        error = (e.to(wide) - noises).square().sum(2).cpu().double()  # channels only: (T, k, H, W)
         gain = (error[:1] - error) / 2
-        apart = (noises[:1] - noises).square().sum(2).double().cpu() / 2
+        apart = (noises[:1] - noises).square().sum(2).cpu().double() / 2
         for name, value in (("errors", error), ("standard", gain), ("orthogonal", apart)):
             sums[name].append(value.sum((2, 3)))
         maps[0] += (share * gain).sum(1)

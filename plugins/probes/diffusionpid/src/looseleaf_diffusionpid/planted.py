@@ -87,56 +87,50 @@ def true(word: str, words: Sequence[str], k: int, c: int, p: int) -> bool:
     return word in (NAMES[k], SYNONYMS[k], HUES[c])
 
 
-class Network(nn.Module):
-    """A small conditional denoiser of the world, with the preconditioning of EDM (Karras et al., 2022)."""
+class Learned(nn.Module):
+    """A denoiser of the world that is trained: pictures to be learned, and how much words and noise speak for each.
+
+    Args:
+        pictures: (count, 3, 8, 8) that it begins with, such as some of the training's.
+        width: of the network that reads words.
+    """
 
     log_snr_range = (-8.0, 2.0)
-    spread = 0.6
-    """Standard deviation of the pictures' numbers."""
 
-    def __init__(self, width: int = 256) -> None:
+    def __init__(self, pictures: Tensor, width: int = 128) -> None:
         super().__init__()
-        size = 3 * SIZE * SIZE
-        self.words, self.levels = nn.Linear(len(WORDS), width), nn.Linear(16, width)
-        self.first, self.last = nn.Linear(size, width), nn.Linear(width, size)
-        self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.SiLU(),
-                                                  nn.Linear(2 * width, width)) for _ in range(3))
+        self.pictures = nn.Parameter(pictures.flatten(1).clone())
+        self.words = nn.Sequential(nn.Linear(len(WORDS), width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+                                   nn.Linear(width, len(pictures)))
+        self.trust = nn.Sequential(nn.Linear(1, 32), nn.SiLU(), nn.Linear(32, 1))
+        self.log_std = nn.Parameter(torch.tensor(-1.0))
 
-    def residual(self, z: Tensor, log_snr: Tensor, bags: Tensor) -> Tensor:
-        """What is left for the network to predict, of variance 1."""
-        waves = log_snr[:, None] / 8 * 2.0 ** torch.arange(8)
-        scaled = z / (torch.sigmoid(log_snr) * self.spread ** 2 + torch.sigmoid(-log_snr)).sqrt().view(-1, 1, 1, 1)
-        context = self.words(bags) + self.levels(torch.cat([waves.sin(), waves.cos()], 1))
-        x = self.first(scaled.flatten(1)) + context
-        for layer in self.layers:
-            x = x + layer(x + context)
-        return self.last(x).view(z.shape)  # type: ignore[no-any-return]
-
-    def factors(self, log_snr: Tensor) -> tuple[Tensor, Tensor]:
-        """``skip`` and ``out``: the clean picture is ``skip z + out residual``."""
-        s, n = (torch.sigmoid(sign * log_snr).view(-1, 1, 1, 1) for sign in (1, -1))
-        variance = s * self.spread ** 2 + n
-        return s.sqrt() * self.spread ** 2 / variance, self.spread * (n / variance).sqrt()
+    def clean(self, z: Tensor, log_snr: Tensor, bags: Tensor) -> Tensor:
+        """The picture to be expected behind ``z``."""
+        s, rest = (torch.sigmoid(sign * log_snr)[:, None] for sign in (1, -1))
+        spread, flat = self.log_std.exp() ** 2, z.flatten(1)
+        likeness = s.sqrt() * (flat @ self.pictures.T) - s / 2 * self.pictures.square().sum(1)
+        trust = self.trust(log_snr[:, None] / 4).exp() / (s * spread + rest)
+        weights = torch.softmax(trust * likeness + self.words(bags), 1)
+        kept = s.sqrt() * spread / (s * spread + rest)
+        out: Tensor = (kept * flat + (1 - kept * s.sqrt()) * (weights @ self.pictures)).view(z.shape)
+        return out
 
     def loss(self, x: Tensor, bags: Tensor, draw: torch.Generator) -> Tensor:
-        """Squared error at log-SNRs drawn over the whole range; the pictures get their own noise."""
+        """Squared error of the noise at log-SNRs drawn over the whole range, tempered where little noise is left."""
         a = self.log_snr_range[0] + (self.log_snr_range[1] - self.log_snr_range[0]) * torch.rand(len(x), generator=draw)
-        s, n = (torch.sigmoid(sign * a).sqrt().view(-1, 1, 1, 1) for sign in (1, -1))
+        s, rest = (torch.sigmoid(sign * a).view(-1, 1, 1, 1) for sign in (1, -1))
         clean = x + STD * torch.randn(x.shape, generator=draw)
-        z = s * clean + n * torch.randn(x.shape, generator=draw)
-        skip, out = self.factors(a)
-        return (self.residual(z, a, bags) - (clean - skip * z) / out).square().mean()
+        z = s.sqrt() * clean + rest.sqrt() * torch.randn(x.shape, generator=draw)
+        return ((s + 0.05) * (self.clean(z, a, bags) - clean).square()).mean()
 
     def eps(self, z: Tensor, log_snr: Tensor, condition: Sequence[str]) -> Tensor:
         """The noise in ``z``, see :class:`looseleaf_diffusionpid.Denoiser`."""
         bags = torch.zeros(len(condition), len(WORDS))
         for n, text in enumerate(condition):
             bags[n, [WORDS.index(word) for word in text.split()]] = 1
-        a = log_snr.float()
-        skip, out = self.factors(a)
-        s, n_ = (torch.sigmoid(sign * a).sqrt().view(-1, 1, 1, 1) for sign in (1, -1))
-        clean = skip * z.float() + out * self.residual(z.float(), a, bags)
-        return ((z.float() - s * clean) / n_).to(z.dtype)
+        s, rest = (torch.sigmoid(sign * log_snr.float()).sqrt().view(-1, 1, 1, 1) for sign in (1, -1))
+        return ((z.float() - s * self.clean(z.float(), log_snr.float(), bags)) / rest).to(z.dtype)
 
 
 @torch.no_grad()

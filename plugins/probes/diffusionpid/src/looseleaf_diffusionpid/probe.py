@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import os
@@ -20,6 +19,7 @@ from looseleaf import Paper, Probe, Report, Series
 from looseleaf import progress as progress_
 from looseleaf.files import load_tensors, save_tensors
 from looseleaf.fingerprint import content_fingerprint, fingerprint
+from looseleaf.modes import evaluating
 from looseleaf.plugin import In
 from looseleaf.resume import digest
 from looseleaf_diffusionpid.denoisers import PipelineDenoiser, as_picture
@@ -202,7 +202,7 @@ class DiffusionPID(Probe):
         """
         denoiser = self.denoiser(subject)
         texts, notes = self.texts(prompt, y1, y2, denoiser)
-        with getattr(denoiser, "ready", contextlib.nullcontext)(), torch.no_grad():
+        with getattr(denoiser, "ready", lambda: evaluating(denoiser))(), torch.no_grad():
             if picture is None:
                 if not hasattr(denoiser, "generate"):
                     raise ValueError(f"picture: expected one, as {type(denoiser).__name__} draws none, got None")
