@@ -48,8 +48,8 @@ LEFT_OUT = {
         ("denoising", name) for name in ("flexprefill", "minference", "sliding-window", "sparsed", "paroattention"))},
     "pruners": {("pruned-weights", "lottery-ticket"), ("pruned-weights", "lottery-rewinding"),
                 ("pruned-weights", "(Wanda), (SparseGPT)"), ("pruned-weights", "rmask-tuning"),
-                ("lotteries", "rmask-tuning"), *(
-        (bench, name) for bench in ("pruned-weights", "lotteries") for name in ("outlandish", "leaf"))},
+                ("lotteries", "rmask-tuning"), ("lotteries", "unified-sparsity"), *(
+        (bench, name) for bench in ("pruned-weights", "lotteries") for name in ("outlandish", "leaf", "colormae"))},
     "prompts": {("picture-prompts", "tapruning")}, "probes": set()}
 """(bench, plugin): methods for other phases of attention, or that train or need pictures with classes, or that remove
 something else, or are for another kind of model; with
