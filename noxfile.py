@@ -35,7 +35,7 @@ TEST_NEEDS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", 
 
 VISION_TESTS = ["packages/looseleaf/tests/test_core_attention_modules.py",
                 "plugins/prompts/reprogram-lt/tests/test_reprogram_lt_probe.py",
-                "plugins/pruners/colormae/tests/test_colormae_models.py",
+                "plugins/pruners/colormae/tests/test_colormae_models.py::test_a_vision_transformer_of_timm",
                 "plugins/pruners/rmask-tuning/tests/test_rmask_timm.py"]
 """What runs once more with timm and torchvision on the path."""
 
