@@ -36,8 +36,8 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """How much is measured. Sizes, steps and rates were fixed on a further seed and other pictures; the router rate after
-    a look at the tuned experts there, which begin at zero and hardly moved at the rate of the rest."""
+    """How much is measured. Sizes, steps and rates were fixed on a further seed and other pictures, the rate of routers
+    after a look at the tuned experts there."""
 
     width: int = 128
     layers: int = 6
