@@ -35,9 +35,9 @@ TEST_NEEDS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", 
 
 VISION_TESTS = ["packages/looseleaf/tests/test_core_attention_modules.py",
                 "plugins/prompts/reprogram-lt/tests/test_reprogram_lt_probe.py",
-                "plugins/pruners/colormae/tests/test_colormae_models.py::test_a_vision_transformer_of_timm",
                 "plugins/pruners/rmask-tuning/tests/test_rmask_timm.py"]
-"""What runs once more with timm and torchvision on the path."""
+TIMM_TESTS = ["plugins/pruners/colormae/tests/test_colormae_models.py::test_a_vision_transformer_of_timm"]
+"""What runs once more with timm and torchvision on the path; the latter apart, as it imports transformers first."""
 
 nox.options.default_venv_backend = "virtualenv"
 nox.options.sessions = ["lint", "tests", "kernels", "docs", "isolation"]
@@ -105,7 +105,8 @@ def tests(session: nox.Session) -> None:
     run(session, python, "-m", "pytest", "-q", "--timeout=900", "-n", "2", "--dist", "loadfile", *session.posargs,
         OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 2) // 2)))
     if not session.posargs:
-        run(session, python, "-m", "pytest", "-q", *VISION_TESTS, PYTHONPATH=vision(session, python))
+        for files in (VISION_TESTS, TIMM_TESTS):
+            run(session, python, "-m", "pytest", "-q", *files, PYTHONPATH=vision(session, python))
 
 
 @nox.session(venv_backend="none")
