@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -21,3 +22,22 @@ def agrees_under_the_interpreter() -> Callable[[str], None]:
         assert done.stdout.strip() == "agrees"
 
     return run
+
+
+CASES_OF_A_MODULE = """
+import sys
+sys.path.insert(0, {{tests!r}})
+import {module} as t
+for case in t.CASES:
+    t.check("triton", case)
+print("agrees")
+"""
+
+
+@pytest.fixture
+def cases_agree_under_the_interpreter(request: pytest.FixtureRequest,
+                                      agrees_under_the_interpreter: Callable[[str], None]) -> Callable[[], None]:
+    """Run ``check("triton", case)`` for each of the ``CASES`` of the test's module under Triton's interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    return lambda: agrees_under_the_interpreter(CASES_OF_A_MODULE.format(module=request.path.stem))

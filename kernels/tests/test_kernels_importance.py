@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 
 import pytest
@@ -105,19 +104,8 @@ def test_opcheck() -> None:
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
 
 
-INTERPRET = """
-import sys
-sys.path.insert(0, {tests!r})
-import test_kernels_importance as t
-for case in t.CASES:
-    t.check("triton", case)
-print("agrees")
-"""
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_triton_under_its_interpreter(agrees_under_the_interpreter: Callable[[str], None]) -> None:
-    agrees_under_the_interpreter(INTERPRET)
+def test_triton_under_its_interpreter(cases_agree_under_the_interpreter: Callable[[], None]) -> None:
+    cases_agree_under_the_interpreter()
 
 
 @pytest.mark.gpu

@@ -110,3 +110,41 @@ def check_attention(query: Tensor, key: Tensor, value: Tensor, **indices: BlockI
                              "batch {}, {} heads, Lq {}, Lk {}".format(name, *sizes, index.batch, index.heads,
                                                                        index.q_len, index.k_len))
     return bool(query.shape[0] and query.shape[2] and key.shape[2])
+
+
+def without_padding(x: Tensor, lengths: Tensor) -> Tensor:
+    """(B, H, L, D) with 0 beyond the lengths: 0 * NaN is NaN, so that NaN there is replaced and not only masked."""
+    return torch.where((torch.arange(x.shape[2], device=x.device) < lengths[:, None])[:, None, :, None], x, 0)
+
+
+def visible(lq: int, lk: int, problem: Problem) -> Tensor:
+    """(B, Lq, Lk) bool: which valid keys each valid query may see."""
+    q, k = (torch.arange(n, device=problem.key_lengths.device) for n in (lq, lk))
+    mask = (q < problem.query_lengths[:, None])[:, :, None] & (k < problem.key_lengths[:, None])[:, None]
+    if problem.causal:
+        mask = mask & (k <= (q + problem.offsets[:, None])[..., None])
+    return mask
+
+
+def check_numbers(name: str, numbers: Tensor, count: int, what: str, once: str) -> None:
+    """Whether numbers of things exist, each at most once in a row; looked at on a CPU alone, where it costs little.
+
+    Args:
+        name: of the argument.
+        numbers: (..., K), -1 for none.
+        count: how many things there are.
+        what: their name in the error.
+        once: the error where ``{}`` comes twice.
+
+    Raises:
+        ValueError: a number below -1 or from ``count`` on, or one twice in a row.
+    """
+    if numbers.device.type != "cpu" or not numbers.numel():
+        return
+    low, high = int(numbers.min()), int(numbers.max())
+    if low < -1 or high >= count:
+        raise ValueError(f"{name}: expected {what} from 0 to {count - 1}, or -1 for none, got {low} to {high}")
+    order = numbers.sort(-1).values
+    twice = (order[..., 1:] == order[..., :-1]) & (order[..., 1:] >= 0)
+    if bool(twice.any()):
+        raise ValueError(f"{name}: expected {once.format(int(order[..., 1:][twice][0]))}")

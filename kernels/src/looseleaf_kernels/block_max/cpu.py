@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from looseleaf_kernels.block_sparse.reference import without_padding
-from looseleaf_kernels.problem import Problem, statistics_dtype
+from looseleaf_kernels.problem import Problem, statistics_dtype, without_padding
 
 CHUNK_SCORES = 1 << 19
 """Scores at a time: 2 MiB of fp32, about one core's cache."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from looseleaf_kernels.operations import ANYWHERE, Operation, register
-from looseleaf_kernels.problem import like
+from looseleaf_kernels.problem import check_numbers, like
 from looseleaf_kernels.shapes import Blocks, Hidden, Taken
 
 _RUNS = {"reference": ANYWHERE, "cpu": ANYWHERE, "triton": ("cuda",)}
@@ -63,16 +63,7 @@ _scatter.register_autograd(_scatter_backward, setup_context=_keep)
 
 
 def _check_blocks(blocks: Tensor, count: int) -> None:
-    """On a CPU, where looking costs nothing: blocks that exist, each once."""
-    if blocks.device.type != "cpu" or not blocks.numel():
-        return
-    if int(blocks.min()) < -1 or int(blocks.max()) >= count:
-        raise ValueError(f"blocks: expected numbers from 0 to {count - 1}, or -1 for none, got {int(blocks.min())} to "
-                         f"{int(blocks.max())}")
-    order = blocks.sort(-1).values
-    twice = (order[:, 1:] == order[:, :-1]) & (order[:, 1:] >= 0)
-    if bool(twice.any()):
-        raise ValueError(f"blocks: expected each block once, got block {int(order[:, 1:][twice][0])} twice in an item")
+    check_numbers("blocks", blocks, count, "numbers", "each block once, got block {} twice in an item")
 
 
 def _check(x: Tensor, blocks: Tensor, block: int, name: str) -> None:

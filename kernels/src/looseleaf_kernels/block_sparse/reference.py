@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from looseleaf_kernels.index import Csr
-from looseleaf_kernels.problem import Problem, statistics_dtype
+from looseleaf_kernels.problem import Problem, statistics_dtype, visible, without_padding
 
 
 def block_sparse_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Csr,
@@ -30,11 +30,6 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor,
     return out.to(query.dtype), lse
 
 
-def without_padding(x: Tensor, lengths: Tensor) -> Tensor:
-    """(B, H, L, D) with 0 beyond the lengths: 0 * NaN is NaN, so that NaN there is replaced and not only masked."""
-    return torch.where((torch.arange(x.shape[2], device=x.device) < lengths[:, None])[:, None, :, None], x, 0)
-
-
 def dense_mask(blocks: Csr, lq: int, lk: int, problem: Problem) -> Tensor:
     """(B, H, Lq, Lk) bool: which pairs take part."""
     row_ptr, col = blocks
@@ -45,12 +40,3 @@ def dense_mask(blocks: Csr, lq: int, lk: int, problem: Problem) -> Tensor:
     mask.view(-1)[torch.repeat_interleave(counts) * nk + col.long()] = True
     mask = mask.repeat_interleave(problem.block_q, 2).repeat_interleave(problem.block_k, 3)[:, :, :lq, :lk]
     return mask & visible(lq, lk, problem)[:, None]
-
-
-def visible(lq: int, lk: int, problem: Problem) -> Tensor:
-    """(B, Lq, Lk) bool: which valid keys each valid query may see."""
-    q, k = (torch.arange(n, device=problem.key_lengths.device) for n in (lq, lk))
-    mask = (q < problem.query_lengths[:, None])[:, :, None] & (k < problem.key_lengths[:, None])[:, None]
-    if problem.causal:
-        mask = mask & (k <= (q + problem.offsets[:, None])[..., None])
-    return mask

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from looseleaf_kernels.block_sparse.reference import visible, without_padding
-from looseleaf_kernels.problem import Problem, statistics_dtype
+from looseleaf_kernels.problem import Problem, statistics_dtype, visible, without_padding
 
 
 def block_importance(query: Tensor, key: Tensor, problem: Problem) -> Tensor:

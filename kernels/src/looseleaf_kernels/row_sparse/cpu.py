@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from looseleaf_kernels.block_sparse.reference import without_padding
-from looseleaf_kernels.problem import Problem, statistics_dtype
+from looseleaf_kernels.problem import Problem, statistics_dtype, without_padding
 
 CHUNK_BYTES = 1 << 22
 """Keys and values gathered at a time: what two cores keep in their second-level caches."""

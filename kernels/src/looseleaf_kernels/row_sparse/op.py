@@ -9,7 +9,15 @@ from torch import Tensor
 
 from looseleaf_kernels.gradient import register_gradient
 from looseleaf_kernels.operations import ANYWHERE, Operation, register
-from looseleaf_kernels.problem import Problem, check_attention, lengths_of, like_results, nothing, scale_of
+from looseleaf_kernels.problem import (
+    Problem,
+    check_attention,
+    check_numbers,
+    lengths_of,
+    like_results,
+    nothing,
+    scale_of,
+)
 from looseleaf_kernels.row_sparse.cpu import gradient
 from looseleaf_kernels.shapes import Keys, Lengths, Queries, RowKeys, RowStatistics
 
@@ -21,8 +29,8 @@ OPERATION = register(Operation(
 @torch.library.custom_op(OPERATION.operator, mutates_args=())
 def _forward(query: Tensor, key: Tensor, value: Tensor, index: Tensor, scale: float, causal: bool,
              query_lengths: Tensor, key_lengths: Tensor, impl: str) -> tuple[Tensor, Tensor]:
-    if index.device.type == "cpu":  # where looking costs little
-        _check_keys(index, key.shape[2])
+    check_numbers("index", index, key.shape[2], "keys",
+                  "each key at most once in a row, got key {} twice: it would count twice")
     problem = Problem(scale, causal, 1, 1, query_lengths, key_lengths)
     out, lse = OPERATION.module(impl).row_sparse_attention(query, key, value, index, problem)
     return out, lse
@@ -42,17 +50,6 @@ def _gradient(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: 
 
 
 register_gradient(_forward, _gradient)
-
-
-def _check_keys(index: Tensor, lk: int) -> None:
-    if int(index.min()) < -1 or int(index.max()) >= lk:
-        raise ValueError(f"index: expected keys from 0 to {lk - 1}, or -1 for none, got {int(index.min())} to "
-                         f"{int(index.max())}")
-    order = index.sort(-1).values
-    twice = (order[..., 1:] == order[..., :-1]) & (order[..., 1:] >= 0)
-    if bool(twice.any()):
-        raise ValueError(f"index: expected each key at most once in a row, got key {int(order[..., 1:][twice][0])} "
-                         "twice: it would count twice")
 
 
 def row_sparse_attention(query: Queries, key: Keys, value: Keys, index: RowKeys, *, causal: bool = False,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from looseleaf_kernels.block_sparse.reference import masked_attention, visible
-from looseleaf_kernels.problem import Problem
+from looseleaf_kernels.block_sparse.reference import masked_attention
+from looseleaf_kernels.problem import Problem, visible
 
 
 def row_sparse_attention(query: Tensor, key: Tensor, value: Tensor, index: Tensor,
