@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import tomllib
-from between_marks import rewrite
+from between_marks import rewrite, update
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- plugins: made by tools/readme_table.py -->", "<!-- end of plugins -->"
@@ -50,16 +50,11 @@ def papers() -> str:
 def main(argv: list[str]) -> int:
     """Rewrite or check all of them."""
     check, tool = "--check" in argv, Path(__file__).name
-    known = ROOT / "packages/looseleaf/src/looseleaf/papers.json"
-    if not check:
-        known.write_text(papers(), encoding="utf-8")
-    elif known.read_text(encoding="utf-8") != papers():
-        print(f"{known.name} is out of date: run python tools/{tool}")
-        return 1
     names = [(project["name"], project["version"]) for _, _, project in projects()]
     extras = "\n".join(f'{name.removeprefix("looseleaf-")} = ["{name}"]' for name, _ in names)
     needs = "\n".join(f'  "{name}>={version}",' for name, version in names)
-    return max(rewrite(ROOT / "README.md", BEGIN, END, table(), tool, check=check),
+    return max(update(ROOT / "packages/looseleaf/src/looseleaf/papers.json", papers(), tool, check=check),
+               rewrite(ROOT / "README.md", BEGIN, END, table(), tool, check=check),
                rewrite(ROOT / "packages/looseleaf/pyproject.toml", FIRST, LAST, extras, tool, check=check),
                rewrite(ROOT / "packages/looseleaf-papers/pyproject.toml", FIRST, LAST, needs, tool, check=check))
 
