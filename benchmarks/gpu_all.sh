@@ -16,3 +16,4 @@ mkdir -p "$out"
 "$python" benchmarks/gpu_block_sparse.py --tokens $tokens --density 0.10 0.25 --rounds "$rounds" --out "$out/gpu-block-sparse.json"
 # shellcheck disable=SC2086
 "$python" benchmarks/attention_backends.py --device cuda --tokens $tokens --rounds "$rounds" --out "$out/gpu-attention-backends.json"
+"$python" benchmarks/gpu_rows.py --rounds "$rounds" --out "$out/gpu-rows.json"

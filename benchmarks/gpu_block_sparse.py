@@ -46,6 +46,14 @@ def milliseconds(function: Callable[[], object]) -> float:
     return begin.elapsed_time(end)
 
 
+def facts() -> dict[str, object]:
+    """GPU, driver and versions."""
+    driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+                            capture_output=True, text=True).stdout.strip()
+    return {"gpu": torch.cuda.get_device_name(), "driver": driver, "torch": torch.__version__,
+            "triton": metadata.version("triton"), "dtype": "bfloat16"}
+
+
 def alternatives(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                  index: BlockIndex) -> dict[str, Callable[[], object]]:
     """Name -> call, of all that can run here; what cannot is named on standard output."""
@@ -116,12 +124,8 @@ def main() -> None:
                 rows.append(row)
                 print(row, flush=True)
     if options.out:
-        driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-                                capture_output=True, text=True).stdout.strip()
-        facts = {"gpu": torch.cuda.get_device_name(), "driver": driver, "torch": torch.__version__,
-                 "triton": metadata.version("triton"), "dtype": "bfloat16", "heads": options.heads,
-                 "head_dim": options.head_dim, "rounds": options.rounds}
-        Path(options.out).write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
+        about = facts() | {"heads": options.heads, "head_dim": options.head_dim, "rounds": options.rounds}
+        Path(options.out).write_text(json.dumps({"facts": about, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
