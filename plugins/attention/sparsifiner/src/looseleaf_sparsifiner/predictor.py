@@ -73,11 +73,11 @@ class Predictor(nn.Module):
 
     def sparse_map(self, coefficients: Tensor, threshold: float, topk: int) -> Tensor:
         """The guess at work: the ``topk`` largest coefficients of a row times the sparse basis, (B, H, L, tokens)."""
-        if topk < coefficients.shape[-1]:
-            values, places = coefficients.topk(topk, -1)
-            coefficients = torch.zeros_like(coefficients).scatter(-1, places, values)
-        with torch.autocast(coefficients.device.type, enabled=False):
-            return coefficients @ self.basis(threshold).to(coefficients.dtype)
+        values, places = coefficients.flatten(0, -2).topk(min(topk, coefficients.shape[-1]), -1)
+        basis = self.basis(threshold).to(coefficients.dtype).contiguous()
+        # a sum of a few rows of the basis: a product with all of them would cost more than attention itself
+        rows = F.embedding_bag(places, basis, per_sample_weights=values, mode="sum")
+        return rows.view(*coefficients.shape[:-1], basis.shape[1])
 
     @property
     def _up(self) -> Tensor:
