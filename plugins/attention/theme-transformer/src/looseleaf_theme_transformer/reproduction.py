@@ -47,9 +47,9 @@ class Scale:
     looked for, themes to generate on and pieces on each."""
 
     retriever: int = 200
-    copying: int = 500
-    tunes: int = 900
-    planted: int = 40
+    copying: int = 400
+    tunes: int = 700
+    planted: int = 30
     repeats: int = 30
     themes: int = 20
     pieces: int = 2
@@ -62,7 +62,9 @@ def tunes() -> tuple[list[Piece], list[int]]:
 
     Bars are counted from the first note: where repeats are and how long pickups were is not in the data.
     """
-    pieces, families, seen = [], [], defaultdict(set)
+    pieces: list[Piece] = []
+    families: list[int] = []
+    seen: dict[tuple[int, ...], set[int]] = defaultdict(set)
     for row in data.rows("fiddle-tunes"):
         factor = METERS.get(row["meter"])
         notes = [(int(at * factor + 1e-6), int((at + size) * factor + 1e-6), pitch)
@@ -168,7 +170,7 @@ def measure_copying(name: str, seed: int, scale: Scale) -> float:
     model, draw = new_model(name, config, seed), torch.Generator().manual_seed(seed)
 
     def windows(ends: Callable[[Tensor], list[int]], count: int, size: int, draw: torch.Generator) -> dict[str, Any]:
-        rows = []
+        rows: list[tuple[Tensor, Tensor, Tensor]] = []
         while len(rows) < count:
             theme, ids = copying_sequence(draw)
             labels = theme_labels(ids, SYMBOLS + 1, SYMBOLS + 2)
@@ -234,7 +236,7 @@ def measure_tunes(parts: dict[str, list[Piece]], finder: retrieval.ThemeRetrieve
             batch = collate([rows[n] for n in torch.randint(len(rows), (8,), generator=draw).tolist()])  # noqa: B023
             return model(**arguments(name, batch)).loss  # noqa: B023
 
-        losses = fit(model, loss, steps=scale.tunes, optimizer=lambda p: torch.optim.Adam(p, 1e-3),
+        losses = fit(model, loss, steps=scale.tunes, optimizer=lambda p: torch.optim.Adam(p, 2e-3),
                      factor=learning_rate(scale.tunes, warmup=50), clip=3.0, label=f"tunes, {name}", progress=False)
         made = [model.generate_several(theme, 16, scale.pieces, temperature=1.0, top_p=0.9, seed=seed, hop=32,
                                        progress=False) for theme in given]
@@ -289,9 +291,11 @@ def statistics(piece: Piece) -> dict[str, float]:
 
 
 @torch.no_grad()
-def returns(model: ThemeTransformer, name: str, pieces: Sequence[Piece], words: ThemeTokenizer) -> dict[str, list[float]]:
+def returns(model: ThemeTransformer, name: str, pieces: Sequence[Piece],
+            words: ThemeTokenizer) -> dict[str, list[float]]:
     """Nats a Note-On of returns whose theme was last seen out of the window, by piece: its own theme, another's."""
-    window, out = model.config.window, {"own": [], "other": []} if name != PROMPT else {"own": []}
+    window = model.config.window
+    out: dict[str, list[float]] = {kind: [] for kind in ("own", "other") if name != PROMPT or kind == "own"}
     collate = ThemeCollator(words, transpose=0)
     themes = [words.theme(piece) for piece in pieces]
     with evaluating(model):
