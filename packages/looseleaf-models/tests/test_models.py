@@ -18,7 +18,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 def test_what_ships_is_small_and_no_pickle() -> None:
     files = [path for path in looseleaf_models.CHECKPOINTS.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 64 * 2 ** 20
-    assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt", ".md"}
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jinja", ".txt", ".md"}
 
 
 @pytest.mark.parametrize("name", looseleaf_models.names() or [pytest.param("", marks=pytest.mark.skip("none ships"))])
@@ -74,6 +74,30 @@ def test_mini_sam_cuts_out_what_is_in_the_box() -> None:
     assert (mask & truth).sum() / (mask | truth).sum() > 0.7
 
 
+def test_mini_vlm_answers_by_letter_and_in_words() -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    draw = pytest.importorskip("PIL.Image")
+    models: Any = pytest.importorskip("looseleaf_lab.models")
+    model, processor = models.load("mini-vlm")
+    assert sum(p.numel() for p in model.parameters()) == looseleaf_models.card("mini-vlm")["weights"]
+    plain, framed = draw.new("RGB", (48, 48), "orange"), draw.new("RGB", (48, 48), (204, 0, 0))
+    framed.paste(plain.crop((2, 2, 46, 46)), (2, 2))
+    asked = [(plain, "The picture has 2 rows and 1 columns of places. Places are numbered from 1 to 2, row by row. In "
+              f"the picture, where is place {k} relative to place {3 - k} ? A directly below ; B directly above . "
+              "Answer with the letter. Give the answer alone.") for k in (1, 2)]
+    asked += [(p, "Is the picture framed ? Answer in words. Give the answer alone.") for p in (plain, framed)]
+    said = []
+    for picture, text in asked:
+        turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+        inputs = processor(images=picture, return_tensors="pt",
+                           text=processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        with torch.no_grad():
+            written = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        said.append(processor.tokenizer.decode(written[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+    assert said == ["B", "A", "no", "yes"]
+
+
 def test_what_training_has_reached_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     pytest.importorskip("looseleaf.files")
@@ -127,3 +151,58 @@ def test_a_recipe_makes_what_from_pretrained_takes(tmp_path: Path, monkeypatch: 
     with torch.no_grad():
         out = model(**inputs, pixel_values=torch.zeros(2, 3, 64, 64))
     assert out.logits_per_image.shape == (2, 2) and bool(out.logits_per_image.isfinite().all())
+
+
+def test_the_recipe_of_mini_vlm_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("PIL")
+    pytest.importorskip("torch")
+    pytest.importorskip("looseleaf_lab.models")
+    monkeypatch.syspath_prepend(str(RECIPES))
+    recipe: Any = importlib.import_module("mini_vlm")
+    try:
+        recipe.train(tmp_path / "mini-vlm", steps=2, batch=16, made_up=True, state=tmp_path / "state")
+    finally:
+        for name in ("mini_vlm", "_reached"):
+            sys.modules.pop(name, None)
+    card = json.loads((tmp_path / "mini-vlm" / "card.json").read_text())
+    assert 1_000_000 < card["weights"] < 3_000_000 and 0 <= card["figures"]["kind, by letter"] <= 1
+
+
+def test_questions_of_mini_vlm_are_answered_by_what_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    np, torch = pytest.importorskip("numpy"), pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    pytest.importorskip("looseleaf_lab.models")
+    models: Any = importlib.import_module("looseleaf_lab.models")
+    monkeypatch.syspath_prepend(str(RECIPES))
+    recipe: Any = importlib.import_module("mini_vlm")
+    try:
+        _, processor = models.load("mini-vlm")
+        # light above, dark below; the left half lighter than the right
+        y, x = np.mgrid[0:48, 0:48]
+        picture = (240 - 3 * y - x)[..., None].repeat(3, 2).astype(np.uint8)
+        asked = recipe.Questions(np.stack([picture] * 4), ["food"] * 4, processor, 0, variants=60,
+                                 names=["art", "food"])
+        made = asked(0, 400, {"darker": 1.0, "looks": 1.0, "count": 1.0})
+    finally:
+        for name in ("mini_vlm", "_reached"):
+            sys.modules.pop(name, None)
+    read, tokenizer = made["read"], processor.tokenizer
+    seen = set()
+    for row in range(400):
+        text = tokenizer.decode([t for t in read[row] if t])
+        said = tokenizer.decode([t for t in made["said"][row] if t >= 0], skip_special_tokens=True)
+        light = made["pixels"][row].mean(0)
+        if "Answer in words" not in text or not said:
+            continue
+        if "2 rows and 1 columns" in text and "darker" in text:
+            assert said == "directly below"
+        elif "framed" in text:
+            edge = made["pixels"][row][:, :2].mean((1, 2))
+            assert said == ("yes" if edge[0] > edge[1] + 1 else "no")
+        elif "upside down" in text:
+            assert said == ("yes" if light[10:20].mean() < light[30:40].mean() else "no")
+        elif "How many" in text:
+            assert (said == "one") == (made["cuts"][row].sum() == 0)
+        seen.add(said)
+    assert {"directly below", "yes", "no", "one", "two"} <= seen and bool(torch.isfinite(made["pixels"]).all())
