@@ -60,7 +60,7 @@ def planted(seed: int, total: int = 10, themes: int = 4) -> tuple[Piece, list[in
 @pytest.fixture(scope="module")
 def retriever() -> ThemeRetriever:
     retriever = ThemeRetriever(size=32)
-    losses = retriever.fit([planted(100 + n)[0] for n in range(24)], steps=120, batch=64, seed=1)
+    losses = retriever.fit([planted(100 + n)[0] for n in range(24)], steps=60, batch=48, lr=5e-3, seed=1)
     assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:3])
     return retriever
 

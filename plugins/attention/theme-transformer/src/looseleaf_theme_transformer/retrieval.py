@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,7 +49,7 @@ def shifted(notes: Segment, steps: int, scale: Sequence[int]) -> list[Note]:
     ladder = [12 * octave + c for octave in range(-1, 12) for c in scale]
     out = []
     for note in notes:
-        place = int(np.searchsorted(ladder, note.pitch, side="right")) - 1
+        place = bisect_right(ladder, note.pitch) - 1
         moved = ladder[min(max(place + steps, 0), len(ladder) - 1)] + note.pitch - ladder[place]
         out.append(note._replace(pitch=min(max(moved, 1), 127)))
     return out
