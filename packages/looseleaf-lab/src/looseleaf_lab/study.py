@@ -252,7 +252,9 @@ class Study:
                 yield seed, row
             return
         # spawned: torch must not be forked once it has started threads
-        threads = max(1, (os.cpu_count() or 1) // jobs)
+        import torch
+
+        threads = max(1, min((os.cpu_count() or 1) // jobs, torch.get_num_threads()))  # OMP_NUM_THREADS is heeded
         with ProcessPoolExecutor(min(jobs, len(todo)), multiprocessing.get_context("spawn"), _quiet_worker,
                                  (threads,)) as pool:
             futures = {pool.submit(self.measure, seed, scale): seed for seed in todo}
