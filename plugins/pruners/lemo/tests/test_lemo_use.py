@@ -242,6 +242,15 @@ def test_bad_batches(ids):
     assert not lemo.keep(model, ids(20, 0))["input_ids"][1].any()
 
 
+def test_blocks_do_not_stack(ids, adapted):
+    model = adapted(three())
+    with LeMo(**SMALL).training(model):
+        with pytest.raises(ValueError, match="expected a model without LeMo"), LeMo(**SMALL).training(model):
+            pass
+        model.train()(**ids(20)).loss.backward()
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 def test_models_it_is_not_for(ids, adapted):
     from transformers import GPT2Config, GPT2LMHeadModel
 

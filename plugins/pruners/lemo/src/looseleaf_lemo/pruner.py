@@ -146,14 +146,15 @@ class LeMo(TokenPruner):
 
         Raises:
             ValueError: no calibration, or that of another model; MLP weights that are trained; another number of
-                layers than ``rho`` has numbers.
+                layers than ``rho`` has numbers; a model that is within such a block.
             UnsupportedModelError: layers that have no attention or MLP of a known form.
         """
         layers = parts_of(model)
         cut = self.cut_layers(len(layers))
-        if self.calibration is not None and rank is None:
+        needed = cut and rank is None and (self.scores == "predicted" or self.selection == "threshold")
+        if needed and self.calibration is not None:
             self._check_calibration(model, layers, check_weights)
-        elif cut and rank is None and (self.scores == "predicted" or self.selection == "threshold"):
+        elif needed:
             raise ValueError("LeMo: expected a calibrated one, got none: call calibrate(model, batches) or LeMo.load, "
                              "or choose scores='exact' and selection='ratio'")
         with attached(self, model, layers, cut, rank or self._rank(layers)) as run:
@@ -224,8 +225,8 @@ class LeMo(TokenPruner):
 
         Targets are the largest unscaled scores of all pairs of blocks, not causal, over 1024 [official code]; the loss
         is smooth L1. Thresholds start where ``rho`` of the blocks are kept; then each layer is cut a little more, and
-        layers whose cut costs more loss than the median give blocks to the others the other way round, as long as the
-        loss falls [finite differences as in the paper; which step is ours].
+        layers where that costs more loss than in the median layer keep more blocks and the others fewer, as long as
+        the loss falls [finite differences as in the paper; which step is ours].
 
         Args:
             model: as of :meth:`training`, without LeMo.

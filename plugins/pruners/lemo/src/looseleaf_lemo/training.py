@@ -282,8 +282,12 @@ def attached(lemo: LeMo, model: nn.Module, layers: Sequence[Layer], cut: Mapping
 def _forward(module: Any, function: Callable[..., Any]) -> Iterator[None]:
     """``function(former forward, ...)`` in the place of a module's forward."""
     own = vars(module).get("forward")
+    if getattr(own, "of_lemo", False):
+        raise ValueError(f"{type(module).__name__}: expected a model without LeMo, got one within a training block: "
+                         "leave that first")
     former = module.forward
     module.forward = functools.wraps(former)(functools.partial(function, former))
+    module.forward.of_lemo = True
     try:
         yield
     finally:
