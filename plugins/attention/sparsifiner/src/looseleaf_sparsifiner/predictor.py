@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -91,9 +92,16 @@ def budget(keep_rate: float, tokens: int) -> int:
 
 def top_keys(scores: Tensor, count: int) -> Tensor:
     """The ``count`` largest scores of each row, (..., N) bool; of equal ones those that come first."""
-    last = scores.topk(count, -1).values[..., -1:]
-    above, tied = scores > last, scores == last
-    return above | (tied & (tied.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
+    if scores.device.type == "cpu" and scores.dtype == torch.float32 and not scores.requires_grad:
+        # NumPy's sort is vectorised: at 257 tokens it takes an eighth of the time of torch.topk
+        last = torch.from_numpy(np.sort(scores.numpy(), -1)[..., -count, None])
+    else:
+        last = scores.topk(count, -1, sorted=False).values.amin(-1, keepdim=True)
+    mask = scores >= last
+    if int(mask.sum()) > mask[..., 0].numel() * count:
+        above = scores > last
+        mask = above | (mask & ((mask & ~above).cumsum(-1) <= count - above.sum(-1, keepdim=True)))
+    return mask
 
 
 def index_of(mask: Tensor) -> Tensor:
