@@ -46,12 +46,12 @@ class Scale:
     """Steps of the retriever, of the copying task and of the models of tunes; planted pieces, tunes whose repeats are
     looked for, themes to generate on and pieces on each."""
 
-    retriever: int = 150
-    copying: int = 350
-    tunes: int = 500
-    planted: int = 30
+    retriever: int = 200
+    copying: int = 400
+    tunes: int = 900
+    planted: int = 40
     repeats: int = 30
-    themes: int = 16
+    themes: int = 20
     pieces: int = 2
 
 
