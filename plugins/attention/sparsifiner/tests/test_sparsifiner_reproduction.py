@@ -27,7 +27,7 @@ def test_from_end_to_end() -> None:
     assert len(report.claims) == 13 and all(c.rule and c.paper and c.source and c.measured for c in report.claims)
     assert {c.verdict for c in report.claims} == {OPEN}, "the quick run decides nothing"
     assert Report.from_dict(report.to_dict()).to_text() == report.to_text()
-    assert len(report.images) == 3 and len(report.figures) == 1 and len(report.tables) == 4
+    assert len(report.images) == 3 and len(report.figures) == 2 and len(report.tables) == 4
 
 
 def planted(gain: float, error: float, saved: float, faster: float) -> Results:
@@ -67,6 +67,6 @@ def test_recorded_layers_teach_what_the_model_does() -> None:
     model, pixels = R.saliency(True), torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     recorded, features = R.first_stage(model, pixels, 0, scale)
     direct = R.Sparsifiner()
-    direct.calibrate(model.backbone, pixels, epochs=1, lr=scale.lr)
+    direct.calibrate(model.backbone, pixels, epochs=1, lr=scale.lr, warmup=scale.warmup)
     assert recorded.losses == pytest.approx(direct.losses, rel=1e-3)
     assert features.shape == (2, 256, 384)

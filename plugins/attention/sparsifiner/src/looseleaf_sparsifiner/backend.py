@@ -18,7 +18,7 @@ from looseleaf.modes import evaluating, own_random_state
 from looseleaf.plugin import In
 from looseleaf_kernels import row_sparse_attention
 from looseleaf_sparsifiner.predictor import Predictor, budget, index_of, macs, top_keys
-from looseleaf_sparsifiner.training import Observer, distill, run_model, train_predictors
+from looseleaf_sparsifiner.training import WARMUP, Observer, distill, run_model, train_predictors
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -356,7 +356,7 @@ class Sparsifiner(RowKeys):
 
     # --------------------------------------------------------------------------------------------------- learning
     def calibrate(self, model: Module, batches: Any, *, layers: Any = None, epochs: int = 5,
-                  lr: tuple[float, float] = (3e-4, 2e-4), weight_decay: float = 0.05,
+                  lr: tuple[float, float] = (3e-4, 2e-4), warmup: float = WARMUP, weight_decay: float = 0.05,
                   reduction: Literal["sum", "mean"] = "sum", seed: int = 0, progress: bool | None = None) -> None:
         """Learn the predictors from the attention of the model, which stays dense and as it is (first stage).
 
@@ -369,7 +369,9 @@ class Sparsifiner(RowKeys):
                 a DataLoader; or a function that runs the model, given what ``attach`` returned.
             layers: as for :func:`looseleaf.attach`.
             epochs: how often ``batches`` are gone through.
-            lr: learning rate after a linear warm-up of three fifths of the steps, and the last one, along a cosine.
+            lr: learning rate after a linear warm-up, and the last one, along a cosine. With much larger ones all
+                mixtures learn the same, and guesses hardly depend on the query.
+            warmup: fraction of the steps of the warm-up.
             weight_decay: of AdamW.
             reduction: ``mean`` divides the loss by the number of entries of the maps.
             seed: of the first weights.
@@ -380,7 +382,7 @@ class Sparsifiner(RowKeys):
         """
         observer = Observer(self.predictor, self.scale_for, self.prefix_tokens, reduction)
         self.losses = train_predictors(model, observer, batches, layers=layers, epochs=epochs, lr=lr,
-                                       weight_decay=weight_decay, seed=seed, progress=progress)
+                                       warmup=warmup, weight_decay=weight_decay, seed=seed, progress=progress)
         self.modules = dict(sorted(observer.predictors.items()))
 
     def finetune(self, model: Module, batches: Any, teacher: Module | None = None, **options: Any) -> list[float]:

@@ -47,7 +47,7 @@ class Scale:
 
     Attributes:
         train, test: pictures, of different stamps.
-        epochs, batch, lr: of the first stage; the paper has far more pictures, so the rate here is larger.
+        epochs, batch, lr, warmup: of the first stage; the paper has far more pictures, so the rate here is larger.
         steps, tune_batch, tune_lr: of the second stage.
         lengths: tokens of timed calls, and the fraction of keys kept in each.
         rounds: of the timing.
@@ -56,9 +56,10 @@ class Scale:
 
     train: int = 64
     test: int = 16
-    epochs: int = 10
-    batch: int = 4
-    lr: tuple[float, float] = (3e-3, 3e-4)
+    epochs: int = 32
+    batch: int = 1
+    lr: tuple[float, float] = (1e-3, 3e-4)
+    warmup: float = 0.2
     steps: int = 16
     tune_batch: int = 4
     tune_lr: tuple[float, float] = (8e-5, 2e-6)
@@ -182,21 +183,23 @@ def measure(seed: int, scale: Scale) -> Row:
     methods = {(name, rate): with_predictors(METHODS[name](keep_rate=rate), learned)
                for name in METHODS for rate in RATES}
     look = Look({f"{name} {rate}": method for (name, rate), method in methods.items()})
-    exact, outs = run(model, test, look, scale), {}
-    out: Row = {"losses": [learned.losses[0], learned.losses[-1]], "dense": compare(exact, exact, truth[scale.train:]),
-                "recall": {name: torch.stack([torch.cat(parts) for _, parts in sorted(layers.items())]).tolist()
+    exact, outs = run(model, test, look), {}
+    parts = np.array_split(learned.losses, min(20, len(learned.losses)))
+    out: Row = {"losses": [float(part.mean()) for part in parts],
+                "dense": compare(exact, exact, truth[scale.train:]),
+                "recall": {name: torch.stack([torch.cat(some) for _, some in sorted(layers.items())]).tolist()
                            for name, layers in look.held.items()}, "stage 1": {}, "stage 2": {}, "macs": {}}
     low = with_predictors(LowRank(), learned)
     for rate in LOOKED:
         for name in METHODS:
-            outs[name, rate] = run(model, test, methods[name, rate], scale)
+            outs[name, rate] = run(model, test, methods[name, rate])
             out["stage 1"][f"{name} {rate}"] = compare(outs[name, rate], exact, truth[scale.train:])
         out["macs"][str(rate)] = counted(model, test[:1], methods["learned", rate])
-    out["stage 1"]["guess"] = compare(run(model, test, low, scale), exact, truth[scale.train:])
+    out["stage 1"]["guess"] = compare(run(model, test, low), exact, truth[scale.train:])
     out["blocks"] = {str(rate): coverage(methods["learned", rate].masks(model.backbone, test[:2])) for rate in LOOKED}
     for name in ("learned", *RIVALS):
         tuned = second_stage(model, methods[name, LOOKED[-1]], train, features, truth[:scale.train], scale)
-        out["stage 2"][name] = compare(run(tuned, test, methods[name, LOOKED[-1]], scale), exact, truth[scale.train:])
+        out["stage 2"][name] = compare(run(tuned, test, methods[name, LOOKED[-1]]), exact, truth[scale.train:])
     if seed == 0:
         out["drawn"] = drawn(model, methods["learned", 0.1], images[scale.train:], test)
     return out
@@ -210,11 +213,11 @@ def with_predictors(backend: RowKeys, learned: Sparsifiner) -> RowKeys:
 
 
 @torch.no_grad()
-def run(model: Any, pixels: Tensor, backend: AttentionBackend, scale: Scale) -> tuple[Tensor, Tensor]:
+def run(model: Any, pixels: Tensor, backend: AttentionBackend) -> tuple[Tensor, Tensor]:
     """Saliency (n, 224, 224) and last features of the patches (n, 256, 384) under a backend."""
     maps, features = [], []
     with attach(model.backbone, backend):
-        for some in pixels.split(scale.batch):
+        for some in pixels.split(4):
             hidden = model.backbone(some).last_hidden_state[:, 1:]
             features.append(hidden)
             maps.append(model.decoder(hidden.mT.unflatten(2, GRID), (SIDE, SIDE))[:, 0])
@@ -224,10 +227,11 @@ def run(model: Any, pixels: Tensor, backend: AttentionBackend, scale: Scale) -> 
 def first_stage(model: Any, pixels: Tensor, seed: int, scale: Scale) -> tuple[Sparsifiner, Tensor]:
     """Predictors learned from the model's attention on pictures, and the dense features of these."""
     look, learned = Look(), Sparsifiner()
-    _, features = run(model, pixels, look, scale)
+    _, features = run(model, pixels, look)
     order = torch.Generator().manual_seed(seed)
     batches = [n for _ in range(scale.epochs) for n in torch.randperm(len(pixels), generator=order).split(scale.batch)]
-    learned.calibrate(look.recorded(), batches, layers="layers.*", epochs=1, lr=scale.lr, seed=seed)
+    learned.calibrate(look.recorded(), batches, layers="layers.*", epochs=1, lr=scale.lr, warmup=scale.warmup,
+                      seed=seed)
     return learned, features
 
 
@@ -373,6 +377,9 @@ def show(report: Report, results: Results) -> None:
     report.figure("Attention in kept keys", x_label="fraction of keys kept", y_label="fraction of attention", series=[
         curve(name, RATES, [bootstrap(held(results, f"{name} {r}")) for r in RATES]) for name in METHODS],
         note="mean over patches, heads and layers; intervals over test pictures")
+    losses = np.asarray(results.values("losses"))
+    report.figure("Loss of the first stage", x_label="part of the steps", y_label="loss of a picture", series=[
+        curve("mean over seeds", np.linspace(0, 1, losses.shape[1]), losses.mean(0).tolist())])
     by_layer = {f"{name} {r:.0%}": np.asarray(results.values("recall", f"{name} {r}")).mean((0, 2))
                 for r in LOOKED for name in METHODS}
     add_table(report, "Attention in kept keys by layer", (
@@ -405,7 +412,7 @@ def show(report: Report, results: Results) -> None:
 
 
 study = Study("Sparsifiner on DINOv2-S for saliency", measure, claims, show=show, once=once, full=Scale(),
-              quick=Scale(train=8, test=4, epochs=2, steps=1, lengths=((257, 0.25), (257, 0.05)), rounds=3),
+              quick=Scale(train=8, test=4, epochs=4, steps=1, lengths=((257, 0.25), (257, 0.05)), rounds=3),
               quick_seeds=1, facts=lambda results: {
                   "model": "vit-saliency, 12 layers of 6 heads, 257 tokens", "test pictures": len(
                       results.joined("dense", "IoU")), "threads": torch.get_num_threads()})

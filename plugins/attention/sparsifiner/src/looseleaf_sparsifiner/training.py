@@ -105,8 +105,8 @@ class Observer(AttentionBackend):
 
 
 def train_predictors(model: Any, observer: Observer, batches: Any, *, layers: Any = None, epochs: int = 5,
-                     lr: tuple[float, float] = (3e-4, 2e-4), weight_decay: float = 0.05, seed: int = 0,
-                     progress: bool | None = None) -> list[float]:
+                     lr: tuple[float, float] = (3e-4, 2e-4), warmup: float = WARMUP, weight_decay: float = 0.05,
+                     seed: int = 0, progress: bool | None = None) -> list[float]:
     """Run the model, without a gradient of its own, and let the observer's predictors learn; the loss of each step.
 
     Raises:
@@ -137,7 +137,7 @@ def train_predictors(model: Any, observer: Observer, batches: Any, *, layers: An
             elif new:
                 optimizer.add_param_group({"params": new})
             for group in optimizer.param_groups:
-                group["lr"] = rate(step, steps, lr, WARMUP)
+                group["lr"] = rate(step, steps, lr, warmup)
             optimizer.step()
             optimizer.zero_grad()
             losses.append(observer.loss)
