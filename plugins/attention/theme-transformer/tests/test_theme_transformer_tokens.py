@@ -68,7 +68,7 @@ def test_the_melody_is_the_named_track_or_the_skyline_or_what_is_chosen(tmp_path
     assert skyline.ignored == {"drum notes": 1, "notes of dropped tracks": 1}
     assert [n.pitch for n in read_midi(score, "chords").melody()] == [60, 62]
     assert [n.pitch for n in read_midi(score, 0).melody()] == [50, 70]
-    with pytest.raises(ValueError, match="ScoreTick: expected the name of a track for the melody .*, got 'flute'"):
+    with pytest.raises(ValueError, match=r"ScoreTick: expected the name of a track for the melody .*, got 'flute'"):
         read_midi(score, "flute")
     score.tracks[2].name = "Melody"
     assert [n.pitch for n in read_midi(score).melody()] == [60, 62]
@@ -81,7 +81,7 @@ def test_pretty_midi_objects_are_read() -> None:
     score.tracks.append(track)
 
     class PrettyMIDI:
-        instruments = [None]
+        instruments = ()
 
         def write(self, file) -> None:
             file.write(score.dumps_midi())
@@ -117,7 +117,7 @@ def test_transposition_moves_note_on_alone() -> None:
     moved = [(words.token(int(a)), words.token(int(b))) for a, b in zip(ids, up)]
     assert all(b == (a._replace(value=a.value + 5) if a.kind == "Note-On" else a) for a, b in moved)
     assert torch.equal(words.transpose(up, -5), ids)
-    with pytest.raises(ValueError, match="expected pitches to stay from 1 to 127, got .* moved by 60"):
+    with pytest.raises(ValueError, match=r"expected pitches to stay from 1 to 127, got .* moved by 60"):
         words.transpose(ids, 60)
 
 
