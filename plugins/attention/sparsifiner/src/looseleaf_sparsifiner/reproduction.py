@@ -47,16 +47,17 @@ class Scale:
 
     Attributes:
         train, test: pictures, of different stamps.
-        epochs, batch, lr, warmup: of the first stage; the paper has far more pictures, so the rate here is larger.
+        epochs, batch, lr, warmup: of the first stage; the paper has far more pictures, so the rate here is larger, and
+            was chosen with the number of steps on another draw of pictures.
         steps, tune_batch, tune_lr: of the second stage.
         lengths: tokens of timed calls, and the fraction of keys kept in each.
         rounds: of the timing.
         stand_in: made-up pictures and a small random model, for tests.
     """
 
-    train: int = 64
+    train: int = 96
     test: int = 16
-    epochs: int = 32
+    epochs: int = 40
     batch: int = 1
     lr: tuple[float, float] = (1e-3, 3e-4)
     warmup: float = 0.2
