@@ -34,6 +34,7 @@ TEST_NEEDS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", 
               "lm-eval", "dspy", "properdocs", "mkdocs-material", "mkdocs-gen-files", "mkdocstrings[python]", "nox"]
 
 VISION_TESTS = ["packages/looseleaf/tests/test_core_attention_modules.py",
+                "plugins/attention/sparsifiner/tests/test_sparsifiner_timm.py",
                 "plugins/prompts/reprogram-lt/tests/test_reprogram_lt_probe.py",
                 "plugins/pruners/rmask-tuning/tests/test_rmask_timm.py"]
 TIMM_TESTS = ["plugins/pruners/colormae/tests/test_colormae_models.py::test_a_vision_transformer_of_timm"]
