@@ -39,6 +39,9 @@ VISION_TESTS = ["packages/looseleaf/tests/test_core_attention_modules.py",
                 "plugins/pruners/rmask-tuning/tests/test_rmask_timm.py"]
 TIMM_TESTS = ["plugins/pruners/colormae/tests/test_colormae_models.py::test_a_vision_transformer_of_timm"]
 """What runs once more with timm and torchvision on the path; the latter apart, as it imports transformers first."""
+CONTROL_TESTS = ["plugins/probes/inverse-dynamics/tests/test_inverse_dynamics_worlds.py"]
+LAYERS = {"vision": ["timm", "torchvision"],
+          "control": ["metaworld", "mujoco", "glfw", "pyopengl", "etils", "absl-py", "imageio"]}
 
 nox.options.default_venv_backend = "virtualenv"
 nox.options.sessions = ["lint", "tests", "kernels", "docs", "isolation"]
@@ -106,8 +109,8 @@ def tests(session: nox.Session) -> None:
     run(session, python, "-m", "pytest", "-q", "--timeout=900", "-n", "2", "--dist", "loadfile", *session.posargs,
         OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 2) // 2)))
     if not session.posargs:
-        for files in (VISION_TESTS, TIMM_TESTS):
-            run(session, python, "-m", "pytest", "-q", *files, PYTHONPATH=vision(session, python))
+        for name, files in (("vision", VISION_TESTS), ("vision", TIMM_TESTS), ("control", CONTROL_TESTS)):
+            run(session, python, "-m", "pytest", "-q", *files, PYTHONPATH=layer(session, python, name))
 
 
 @nox.session(venv_backend="none")
@@ -117,15 +120,15 @@ def sweeps(session: nox.Session) -> None:
         *session.posargs)
 
 
-def vision(session: nox.Session, python: str) -> str:
-    """A folder with timm and torchvision for PYTHONPATH.
+def layer(session: nox.Session, python: str, name: str) -> str:
+    """A folder for PYTHONPATH with packages that are not in the shared environment.
 
-    They are not in the shared environment: the wheel of torchvision has no operators beside a torch for the CPU, and
-    transformers, which asks for it everywhere, could not be imported any more. The tests that want it help themselves.
+    The wheel of torchvision has no operators beside a torch for the CPU, and transformers, which asks for it everywhere,
+    could not be imported any more: the tests that want it help themselves. Meta-World needs one version of MuJoCo.
     """
-    folder = ROOT / ".nox" / "vision"
+    folder = ROOT / ".nox" / name
     if not folder.exists():
-        session.run(python, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), "timm", "torchvision",
+        session.run(python, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), *LAYERS[name],
                     external=True, env=environment())
     return str(folder)
 

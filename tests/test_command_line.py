@@ -44,12 +44,15 @@ def rows(report: dict[str, Any], title: str) -> list[dict[str, Any]]:
 
 
 LEFT_OUT = {
-    "attention": {("prefill", "sparsed"), ("prefill", "paroattention"), *(
-        ("denoising", name) for name in ("flexprefill", "minference", "sliding-window", "sparsed", "paroattention"))},
+    "attention": {*(("prefill", name) for name in ("sparsed", "paroattention", "sparsifiner", "mask-and-match",
+                                                   "theme-transformer")), *(
+        ("denoising", name) for name in ("flexprefill", "minference", "sliding-window", "sparsed", "paroattention",
+                                         "sparsifiner", "mask-and-match", "theme-transformer"))},
     "pruners": {("pruned-weights", "lottery-ticket"), ("pruned-weights", "lottery-rewinding"),
                 ("pruned-weights", "(Wanda), (SparseGPT)"), ("pruned-weights", "rmask-tuning"),
                 ("lotteries", "rmask-tuning"), ("lotteries", "unified-sparsity"), *(
-        (bench, name) for bench in ("pruned-weights", "lotteries") for name in ("outlandish", "leaf", "colormae"))},
+        (bench, name) for bench in ("pruned-weights", "lotteries")
+        for name in ("outlandish", "leaf", "colormae", "lemo"))},
     "prompts": {("picture-prompts", "tapruning")}, "probes": set()}
 """(bench, plugin): methods for other phases of attention, or that train or need pictures with classes, or that remove
 something else, or are for another kind of model; with
