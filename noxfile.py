@@ -110,7 +110,7 @@ def tests(session: nox.Session) -> None:
         OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 2) // 2)))
     if not session.posargs:
         for name, files in (("vision", VISION_TESTS), ("vision", TIMM_TESTS), ("control", CONTROL_TESTS)):
-            run(session, python, "-m", "pytest", "-q", *files, PYTHONPATH=layer(session, python, name))
+            run(session, python, "-m", "pytest", "-q", *files, PYTHONPATH=extra(session, python, name))
 
 
 @nox.session(venv_backend="none")
@@ -120,11 +120,12 @@ def sweeps(session: nox.Session) -> None:
         *session.posargs)
 
 
-def layer(session: nox.Session, python: str, name: str) -> str:
+def extra(session: nox.Session, python: str, name: str) -> str:
     """A folder for PYTHONPATH with packages that are not in the shared environment.
 
-    The wheel of torchvision has no operators beside a torch for the CPU, and transformers, which asks for it everywhere,
-    could not be imported any more: the tests that want it help themselves. Meta-World needs one version of MuJoCo.
+    The wheel of torchvision has no operators beside a torch for the CPU, and transformers, which asks for it
+    everywhere, could not be imported any more: the tests that want it help themselves. Meta-World needs one version of
+    MuJoCo.
     """
     folder = ROOT / ".nox" / name
     if not folder.exists():
