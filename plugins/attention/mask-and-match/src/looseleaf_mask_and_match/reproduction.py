@@ -141,11 +141,13 @@ def ridge(x: Tensor, y: Tensor, test: Tensor, strength: float = 1e-3) -> Tensor:
 def probes(encoder: FormulaEncoder | None, train: Expressions, test: Expressions) -> Row:
     """Accuracy of the class of test symbols, and AUROC of being in an exponent; of pixels without an encoder."""
     def features(of: Expressions) -> Tensor:
-        if encoder is None:
-            patches = F.unfold(of.images, 32, stride=4, padding=16).unflatten(2, (17, 49))
-            small = F.avg_pool2d(patches.permute(0, 2, 3, 1).reshape(-1, 1, 32, 32), 4)
-            return at_symbols(small.reshape(len(of.images), 17, 49, 64).permute(0, 3, 1, 2), of)
-        return at_symbols(torch.cat([encoder.feature_map(part) for part in of.images.split(128)]), of)
+        out = []
+        for rows in torch.arange(len(of.images)).split(100):
+            few = some(of, rows)
+            if encoder is None:  # 36 x 36 pixels around each place, averaged in fours by fours
+                small = F.unfold(F.avg_pool2d(few.images, 4), 9, padding=4).unflatten(2, (16, 48))
+            out.append(at_symbols(small if encoder is None else encoder.feature_map(few.images), few))
+        return torch.cat(out)
 
     x, seen = features(train), features(test)
     names, asked = ([s[0] for symbols in part.symbols for s in symbols] for part in (train, test))
