@@ -22,6 +22,10 @@ TOKEN_MODELS = ("vit", "deit", "vit_msn", "dinov2", "dinov2_with_registers", "cl
 """Model types of transformers whose ``embeddings`` give tokens that one more can follow, the first of them CLS."""
 
 
+Pictures = Sequence[Any] | np.ndarray
+"""Pictures of any kind, or what :meth:`StackedEncoder.keep` gave."""
+
+
 class Encoded(NamedTuple):
     """What the encoder says of each stack.
 
@@ -203,7 +207,7 @@ def stack(pictures: Tensor, replicas: Tensor | None = None, originals: Tensor | 
 
 
 @torch.no_grad()
-def encode(encoder: Any, pictures: Sequence[Any], contexts: tuple[np.ndarray, np.ndarray] | None = None, *,
+def encode(encoder: Any, pictures: Pictures, contexts: tuple[np.ndarray, np.ndarray] | None = None, *,
            batch_size: int = 64) -> Encoded:
     """What an encoder says of pictures, on the CPU; in evaluation mode, which comes back.
 
@@ -278,4 +282,4 @@ def _token_place(base: nn.Module) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
-__all__ = ["TOKEN_MODELS", "Encoded", "PatternToken", "StackedEncoder", "encode", "stack"]
+__all__ = ["TOKEN_MODELS", "Encoded", "PatternToken", "Pictures", "StackedEncoder", "encode", "stack"]

@@ -16,7 +16,7 @@ from looseleaf import Budget, Example, Paper, Predictor, Prompt, PromptOptimizer
 from looseleaf.modes import own_random_state
 from looseleaf.plugin import In
 from looseleaf.prompts.optimizer import Search
-from looseleaf_anypattern.encoder import StackedEncoder, encode
+from looseleaf_anypattern.encoder import Pictures, StackedEncoder, encode
 from looseleaf_anypattern.patterns import apply
 from looseleaf_anypattern.retrieval import CopyIndex, CopyMetric, Match, role_of
 from looseleaf_vision import picture_of
@@ -88,14 +88,14 @@ class CopyDetector(Predictor):
             found |= dict(zip(asked, self.describe([picture_of(examples[n]) for n in asked]).numpy(), strict=True))
         return [found[n] for n in range(len(examples))]
 
-    def select(self, images: Sequence[Any], n: int = 10) -> list[list[Choice]]:
+    def select(self, images: Pictures, n: int = 10) -> list[list[Choice]]:
         """The support pairs most similar to each query by the pattern token, best first; the first are its context."""
         like = F.normalize(encode(self.model, images).pattern, dim=1) @ self.prompt.keys.T
         best = like.topk(min(n, like.shape[1]), 1)
         return [[Choice(self.prompt.patterns[p], p, s) for p, s in zip(*both, strict=True)]
                 for both in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
-    def describe(self, images: Sequence[Any]) -> Tensor:
+    def describe(self, images: Pictures) -> Tensor:
         """Descriptors of queries (n, d), each with the context that :meth:`select` names; two calls for each."""
         if not len(self.prompt.keys):
             return encode(self.model, images).descriptor
@@ -104,11 +104,11 @@ class CopyDetector(Predictor):
                 for rank in range(len(chosen[0]))]
         return F.normalize(torch.stack(rows).mean(0), dim=1)
 
-    def search(self, images: Sequence[Any], index: CopyIndex, k: int = 10) -> list[list[Match]]:
+    def search(self, images: Pictures, index: CopyIndex, k: int = 10) -> list[list[Match]]:
         """The references most likely to be the original of each query, best first."""
         return index.search(self.describe(images), k, self.prompt.normalize_factor, self.prompt.normalize_top)
 
-    def report(self, images: Sequence[Any], index: CopyIndex, references: Mapping[Any, Any] | None = None) -> Report:
+    def report(self, images: Pictures, index: CopyIndex, references: Mapping[Any, Any] | None = None) -> Report:
         """Queries, the pair shown with each, and what was found, as pictures and a table.
 
         Args:
