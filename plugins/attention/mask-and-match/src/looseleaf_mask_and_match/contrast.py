@@ -314,6 +314,8 @@ class ContrastivePretraining(nn.Module):
                 features, _ = feature_map(self.encoder, images[:2], self.grid)
                 self.global_head(features.mean((2, 3)))
                 self.local_head(features)
+                for layer in (self.global_head[0], self.global_head[2], self.local_head):
+                    layer.reset_parameters()  # type: ignore[operator]  # from the seed, not from when they were made
             optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr)
             for _ in range(steps):
                 rows = torch.randperm(len(images), generator=draw)[:batch].to(images.device)
