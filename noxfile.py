@@ -37,7 +37,8 @@ VISION_TESTS = ["packages/looseleaf/tests/test_core_attention_modules.py",
                 "plugins/attention/sparsifiner/tests/test_sparsifiner_timm.py",
                 "plugins/prompts/reprogram-lt/tests/test_reprogram_lt_probe.py",
                 "plugins/pruners/rmask-tuning/tests/test_rmask_timm.py"]
-TIMM_TESTS = ["plugins/pruners/colormae/tests/test_colormae_models.py::test_a_vision_transformer_of_timm"]
+TIMM_TESTS = ["plugins/pruners/colormae/tests/test_colormae_models.py::test_a_vision_transformer_of_timm",
+              "plugins/prompts/anypattern/tests/test_anypattern_models.py::test_models_of_timm"]
 """What runs once more with timm and torchvision on the path; the latter apart, as it imports transformers first."""
 CONTROL_TESTS = ["plugins/probes/inverse-dynamics/tests/test_inverse_dynamics_worlds.py"]
 LAYERS = {"vision": ["timm", "torchvision"],
