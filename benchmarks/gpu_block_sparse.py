@@ -13,7 +13,7 @@ import argparse
 import json
 import statistics
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -44,6 +44,16 @@ def milliseconds(function: Callable[[], object]) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end)
+
+
+def interleaved(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Name -> milliseconds of each round; every other round runs them in the reverse order."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(rounds):
+        order = list(functions.items())
+        for name, function in order if turn % 2 == 0 else reversed(order):
+            times[name].append(milliseconds(function))
+    return times
 
 
 def facts() -> dict[str, object]:
@@ -107,12 +117,7 @@ def main() -> None:
         for block in options.block:
             for density in options.density:
                 index, exact = random_blocks(tokens, block, options.heads[0], density, 1)
-                functions = alternatives(q, k, v, index)
-                times: dict[str, list[float]] = {name: [] for name in functions}
-                for turn in range(options.rounds):
-                    order = list(functions.items())
-                    for name, function in order if turn % 2 == 0 else reversed(order):
-                        times[name].append(milliseconds(function))
+                times = interleaved(alternatives(q, k, v, index), options.rounds)
                 row: dict[str, object] = {"tokens": tokens, "block": block, "density": round(exact, 4)}
                 row |= {f"{name}, ms": round(statistics.median(t), 3) for name, t in times.items()}
                 for name in times:

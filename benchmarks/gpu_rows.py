@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_block_sparse import facts, milliseconds
+from gpu_block_sparse import facts, interleaved
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -109,11 +109,7 @@ def main() -> None:
             same = [way for name, way in ways.items() if "dense" not in name]
             goal = same[0]().float()
             error = max(float((way().float() - goal).abs().max() / goal.abs().max()) for way in same[1:])
-            times: dict[str, list[float]] = {name: [] for name in ways}
-            for turn in range(options.rounds):
-                order = list(ways.items())
-                for name, way in order if turn % 2 == 0 else reversed(order):
-                    times[name].append(milliseconds(way))
+            times = interleaved(ways, options.rounds)
             row = case | {f"{name}, ms": round(statistics.median(t), 4) for name, t in times.items()}
             row |= {f"{name} / {OURS}": round(statistics.median(
                 a / b for a, b in zip(times[name], times[OURS], strict=True)), 3) for name in times if name != OURS}

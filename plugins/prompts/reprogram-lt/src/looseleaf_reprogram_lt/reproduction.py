@@ -139,8 +139,7 @@ def measure(seed: int, scale: Scale) -> dict[str, Any]:
     for task in transfer.tasks:
         optimizer = VisualReprogram(epochs=scale.epochs, batch_size=32, shots=scale.few)
         start = optimizer.untrained(task, dense)
-        scores = {"ilm": next(float(e["accuracy"]) for e in rows if e["network"] == DENSE and e["method"] == "vp"
-                              and e["task"] == task.name and e["shots"] == scale.few)}
+        scores = {"ilm": reached(rows, task.name, scale.few)}
         for mapping in ONCE:
             prompt = dataclasses.replace(optimizer, mapping=mapping).optimize(task, dense, seed=seed, progress=False)
             scores[mapping] = float(task.evaluate(prompt.on(dense)).score)
@@ -201,13 +200,18 @@ def efficientnet(scale: Scale) -> dict[str, Any]:
             "pngs": report.images[0].pngs, "captions": report.images[0].captions}
 
 
+def reached(rows: list[dict[str, Any]], task: str, shots: int) -> float:
+    """Accuracy of the dense network with learned pixels."""
+    return next(float(e["accuracy"]) for e in rows
+                if (e["network"], e["method"], e["task"], e["shots"]) == (DENSE, "vp", task, shots))
+
+
 def decidable(results: Results) -> list[str]:
     """Targets on which the dense network with learned pixels, at the most shots, is above chance in all likelihood."""
     found = []
     for name, chance in results.rows[0]["facts"]["chance"].items():
-        reached = [next(e["accuracy"] for e in row["rows"] if e["network"] == DENSE and e["method"] == "vp"
-                        and e["task"] == name and e["shots"] == max(results.scale.shots)) for row in results.rows]
-        if results.quick or bootstrap(reached).low > chance:
+        scores = [reached(row["rows"], name, max(results.scale.shots)) for row in results.rows]
+        if results.quick or bootstrap(scores).low > chance:
             found.append(name)
     return found
 
